@@ -1,0 +1,29 @@
+# make demo: segment the packaged CT.  make test: run the tests.  Both set up an environment of their own in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.demo
+	$(BIN)/nmsw segment Resources/SampleData/cptac_pda_3mm.nii.gz -o demo/segmentation.seg.nrrd --preview demo/preview.png --statistics demo/volumes.csv --patches demo/patches.mrk.json --report demo/report.json
+	@echo "Open demo/preview.png to look at the result, or drag demo/segmentation.seg.nrrd into 3D Slicer."
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[headless]"
+	@mkdir -p demo
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+$(VENV):
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) demo
