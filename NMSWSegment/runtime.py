@@ -1,0 +1,110 @@
+"""Where the nets run: devices, threads, and what happens when a GPU runs out of memory."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from NMSWSegment.bundle import Bundle, BundleManifest
+from NMSWSegment.protocol import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Nets:
+    """The two nets of a bundle on a device. Calls take and give float32 tensors on any device; results come back on the CPU.
+
+    When a GPU runs out of memory the nets move to the CPU for good, and `memory_steps` says so.
+    """
+
+    manifest: BundleManifest
+    coarse_net: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """x_low (1, 1, d, h, w) -> coarse logits (1, C, d, h, w), importance map (1, 1, d, h, w)."""
+    local_net: Callable[[Tensor], Tensor]
+    """(B, 1, P, P, P) -> local logits (B, C, P, P, P)."""
+    device: torch.device
+    memory_steps: list[str] = field(default_factory=list)
+
+    def coarse(self, x_low: Tensor) -> tuple[Tensor, Tensor]:
+        """Coarse logits (C, d, h, w) and importance map (d, h, w)."""
+        logits, importance_map = self._run("coarse_net", x_low)
+        return logits[0].float().cpu(), importance_map[0, 0].float().cpu()
+
+    def local(self, patch: Tensor) -> Tensor:
+        """Local logits (C, P, P, P) of one patch (P, P, P)."""
+        return self._run("local_net", patch[None, None])[0].float().cpu()
+
+    def _run(self, name: str, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Call a net; the only place where running out of memory is caught."""
+        with torch.inference_mode():
+            try:
+                return getattr(self, name)(x.to(self.device))
+            except torch.OutOfMemoryError as error:
+                if self.device.type == "cpu":
+                    raise
+                logger.info("Out of memory on %s: %s", self.device, error)
+            self.memory_steps.append(f"{self.device} ran out of memory; the nets went on with the CPU")
+            self.coarse_net, self.local_net = self.coarse_net.to("cpu"), self.local_net.to("cpu")
+            self.device = torch.device("cpu")
+            return getattr(self, name)(x.to(self.device))
+
+
+def available_devices() -> dict[str, str]:
+    """What is really there: device string -> name for a person; the CPU always, then CUDA GPUs, then MPS."""
+    devices = {"cpu": f"CPU ({os.cpu_count()} cores)"}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    return devices
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a name stands for; auto takes the first GPU, else the CPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    devices = available_devices()
+    if name == "auto":
+        return torch.device(next((key for key in devices if key != "cpu"), "cpu"))
+    key = "cuda:0" if name == "cuda" else name
+    if key not in devices:
+        raise UserError(f"Device '{name}' is not there. This computer has: {', '.join(f'{key} ({title})' for key, title in devices.items())}. Choose one of these, or auto.")
+    return torch.device(key)
+
+
+def open_nets(bundle: Bundle, *, device: str) -> Nets:
+    """Load the nets of a bundle; weights are stored in fp16 and computed in fp32.
+
+    Raises:
+        UserError: the device is not there, or this version of torch cannot read the archives.
+    """
+    target = resolve_device(device)
+    try:
+        coarse, local = (torch.jit.load(str(path), map_location="cpu").float().eval().to(target) for path in (bundle.coarse_path, bundle.local_path))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"Torch {torch.__version__} cannot read the nets of bundle '{bundle.manifest.name}' ({reason}). Use torch 2.2 or later, or install the bundle again.") from error
+    return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=target)
+
+
+@contextmanager
+def reproducible(threads: int | None) -> Iterator[None]:
+    """Fixed thread count, deterministic cuDNN, no TF32; everything as before at the end.
+
+    Args:
+        threads: CPU threads; None leaves one core free.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,91 @@
+"""Fixtures: a phantom with exact labels and a tiny bundle whose nets are known in closed form."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from NMSWSegment import phantoms  # noqa: E402
+from NMSWSegment.labels import coded_labels  # noqa: E402
+
+torch.set_num_threads(1)
+
+TINY_POINTS = ((-1000.0, 0.0), (1000.0, 1.0))
+TINY_GAIN = 400.0
+
+
+class NearestIntensity(nn.Module):
+    """A 1 x 1 net whose arg max is the class with the nearest typical intensity: -(x - m)^2 up to a common term."""
+
+    def __init__(self, intensities: list[float], *, with_importance: bool) -> None:
+        super().__init__()
+        means = torch.tensor([(value + 1000) / 2000 for value in intensities])
+        self.head = nn.Conv3d(1, len(means), kernel_size=1)
+        self.head.weight.data = (2 * TINY_GAIN * means).reshape(-1, 1, 1, 1, 1)
+        self.head.bias.data = -TINY_GAIN * means**2
+        for parameter in self.head.parameters():
+            parameter.data = parameter.data.half().float()
+        self.importance_head = nn.Conv3d(1, 1, kernel_size=1) if with_importance else None
+        if self.importance_head is not None:
+            self.importance_head.weight.data.fill_(4.0)
+            self.importance_head.bias.data.zero_()
+
+    def forward(self, x):
+        logits = self.head(x)
+        return logits if self.importance_head is None else (logits, self.importance_head(x))
+
+
+@pytest.fixture(scope="session")
+def a_tiny_bundle(tmp_path_factory) -> Path:
+    """A real bundle at 6 mm with patches of 16 voxels: background, liver, spleen, vertebrae by intensity."""
+    from NMSWSegment.training.export import write_bundle
+
+    intensities = [phantoms.BODY_HU, *(hu for _, _, hu in phantoms.ORGANS.values())]
+    torch.manual_seed(0)
+    manifest = {
+        "name": "tiny",
+        "title": "Tiny",
+        "description": "Classifies by intensity; for tests.",
+        "backbone": "unet",
+        "modality": "CT",
+        "spacing_mm": (6.0, 6.0, 6.0),
+        "intensity_points": TINY_POINTS,
+        "patch_size": (16, 16, 16),
+        "overlap": 0.5,
+        "coarse_factor": (2, 2, 2),
+        "labels": coded_labels(list(phantoms.ORGANS)),
+        "class_weights": (10.0,) * (len(phantoms.ORGANS) + 1),
+        "architecture": {},
+    }
+    examples = {"coarse": [torch.rand(1, 1, 8, 12, 16)], "local": [torch.rand(1, 1, 16, 16, 16)]}
+    coarse, local = NearestIntensity(intensities, with_importance=True), NearestIntensity(intensities, with_importance=False)
+    return write_bundle(coarse, local, output=tmp_path_factory.mktemp("bundles") / "tiny", examples=examples, manifest=manifest)
+
+
+def turned(spacing_mm, shape, *, degrees=(20.0, -15.0, 10.0), mirror=(1, 1, 1), permutation=(0, 1, 2)) -> np.ndarray:
+    """4 x 4 of an oblique grid centered on the origin: rotations about R, A, S, then mirrored and permuted index axes."""
+    rotation = np.eye(3)
+    for axis, angle in enumerate(np.radians(degrees)):
+        a, b = [other for other in range(3) if other != axis]
+        turn = np.eye(3)
+        turn[a, a] = turn[b, b] = np.cos(angle)
+        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+        rotation = turn @ rotation
+    directions = (rotation * np.array(mirror))[:, list(permutation)]
+    ijk_to_ras = np.eye(4)
+    ijk_to_ras[:3, :3] = directions * np.array(spacing_mm[::-1])
+    ijk_to_ras[:3, 3] = -ijk_to_ras[:3, :3] @ ((np.array(shape[::-1]) - 1) / 2)
+    return ijk_to_ras
+
+
+@pytest.fixture
+def a_phantom():
+    """An upright phantom at 6 mm, anisotropic in shape: (volume, labels)."""
+    shape = (54, 36, 52)
+    return phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))

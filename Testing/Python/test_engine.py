@@ -1,0 +1,154 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import turned
+
+from NMSWSegment import phantoms
+from NMSWSegment.bundle import load_bundle
+from NMSWSegment.engine import segment_volume
+from NMSWSegment.protocol import Cancelled, SegmentOptions, UserError
+from NMSWSegment.volume import Volume
+
+
+def cpu(**values) -> SegmentOptions:
+    return SegmentOptions(**({"device": "cpu", "threads": 1, "num_patches": None} | values))
+
+
+def dice(found, expected, value):
+    return 2 * ((found == value) & (expected == value)).sum() / ((found == value).sum() + (expected == value).sum())
+
+
+def test_all_patches_give_the_phantom_exactly(a_tiny_bundle, a_phantom):
+    volume, labels = a_phantom
+    result = segment_volume(volume, load_bundle(a_tiny_bundle), options=cpu())
+    body = volume.array > -500
+    assert np.array_equal(result.labelmap.array[body], labels[body])
+    assert result.labelmap.array.dtype == np.uint8
+    np.testing.assert_array_equal(result.labelmap.ijk_to_ras, volume.ijk_to_ras)
+
+
+def test_more_patches_follow_the_phantom_better(a_tiny_bundle, a_phantom):
+    volume, labels = a_phantom
+    bundle = load_bundle(a_tiny_bundle)
+    wrong = [int((segment_volume(volume, bundle, options=cpu(num_patches=k)).labelmap.array != labels).sum()) for k in (0, 5, None)]
+    assert wrong[0] > wrong[1] > wrong[2]
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "shape", "orientation"),
+    [
+        ((4.0, 3.0, 3.0), (90, 85, 110), {"degrees": (20, -15, 10)}),
+        ((4.0, 3.0, 3.0), (90, 85, 110), {"degrees": (20, -15, 10), "mirror": (-1, -1, 1), "permutation": (1, 2, 0)}),
+        ((2.0, 5.0, 7.0), (160, 42, 46), {"degrees": (0, 0, 0), "mirror": (-1, 1, -1)}),
+    ],
+)
+def test_oblique_mirrored_anisotropic_volumes_agree_with_the_world(a_tiny_bundle, spacing_mm, shape, orientation):
+    bundle = load_bundle(a_tiny_bundle)
+
+    def organ_dice(ijk_to_ras, grid_shape):
+        volume, labels = phantoms.phantom(grid_shape, ijk_to_ras=ijk_to_ras)
+        found = segment_volume(volume, bundle, options=cpu()).labelmap.array
+        # Partial volume at the body's border has the intensity of an organ; score where the organs are.
+        return [dice(found * (labels > 0), labels, value) for value in (1, 2, 3)]
+
+    fine = (75, 50, 80)
+    upright = organ_dice(phantoms.upright_ijk_to_ras((4.0, 4.0, 4.0), fine), fine)
+    for found, expected in zip(organ_dice(turned(spacing_mm, shape, **orientation), shape), upright):
+        assert found > expected - 0.04
+
+
+def test_same_input_same_answer_bit_for_bit(a_tiny_bundle, a_phantom):
+    bundle = load_bundle(a_tiny_bundle)
+    first, second = (segment_volume(a_phantom[0], bundle, options=cpu(num_patches=7)) for _ in range(2))
+    assert np.array_equal(first.labelmap.array, second.labelmap.array)
+    assert first.patches == second.patches
+
+
+def test_patches_lie_in_the_volume_and_are_ranked(a_tiny_bundle, a_phantom):
+    volume, _ = a_phantom
+    result = segment_volume(volume, load_bundle(a_tiny_bundle), options=cpu(num_patches=4, policy="top_k"))
+    assert [patch.rank for patch in result.patches] == [1, 2, 3, 4]
+    importance = [patch.importance for patch in result.patches]
+    assert importance == sorted(importance, reverse=True)
+    size = np.array(volume.shape[::-1]) * 6.0
+    for patch in result.patches:
+        assert all(0 < side <= 96 for side in patch.size_mm)
+        assert np.all(np.abs(np.array(patch.center_ras)) + np.array(patch.size_mm) / 2 <= size / 2 + 1e-6)
+
+
+def test_greedy_patches_touch_the_organs(a_tiny_bundle, a_phantom):
+    result = segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=1))
+    patch = result.patches[0]
+    low = np.array(patch.center_ras) - np.array(patch.size_mm) / 2
+    high = np.array(patch.center_ras) + np.array(patch.size_mm) / 2
+    assert any(np.all(low < np.array(center) + radii) and np.all(high > np.array(center) - radii) for center, radii, _ in phantoms.ORGANS.values())
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 9), (2, 40, 3), (17, 16, 15)])
+def test_volume_smaller_than_a_patch_just_works(a_tiny_bundle, shape):
+    volume, _ = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))
+    result = segment_volume(volume, load_bundle(a_tiny_bundle), options=cpu(num_patches=999))
+    assert result.labelmap.array.shape == shape
+    assert len(result.patches) == result.report["candidates"]
+
+
+def test_structures_keep_only_what_was_asked_for(a_tiny_bundle, a_phantom):
+    bundle = load_bundle(a_tiny_bundle)
+    everything = segment_volume(a_phantom[0], bundle, options=cpu()).labelmap.array
+    some = segment_volume(a_phantom[0], bundle, options=cpu(structures=("spleen",))).labelmap.array
+    assert np.array_equal(some, np.where(everything == 2, 2, 0))
+
+
+def test_unknown_structure_names_the_nearest(a_tiny_bundle, a_phantom):
+    with pytest.raises(UserError, match="Did you mean 'spleen'"):
+        segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(structures=("splen",)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a computer without CUDA")
+def test_missing_device_lists_what_is_there(a_tiny_bundle, a_phantom):
+    with pytest.raises(UserError, match="This computer has: cpu"):
+        segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(device="cuda"))
+
+
+def test_progress_rises_and_reports_every_patch(a_tiny_bundle, a_phantom):
+    seen = []
+    segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=5), report=seen.append)
+    fractions = [progress.fraction for progress in seen]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    assert [progress.message for progress in seen if progress.message.startswith("Patch ")] == [f"Patch {n} of 5" for n in range(1, 6)]
+
+
+def test_cancel_stops_between_patches(a_tiny_bundle, a_phantom):
+    calls = []
+
+    def cancel_at_second_patch(progress):
+        calls.append(progress)
+        if progress.message == "Patch 2 of 5":
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=5), report=cancel_at_second_patch)
+    assert calls[-1].message == "Patch 2 of 5"
+
+
+def test_report_is_json_and_tells_what_ran(a_tiny_bundle, a_phantom):
+    bundle = load_bundle(a_tiny_bundle)
+    result = segment_volume(a_phantom[0], bundle, options=cpu(num_patches=3))
+    report = json.loads(json.dumps(result.report))
+    assert report["bundle"] == {"name": "tiny", "sha256": bundle.sha256}
+    assert report["device"] == "cpu" and report["options"]["num_patches"] == 3
+    assert set(report["timings_s"]) == {"load", "canonical", "coarse", "select", "aggregate", "patches", "restore"}
+    assert [patch["rank"] for patch in report["patches"]] == [1, 2, 3]
+
+
+def test_thread_count_of_the_caller_is_left_alone(a_tiny_bundle, a_phantom):
+    before = torch.get_num_threads()
+    segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(threads=2, num_patches=0))
+    assert torch.get_num_threads() == before
+
+
+def test_one_class_volume_of_air_gives_background(a_tiny_bundle):
+    volume = Volume(array=np.full((20, 20, 20), -1000, dtype=np.int16), ijk_to_ras=np.diag([6.0, 6.0, 6.0, 1.0]))
+    assert segment_volume(volume, load_bundle(a_tiny_bundle), options=cpu(num_patches=2)).labelmap.array.max() == 0

@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+
+from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.selection import candidate_importance, differentiable_top_k, greedy_coverage, pool_mean, select
+
+GRID = CandidateGrid.covering((8, 8, 16), patch_size=(8, 8, 8), overlap=0.5)  # three candidates in a row
+
+
+def logits_with_foreground(columns):
+    """Coarse logits (2, 4, 4, 8) that are background but for some voxels of the last axis."""
+    logits = torch.zeros(2, 4, 4, 8)
+    logits[0] = 8
+    for column in columns:
+        logits[1, :, :, column] = 16
+    return logits
+
+
+def test_pooling_covers_the_true_footprint():
+    values = torch.zeros(4, 4, 8)
+    values[0, 0, 3] = 32.0  # full-resolution voxels 6 and 7: in candidates 0 (0..7) and 1 (4..11)
+    assert pool_mean(values, grid=GRID).tolist() == [32 / 64, 32 / 64, 0]
+
+
+def test_pooling_with_a_factor_that_divides_nothing_uses_voxel_centers():
+    grid = CandidateGrid.covering((8, 8, 16), patch_size=(8, 8, 8), overlap=0.5)
+    values = torch.arange(6.0).expand(3, 3, 6)  # coarse voxels of 2.67: centers 1.3, 4, 6.7, 9.3, 12, 14.7
+    assert pool_mean(values, grid=grid).tolist() == [1, 2, 4]
+
+
+def test_top_k_ranks_by_importance_and_breaks_ties_by_index():
+    importance_map = torch.zeros(4, 4, 8)
+    chosen = select(logits_with_foreground(range(8)), importance_map, grid=GRID, num_patches=3, policy="top_k")
+    assert chosen.indices == (0, 1, 2)
+    importance_map[:, :, 5:] = 1  # means 0, 1/4, 3/4
+    chosen = select(logits_with_foreground(range(8)), importance_map, grid=GRID, num_patches=2, policy="top_k")
+    assert chosen.indices == (2, 1)
+    assert chosen.importance[0] / chosen.importance[1] == pytest.approx(math.exp(0.5))
+
+
+@pytest.mark.parametrize("policy", ["top_k", "greedy", "random"])
+def test_background_candidates_come_last(policy):
+    chosen = select(logits_with_foreground([7]), torch.zeros(4, 4, 8), grid=GRID, num_patches=3, policy=policy)
+    assert chosen.indices[0] == 2
+    assert sorted(chosen.indices) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("policy", ["top_k", "greedy", "random"])
+@pytest.mark.parametrize(("num_patches", "expected"), [(0, 0), (2, 2), (99, 3), (None, 3)])
+def test_number_of_patches_is_clipped_to_the_candidates(policy, num_patches, expected):
+    chosen = select(logits_with_foreground(range(8)), torch.zeros(4, 4, 8), grid=GRID, num_patches=num_patches, policy=policy)
+    assert len(chosen.indices) == len(set(chosen.indices)) == expected
+
+
+def test_greedy_avoids_overlap_where_top_k_does_not():
+    mass = torch.zeros(4, 4, 8)
+    mass[0, 0, 1], mass[0, 0, 2], mass[0, 0, 3], mass[0, 0, 7] = 0.1, 1.0, 1.0, 1.5  # candidates hold 2.1, 2.0, 1.5
+    order = greedy_coverage(mass, torch.ones(3, dtype=torch.bool), grid=GRID, num_patches=3, importance=torch.tensor([0.3, 0.4, 0.3]))
+    assert order == [0, 2, 1]
+
+
+def test_greedy_goes_on_by_importance_when_everything_is_covered():
+    mass = torch.zeros(4, 4, 8)
+    mass[0, 0, 0] = 1
+    order = greedy_coverage(mass, torch.ones(3, dtype=torch.bool), grid=GRID, num_patches=3, importance=torch.tensor([0.1, 0.2, 0.7]))
+    assert order == [0, 2, 1]
+
+
+def test_focus_prefers_candidates_with_the_structure():
+    logits = torch.zeros(3, 4, 4, 8)
+    logits[1, :, :, :4] = 10
+    logits[2, :, :, 4:] = 10
+    for policy in ("top_k", "greedy"):
+        assert select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches=1, policy=policy, focus_classes=(2,)).indices == (2,)
+        assert select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches=1, policy=policy, focus_classes=(1,)).indices == (0,)
+
+
+def test_differentiable_top_k_draws_without_replacement_and_is_reproducible():
+    importance = torch.linspace(-1, 1, 10)
+    first = differentiable_top_k(importance, k=99, tau=0.5, generator=torch.Generator().manual_seed(3))
+    second = differentiable_top_k(importance, k=99, tau=0.5, generator=torch.Generator().manual_seed(3))
+    assert sorted(first[0]) == list(range(10)) and first[0] == second[0]
+    assert torch.equal(first[1], second[1]) and first[1][-1] == 1  # the last one left has all the probability
+
+
+def test_differentiable_top_k_draws_follow_the_probabilities():
+    probabilities = torch.tensor([0.6, 0.3, 0.1])
+    generator = torch.Generator().manual_seed(0)
+    draws = [differentiable_top_k(probabilities.log(), k=1, tau=1.0, generator=generator)[0][0] for _ in range(3000)]
+    shares = torch.bincount(torch.tensor(draws), minlength=3) / 3000
+    torch.testing.assert_close(shares, probabilities, rtol=0, atol=0.03)  # 3 sigma of 3000 draws
+
+
+def test_differentiable_top_k_gradient_raises_the_chosen():
+    importance = torch.zeros(4, requires_grad=True)
+    indices, soft_weights = differentiable_top_k(importance, k=1, tau=1.0, generator=torch.Generator().manual_seed(0))
+    soft_weights.sum().backward()
+    assert importance.grad[indices[0]] > 0 and (importance.grad.sum().abs() < 1e-6)
+
+
+def test_candidate_importance_is_differentiable_mean():
+    importance_map = torch.zeros(4, 4, 8, requires_grad=True)
+    candidate_importance(importance_map, grid=GRID)[1].backward()
+    expected = torch.zeros(4, 4, 8)
+    expected[:, :, 2:6] = 1 / 64
+    assert torch.equal(importance_map.grad, expected)
