@@ -1,0 +1,1 @@
+"""How good a bundle is: metrics, and scores on labelled data."""

@@ -1,0 +1,1 @@
+"""The nets: backbones built from MONAI parts, and the coarse and local nets of NMSW around them."""

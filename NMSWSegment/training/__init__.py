@@ -1,0 +1,1 @@
+"""Training: synthetic and real samples, losses, the loop, and the export to a bundle; may need MONAI."""

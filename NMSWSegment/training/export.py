@@ -1,0 +1,148 @@
+"""From a run folder to a bundle: weights rounded to fp16, nets traced with plain operators, checked against the eager nets."""
+
+import argparse
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from NMSWSegment import __version__
+from NMSWSegment.bundle import MANIFEST_NAME, BundleManifest, file_sha256
+from NMSWSegment.labels import coded_labels
+from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
+from NMSWSegment.protocol import UserError
+from NMSWSegment.training.model_card import model_card
+from NMSWSegment.training.train import TrainOptions, load_checkpoint, load_run_options
+
+PARITY_TOLERANCE = 1e-3  # logits; tracing changes no operator, so that only the order of sums may differ
+PARITY_SEED = 0
+
+
+def export_bundle(run: Path, output: Path, *, title: str = "", description: str = "", scores: tuple[Path, ...] = (), data_notes: Path | None = None) -> Path:
+    """Write the bundle of a run; the folder's name becomes the bundle's name.
+
+    Args:
+        run: run folder of `nmsw train`.
+        output: bundle folder to create.
+        scores: files that `nmsw evaluate` wrote, for the model card.
+        data_notes: JSON with "trained_on" (text) and "attributions" (list of texts).
+
+    Raises:
+        UserError: the run has no checkpoint, the output exists, or the exported nets disagree with the eager ones.
+    """
+    if output.exists():
+        raise UserError(f"'{output}' already exists. Remove it or give another folder.")
+    options, checkpoint = load_run_options(run), load_checkpoint(run)
+    net = NMSWNet(Architecture(**checkpoint["architecture"]))
+    net.load_state_dict({key: value.half().float() for key, value in checkpoint["net"].items()})
+    net.eval()
+    examples = parity_inputs(options)
+    notes = json.loads(data_notes.read_text()) if data_notes else {}
+    held_out = {}
+    for path in scores:
+        held_out |= json.loads(path.read_text())["cases"]
+    manifest = {
+        "name": output.name,
+        "title": title or output.name,
+        "description": description,
+        "backbone": options.backbone,
+        "modality": "CT",
+        "spacing_mm": options.spacing_mm,
+        "intensity_points": options.intensity_points,
+        "patch_size": options.patch_size,
+        "overlap": options.overlap,
+        "coarse_factor": options.coarse_factor,
+        "labels": coded_labels(checkpoint["label_names"]),
+        "class_weights": tuple(net.class_weights.tolist()),
+        "architecture": net.architecture.to_dict(),
+        "training": {"program": f"NMSWSegment {__version__}, torch {torch.__version__}", "iterations": checkpoint["iteration"], "options": _public_options(options), "trained_on": notes.get("trained_on", "")},
+        "scores": held_out,
+        "attributions": tuple(notes.get("attributions", ())),
+    }
+    return write_bundle(net.coarse, net.local, output=output, examples=examples, manifest=manifest)
+
+
+def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples: dict[str, list[Tensor]], manifest: dict) -> Path:
+    """Trace, store in fp16, read back, compare, and only then put the folder in place.
+
+    Args:
+        coarse, local: eager nets with weights already rounded to fp16.
+        examples: inputs for "coarse" and "local", several sizes each where the size may vary.
+        manifest: fields of BundleManifest without the hashes.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        draft = Path(folder) / output.name
+        draft.mkdir()
+        for name, net in (("coarse", coarse), ("local", local)):
+            path = draft / f"{name}.pt"
+            with torch.no_grad():
+                torch.jit.trace(net.eval(), examples[name][0], check_trace=False).half().save(str(path))
+            net.float()  # tracing shares the parameters with the eager net
+            check_parity(net, path, examples[name])
+        hashes = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
+        complete = BundleManifest(**manifest, sha256=hashes)
+        (draft / MANIFEST_NAME).write_text(complete.to_json())
+        (draft / "MODEL_CARD.md").write_text(model_card(complete))
+        shutil.move(str(draft), str(output))
+    return output
+
+
+def check_parity(net: nn.Module, path: Path, inputs: list[Tensor]) -> None:
+    """Compare an archive with the eager net it came from.
+
+    Raises:
+        UserError: an output differs by more than PARITY_TOLERANCE.
+    """
+    archived = torch.jit.load(str(path), map_location="cpu").float().eval()
+    for x in inputs:
+        with torch.no_grad():
+            expected, found = (outputs if isinstance(outputs, tuple) else (outputs,) for outputs in (net(x), archived(x)))
+        for want, have in zip(expected, found):
+            difference = float((want - have).abs().max()) if want.shape == have.shape else float("inf")
+            if not difference <= PARITY_TOLERANCE:
+                raise UserError(
+                    f"The exported {path.name} disagrees with the trained net on an input of shape {tuple(x.shape)}: logits differ by {difference:.3g}, "
+                    f"at most {PARITY_TOLERANCE:g} is allowed. Nothing was written; train in fp32, or report this with the run's options.json."
+                )
+
+
+def parity_inputs(options: TrainOptions) -> dict[str, list[Tensor]]:
+    """Random inputs of the sizes that inference uses: one patch; coarse volumes of one and of several patches."""
+    generator = torch.Generator().manual_seed(PARITY_SEED)
+    strides = [round(size * (1 - options.overlap)) for size in options.patch_size]
+    coarse_shapes = [[(size + step * more) // factor for size, step, factor, more in zip(options.patch_size, strides, options.coarse_factor, extra)] for extra in ((0, 0, 0), (2, 1, 3))]
+    return {
+        "coarse": [torch.rand(1, 1, *shape, generator=generator) for shape in coarse_shapes],
+        "local": [torch.rand(count, 1, *options.patch_size, generator=generator) for count in (1, 2)],
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `nmsw export`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of 'nmsw train'")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to create; its name becomes the bundle's name")
+    parser.add_argument("--title", default="", help="name for people")
+    parser.add_argument("--description", default="", help="one sentence for the model list")
+    parser.add_argument("--scores", type=Path, action="append", default=[], metavar="FILE.json", help="held-out scores that 'nmsw evaluate' wrote; repeat")
+    parser.add_argument("--data-notes", type=Path, default=None, metavar="FILE.json", help="what the weights were trained on: {\"trained_on\": text, \"attributions\": [texts]}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`nmsw export`."""
+    bundle = export_bundle(arguments.run, arguments.output, title=arguments.title, description=arguments.description, scores=tuple(arguments.scores), data_notes=arguments.data_notes)
+    megabytes = sum(path.stat().st_size for path in bundle.iterdir()) / 1e6
+    print(f"Bundle written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
+    return 0
+
+
+def _public_options(options: TrainOptions) -> dict:
+    """The run's options without the folders of the computer it ran on."""
+    values = asdict(options)
+    values["data"] = [entry.split(":", 1)[0] for entry in options.data]
+    values["initial_run"] = Path(options.initial_run).name
+    return json.loads(json.dumps(values))

@@ -1,0 +1,59 @@
+"""The model card of a bundle: what it segments, what it learned from, how good it is on data it did not see."""
+
+from NMSWSegment.bundle import BundleManifest
+
+
+def model_card(manifest: BundleManifest) -> str:
+    """Markdown text made from the manifest alone, so that the card and the bundle cannot disagree."""
+    spacing = " x ".join(f"{value:g}" for value in manifest.spacing_mm)
+    training = manifest.training
+    lines = [
+        f"# {manifest.title}",
+        "",
+        manifest.description,
+        "",
+        "**A research model. Not for clinical use.**",
+        "",
+        f"- Backbone: {manifest.backbone} (coarse net: unet), {manifest.architecture.get('preset', '')} preset",
+        f"- Modality: {manifest.modality}; model spacing {spacing} mm (S, A, R); patch {manifest.patch_size[0]} voxels, overlap {manifest.overlap:g}",
+        f"- Structures ({len(manifest.labels)}): {', '.join(label.title for label in manifest.labels)}",
+        f"- Licence of the weights: {manifest.licence}",
+        "",
+        "## Training",
+        "",
+        training.get("trained_on", ""),
+        "",
+        f"{training.get('iterations', 0)} iterations with {training.get('program', '')}; all options stand in `manifest.json`.",
+        "",
+        "## Held-out scores",
+        "",
+        *_score_lines(manifest.scores),
+        "## Learned class weights",
+        "",
+        "The share a = sigmoid(clamp(c, -1, 10)) of the local logits where patches cover (Eq. 6), by class.",
+        "",
+        "| class | c |",
+        "|---|---|",
+        *(f"| {name} | {weight:.2f} |" for name, weight in zip(["background", *manifest.label_names], manifest.class_weights)),
+        "",
+        "## Attributions",
+        "",
+        *(f"- {text}" for text in manifest.attributions),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _score_lines(scores: dict) -> list[str]:
+    """One table of DSC by structure and k for every held-out case."""
+    if not scores:
+        return ["None were measured.", ""]
+    lines = []
+    for case, by_k in scores.items():
+        ks = list(by_k)
+        candidates = next(iter(by_k.values()))["candidates"]
+        lines += [f"Case `{case}`, DSC by number of patches k (of {candidates} candidates), on the case's own grid:", ""]
+        lines += ["| structure | " + " | ".join(f"k = {k}" for k in ks) + " |", "|---" * (len(ks) + 1) + "|"]
+        for structure in next(iter(by_k.values()))["dsc"]:
+            lines.append(f"| {structure} | " + " | ".join(f"{by_k[k]['dsc'][structure]:.3f}" for k in ks) + " |")
+        lines += ["| **mean** | " + " | ".join(f"**{by_k[k]['mean']:.3f}**" for k in ks) + " |", ""]
+    return lines
