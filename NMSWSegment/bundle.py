@@ -78,6 +78,8 @@ class BundleManifest:
     overlap: float
     coarse_factor: tuple[int, int, int]
     """r: full-resolution voxels per coarse voxel."""
+    coarse_multiple: int
+    """The coarse net takes sizes that are multiples of this."""
     labels: tuple[Label, ...]
     class_weights: tuple[float, ...]
     """c of Eq. 6, one per class with background first; the mixing weight is sigmoid(clamp(c, -1, 10))."""
@@ -171,7 +173,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
     if not manifest_path.is_file():
         if folder.is_dir():
             raise UserError(f"The folder '{folder}' is not a bundle: it has no {MANIFEST_NAME}. Give the folder that 'nmsw export' wrote.")
-        raise UserError(unknown_name("bundle", str(name_or_folder), list_bundles()) + " A folder that 'nmsw export' wrote works too.")
+        raise UserError(unknown_name("bundle", str(name_or_folder), list_bundles(BUNDLES_FOLDER)) + " A folder that 'nmsw export' wrote works too.")
     return _checked_bundle(folder.resolve(), manifest_path.read_bytes())
 
 

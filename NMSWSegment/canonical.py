@@ -5,7 +5,7 @@ is RAS), at the manifest's spacing, intensity mapped to [0, 1], padded at the fa
 mirrored and permuted volumes become the same picture as an upright one, and the nets never see the scanner's frame.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +121,17 @@ def coarse_input(x: Tensor, *, coarse_factor: Sequence[int]) -> Tensor:
     """x_low: the mean over r voxels along each axis, (B, 1, D, H, W) -> (B, 1, d, h, w), d = ceil(D / r)."""
     shape = [-(-length // factor) for length, factor in zip(x.shape[2:], coarse_factor)]
     return torch.nn.functional.interpolate(x, size=shape, mode="area")
+
+
+def run_coarse(net: Callable[[Tensor], tuple[Tensor, Tensor]], x_low: Tensor, *, multiple: int) -> tuple[Tensor, Tensor]:
+    """Coarse logits (B, C, d, h, w) and importance map (B, 1, d, h, w) of x_low (B, 1, d, h, w) of any size.
+
+    Args:
+        multiple: sizes that the net takes; x_low is padded at the far ends with 0, the lower bound, and the answer cropped.
+    """
+    d, h, w = x_low.shape[2:]
+    logits, importance_map = net(torch.nn.functional.pad(x_low, [0, -w % multiple, 0, -h % multiple, 0, -d % multiple]))
+    return logits[:, :, :d, :h, :w], importance_map[:, :, :d, :h, :w]
 
 
 def restore_labelmap(labels: Tensor, frame: CanonicalFrame) -> Volume:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from NMSWSegment.bundle import Bundle, BundleManifest
+from NMSWSegment.canonical import run_coarse
 from NMSWSegment.protocol import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ class Nets:
     memory_steps: list[str] = field(default_factory=list)
 
     def coarse(self, x_low: Tensor) -> tuple[Tensor, Tensor]:
-        """Coarse logits (C, d, h, w) and importance map (d, h, w)."""
-        logits, importance_map = self._run("coarse_net", x_low)
+        """Coarse logits (C, d, h, w) and importance map (d, h, w) of x_low (1, 1, d, h, w)."""
+        logits, importance_map = run_coarse(lambda x: self._run("coarse_net", x), x_low, multiple=self.manifest.coarse_multiple)
         return logits[0].float().cpu(), importance_map[0, 0].float().cpu()
 
     def local(self, patch: Tensor) -> Tensor:
@@ -44,8 +45,9 @@ class Nets:
         with torch.inference_mode():
             try:
                 return getattr(self, name)(x.to(self.device))
-            except torch.OutOfMemoryError as error:
-                if self.device.type == "cpu":
+            except RuntimeError as error:
+                # TorchScript turns torch's OutOfMemoryError into a plain RuntimeError (pytorch issue 148642); MPS has none
+                if self.device.type == "cpu" or "out of memory" not in str(error):
                     raise
                 logger.info("Out of memory on %s: %s", self.device, error)
             self.memory_steps.append(f"{self.device} ran out of memory; the nets went on with the CPU")

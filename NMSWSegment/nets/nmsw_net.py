@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from NMSWSegment.nets.backbones import build_backbone
+from NMSWSegment.nets.backbones import COARSE_CHANNELS, NUM_FEATURES, coarse_backbone, local_backbone
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,11 @@ class Architecture:
     """Backbone of the local net."""
     preset: str = "compact"
     """compact or paper."""
-    num_features: int = 16
-    """Channels before the 1 x 1 heads."""
+
+    @property
+    def coarse_multiple(self) -> int:
+        """The coarse net takes sizes that are multiples of this."""
+        return 2 ** (len(COARSE_CHANNELS[self.preset]) - 1)
 
     def to_dict(self) -> dict:
         """A JSON-ready dict."""
@@ -31,9 +34,10 @@ class CoarseNet(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.backbone = build_backbone("unet", preset=architecture.preset, num_features=architecture.num_features)
-        self.head = nn.Conv3d(architecture.num_features, architecture.num_classes, kernel_size=1)
-        self.importance_head = nn.Conv3d(architecture.num_features, 1, kernel_size=1)
+        num_features = NUM_FEATURES[architecture.preset]
+        self.backbone = coarse_backbone(preset=architecture.preset)
+        self.head = nn.Conv3d(num_features, architecture.num_classes, kernel_size=1)
+        self.importance_head = nn.Conv3d(num_features, 1, kernel_size=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, d, h, w) in [0, 1] -> coarse logits (B, C, d, h, w) and importance map (B, 1, d, h, w)."""
@@ -46,8 +50,8 @@ class LocalNet(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.backbone = build_backbone(architecture.backbone, preset=architecture.preset, num_features=architecture.num_features)
-        self.head = nn.Conv3d(architecture.num_features, architecture.num_classes, kernel_size=1)
+        self.backbone = local_backbone(architecture.backbone, preset=architecture.preset)
+        self.head = nn.Conv3d(NUM_FEATURES[architecture.preset], architecture.num_classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, P, P, P) in [0, 1] -> local logits (B, C, P, P, P)."""

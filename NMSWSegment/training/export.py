@@ -40,7 +40,7 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
     net.load_state_dict({key: value.half().float() for key, value in checkpoint["net"].items()})
     net.eval()
-    examples = parity_inputs(options)
+    examples = parity_inputs(options, coarse_multiple=net.architecture.coarse_multiple)
     notes = json.loads(data_notes.read_text()) if data_notes else {}
     held_out = {}
     for path in scores:
@@ -56,6 +56,7 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
         "patch_size": options.patch_size,
         "overlap": options.overlap,
         "coarse_factor": options.coarse_factor,
+        "coarse_multiple": net.architecture.coarse_multiple,
         "labels": coded_labels(checkpoint["label_names"]),
         "class_weights": tuple(net.class_weights.tolist()),
         "architecture": net.architecture.to_dict(),
@@ -111,11 +112,11 @@ def check_parity(net: nn.Module, path: Path, inputs: list[Tensor]) -> None:
                 )
 
 
-def parity_inputs(options: TrainOptions) -> dict[str, list[Tensor]]:
-    """Random inputs of the sizes that inference uses: one patch; coarse volumes of one and of several patches."""
+def parity_inputs(options: TrainOptions, *, coarse_multiple: int) -> dict[str, list[Tensor]]:
+    """Random inputs of the sizes that inference uses: one patch and two; coarse volumes of two sizes, one not a cube."""
     generator = torch.Generator().manual_seed(PARITY_SEED)
-    strides = [round(size * (1 - options.overlap)) for size in options.patch_size]
-    coarse_shapes = [[(size + step * more) // factor for size, step, factor, more in zip(options.patch_size, strides, options.coarse_factor, extra)] for extra in ((0, 0, 0), (2, 1, 3))]
+    smallest = [-(-size // (factor * coarse_multiple)) * coarse_multiple for size, factor in zip(options.patch_size, options.coarse_factor)]
+    coarse_shapes = [[length + coarse_multiple * more for length, more in zip(smallest, extra)] for extra in ((0, 0, 0), (2, 1, 3))]
     return {
         "coarse": [torch.rand(1, 1, *shape, generator=generator) for shape in coarse_shapes],
         "local": [torch.rand(count, 1, *options.patch_size, generator=generator) for count in (1, 2)],
@@ -124,7 +125,7 @@ def parity_inputs(options: TrainOptions) -> dict[str, list[Tensor]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `nmsw export`."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of 'nmsw train'")
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'nmsw train'")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to create; its name becomes the bundle's name")
     parser.add_argument("--title", default="", help="name for people")
     parser.add_argument("--description", default="", help="one sentence for the model list")
@@ -134,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw export`."""
-    bundle = export_bundle(arguments.run, arguments.output, title=arguments.title, description=arguments.description, scores=tuple(arguments.scores), data_notes=arguments.data_notes)
+    bundle = export_bundle(arguments.run_folder, arguments.output, title=arguments.title, description=arguments.description, scores=tuple(arguments.scores), data_notes=arguments.data_notes)
     megabytes = sum(path.stat().st_size for path in bundle.iterdir()) / 1e6
     print(f"Bundle written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
     return 0

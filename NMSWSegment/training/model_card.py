@@ -5,7 +5,7 @@ from NMSWSegment.bundle import BundleManifest
 
 def model_card(manifest: BundleManifest) -> str:
     """Markdown text made from the manifest alone, so that the card and the bundle cannot disagree."""
-    spacing = " x ".join(f"{value:g}" for value in manifest.spacing_mm)
+    spacing, patch = (" x ".join(f"{value:g}" for value in triple) for triple in (manifest.spacing_mm, manifest.patch_size))
     training = manifest.training
     lines = [
         f"# {manifest.title}",
@@ -15,7 +15,7 @@ def model_card(manifest: BundleManifest) -> str:
         "**A research model. Not for clinical use.**",
         "",
         f"- Backbone: {manifest.backbone} (coarse net: unet), {manifest.architecture.get('preset', '')} preset",
-        f"- Modality: {manifest.modality}; model spacing {spacing} mm (S, A, R); patch {manifest.patch_size[0]} voxels, overlap {manifest.overlap:g}",
+        f"- Modality: {manifest.modality}; model spacing {spacing} mm (S, A, R); patch {patch} voxels, overlap {manifest.overlap:g}",
         f"- Structures ({len(manifest.labels)}): {', '.join(label.title for label in manifest.labels)}",
         f"- Licence of the weights: {manifest.licence}",
         "",

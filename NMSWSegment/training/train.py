@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import pickle
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from NMSWSegment.aggregation import aggregate, mixing_weights
-from NMSWSegment.canonical import coarse_input, normalize_intensity, pad_to_grid
+from NMSWSegment.canonical import coarse_input, normalize_intensity, pad_to_grid, run_coarse
 from NMSWSegment.grid import CandidateGrid
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError, reject_unknown_keys
@@ -85,9 +86,6 @@ class TrainOptions:
             raise UserError(f"Unknown precision '{self.precision}'. Choose from: fp32, bf16.")
         if self.iterations < 1 or self.top_k_patches + self.random_patches < 1:
             raise UserError("iterations and top_k_patches + random_patches must be at least 1.")
-        for size, step in zip(self.patch_size, self.coarse_factor):
-            if size * (1 - self.overlap) % step:
-                raise UserError(f"The stride {size * (1 - self.overlap):g} is not a multiple of the coarse factor {step}. Change patch size, overlap or coarse factor.")
 
     @classmethod
     def from_dict(cls, values: dict) -> "TrainOptions":
@@ -123,7 +121,8 @@ def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateG
     """
     autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=options.precision == "bf16")
     with autocast:
-        coarse_logits, importance_map = net.coarse(coarse_input(x, coarse_factor=options.coarse_factor))
+        x_low = coarse_input(x, coarse_factor=options.coarse_factor)
+        coarse_logits, importance_map = run_coarse(net.coarse, x_low, multiple=net.architecture.coarse_multiple)
     coarse_logits, importance_map = coarse_logits.float(), importance_map.float()[0, 0]
     importance = candidate_importance(importance_map, grid=grid)
     indices, soft_weights = differentiable_top_k(importance, k=options.top_k_patches, tau=tau, generator=generator)
@@ -149,21 +148,26 @@ def train(options: TrainOptions, *, output: Path, device: str = "cpu", num_worke
     """Run the training loop until options.iterations and leave the run folder behind.
 
     Raises:
-        UserError: the run folder is not empty (without resume), holds other options (with it), or the data cannot be used.
+        UserError: the run folder holds a run (without resume) or other options (with it), or the data or the initial run
+            cannot be used.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    _open_run_folder(output, options, resume=resume)
+    _check_run_folder(output, options, resume=resume)
     training_set = open_training_set(options)
     torch.manual_seed(options.seed)
     architecture = Architecture(num_classes=len(training_set.label_names) + 1, backbone=options.backbone, preset=options.preset)
     net = NMSWNet(architecture).to(device, memory_format=torch.channels_last_3d).train()  # a sixth faster in bf16
     optimizer = torch.optim.AdamW(net.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=options.warmup, cycle_momentum=False)
+    warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False)
     generator = torch.Generator().manual_seed(options.seed)
     first = _restore(output, net, optimizer, schedule, generator) if resume else 0
     if not first and options.initial_run:
-        net.load_state_dict(load_checkpoint(Path(options.initial_run))["net"])
+        _load_initial_weights(net, Path(options.initial_run))
+    if not resume:  # only now: a start that failed leaves nothing behind
+        output.mkdir(parents=True, exist_ok=True)
+        (output / OPTIONS_NAME).write_text(json.dumps(asdict(options), indent=2) + "\n")
     samples = _loader(training_set, first=first, options=options, num_workers=num_workers)
     started = time.monotonic()
     with SummaryWriter(str(output)) as writer:
@@ -173,8 +177,11 @@ def train(options: TrainOptions, *, output: Path, device: str = "cpu", num_worke
             losses = training_losses(net, x.to(device), labels.to(device), grid=grid, options=options, tau=tau, generator=generator)
             optimizer.zero_grad()
             losses.total.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), options.gradient_clip)
-            optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), options.gradient_clip)
+            if torch.isfinite(norm):
+                optimizer.step()
+            else:  # seen now and then in bf16 on the CPU; one such step would ruin all weights
+                logger.warning("%6d  the gradient is not finite; this step is left out", iteration + 1)
             schedule.step()
             if (iteration + 1) % 10 == 0:
                 _log(writer, net, losses, iteration=iteration + 1, tau=tau, seconds=(time.monotonic() - started) / (iteration + 1 - first))
@@ -191,7 +198,10 @@ def load_checkpoint(run: Path) -> dict:
     path = Path(run) / CHECKPOINT_NAME
     if not path.is_file():
         raise UserError(f"'{run}' has no {CHECKPOINT_NAME}. Give the folder that 'nmsw train --output' wrote; the first checkpoint comes after --checkpoint-every iterations.")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"'{path}' cannot be read: it is damaged or no checkpoint. Start the run again, or give another one.") from error
 
 
 def load_run_options(run: Path) -> TrainOptions:
@@ -270,9 +280,8 @@ def _one_thread(worker_index: int) -> None:
     torch.set_num_threads(1)
 
 
-def _open_run_folder(output: Path, options: TrainOptions, *, resume: bool) -> None:
-    """Create the folder and store the options, or check them on resume."""
-    path = output / OPTIONS_NAME
+def _check_run_folder(output: Path, options: TrainOptions, *, resume: bool) -> None:
+    """Raise UserError unless there is no run yet, or the same one on resume."""
     if resume:
         stored = load_run_options(output)
         changed = [field.name for field in fields(TrainOptions) if getattr(stored, field.name) != getattr(options, field.name)]
@@ -280,10 +289,16 @@ def _open_run_folder(output: Path, options: TrainOptions, *, resume: bool) -> No
             details = ", ".join(f"{name} was {getattr(stored, name)!r}, is {getattr(options, name)!r}" for name in changed)
             raise UserError(f"The run in '{output}' was started with other options: {details}. Resume with the old ones, or give another --output.")
         return
-    if path.exists():
+    if (output / OPTIONS_NAME).exists():
         raise UserError(f"'{output}' already holds a run. Add --resume to go on with it, or give another --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(options), indent=2) + "\n")
+
+
+def _load_initial_weights(net: NMSWNet, run: Path) -> None:
+    """Start from the weights of another run."""
+    checkpoint = load_checkpoint(run)
+    if checkpoint["architecture"] != net.architecture.to_dict():
+        raise UserError(f"The initial_run '{run}' has other nets ({checkpoint['architecture']}) than this run ({net.architecture.to_dict()}). It needs the same classes, backbone and preset.")
+    net.load_state_dict(checkpoint["net"])
 
 
 def _restore(output: Path, net: NMSWNet, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, generator: torch.Generator) -> int:

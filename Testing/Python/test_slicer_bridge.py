@@ -17,6 +17,7 @@ from slicer_headless import (
     vtk,
 )
 
+from NMSWSegment.colors import rank_color
 from NMSWSegment.labels import coded_labels
 from NMSWSegment.protocol import UserError
 from NMSWSegment.slicer_bridge import PATCH_FOLDER_NAME, import_labelmap, remove_patches, show_patches, volume_from_node
@@ -260,7 +261,7 @@ def test_show_patches_boxes_are_where_the_patches_were_cut(scene, volume_node, n
     np.testing.assert_allclose(axes / np.linalg.norm(axes, axis=0), np.eye(3), atol=1e-9)
 
 
-def test_show_patches_outlines_are_named_locked_unfilled_and_bright_first(scene, volume_node):
+def test_show_patches_outlines_are_named_locked_unfilled_and_colored_by_rank(scene, volume_node):
     nodes = show_patches(scene, [patch(rank=1), patch(rank=2, importance=-1.25), patch(rank=3)], parent_node=volume_node)
 
     assert [node.GetName() for node in nodes] == ["Patch 1 (importance 0.83)", "Patch 2 (importance -1.2)", "Patch 3 (importance 0.83)"]
@@ -270,9 +271,8 @@ def test_show_patches_outlines_are_named_locked_unfilled_and_bright_first(scene,
         assert not display.GetFillVisibility()
         assert not display.GetHandlesInteractive()
         assert display.GetOutlineVisibility()
-    brightness = [sum(node.GetDisplayNode().GetSelectedColor()) for node in nodes]
-    assert brightness == sorted(brightness, reverse=True)
-    assert brightness[0] > 2 * brightness[2]
+    for rank, node in enumerate(nodes, start=1):
+        np.testing.assert_allclose(node.GetDisplayNode().GetSelectedColor(), rank_color(rank, count=3), atol=1e-6)
 
 
 def test_show_patches_next_run_replaces_the_folder_and_keeps_own_nodes(scene, volume_node):

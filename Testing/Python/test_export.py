@@ -1,0 +1,197 @@
+"""From a run to a bundle: what is stored, what is refused, and that the bundle segments like the trained nets."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("monai")
+
+from test_train import a_data_folder, tiny_options  # noqa: E402
+
+from NMSWSegment import phantoms  # noqa: E402
+from NMSWSegment.bundle import load_bundle  # noqa: E402
+from NMSWSegment.engine import choose, coarse_pass, refine, segment_volume  # noqa: E402
+from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
+from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
+from NMSWSegment.runtime import Nets, open_nets  # noqa: E402
+from NMSWSegment.training import export as export_module  # noqa: E402
+from NMSWSegment.training.export import check_parity, export_bundle, write_bundle  # noqa: E402
+from NMSWSegment.training.train import load_checkpoint, train  # noqa: E402
+
+OPTIONS = SegmentOptions(num_patches=3, device="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "run"
+    data = a_data_folder(tmp_path_factory.mktemp("data"))
+    train(tiny_options(data, hold_out=("two",), iterations=2), output=output, num_workers=0)
+    return output
+
+
+@pytest.fixture(scope="module")
+def a_bundle(a_run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles")
+    scores = folder / "scores.json"
+    scores.write_text(json.dumps({"cases": {"two": {"all": {"mean": 0.5, "seconds": 1.0, "candidates": 8, "dsc": {"liver": 0.5}}}}}))
+    notes = folder / "notes.json"
+    notes.write_text(json.dumps({"trained_on": "One tiny case.", "attributions": ["Nobody, public domain"]}))
+    return export_bundle(a_run, folder / "tiny-net", title="Tiny net", description="For tests.", scores=(scores,), data_notes=notes)
+
+
+@pytest.fixture
+def a_volume():
+    shape = (30, 21, 41)
+    return phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))[0]
+
+
+class Branching(torch.nn.Module):
+    """A net whose path depends on the data, which tracing cannot follow: bright inputs are doubled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Conv3d(1, 2, kernel_size=1)
+        self.head.weight.data.fill_(1.0)
+        self.head.bias.data.zero_()
+
+    def forward(self, x):
+        return 2 * self.head(x) if float(x.mean()) > 0.5 else self.head(x)
+
+
+def test_bundle_holds_archives_manifest_and_card_only(a_bundle):
+    assert sorted(path.name for path in a_bundle.iterdir()) == ["MODEL_CARD.md", "coarse.pt", "local.pt", "manifest.json"]
+    assert sorted(load_bundle(a_bundle).manifest.sha256) == ["coarse.pt", "local.pt"]
+
+
+def test_manifest_says_what_the_run_was(a_bundle, a_run):
+    manifest = load_bundle(a_bundle).manifest
+    checkpoint = load_checkpoint(a_run)
+    assert manifest.name == "tiny-net" and manifest.title == "Tiny net" and manifest.label_names == ["liver", "spleen", "vertebrae"]
+    assert (manifest.spacing_mm, manifest.patch_size, manifest.overlap, manifest.coarse_factor) == ((6.0, 6.0, 6.0), (16, 16, 16), 0.5, (1, 1, 1))
+    assert manifest.coarse_multiple == Architecture(**checkpoint["architecture"]).coarse_multiple
+    np.testing.assert_allclose(manifest.class_weights, checkpoint["net"]["class_weights"], atol=1e-3)  # rounded to fp16
+    assert manifest.training["iterations"] == 2 and manifest.training["trained_on"] == "One tiny case."
+    assert manifest.scores["two"]["all"]["mean"] == 0.5 and manifest.attributions == ("Nobody, public domain",)
+    card = (a_bundle / "MODEL_CARD.md").read_text()
+    assert "| **mean** | **0.500** |" in card and "- Nobody, public domain" in card
+
+
+def test_manifest_and_card_tell_nothing_about_the_computer(a_bundle, a_run):
+    options = load_bundle(a_bundle).manifest.training["options"]
+    assert options["data"] == ["decathlon"] and options["hold_out"] == ["two"]
+    folders = {str(a_run.parent), str(a_bundle.parent), str(Path.home()), str(Path(__file__).parent)}
+    for name in ("manifest.json", "MODEL_CARD.md"):
+        assert not [folder for folder in folders if folder in (a_bundle / name).read_text()]
+    for name in ("coarse.pt", "local.pt"):
+        assert not [folder for folder in folders if folder.encode() in (a_bundle / name).read_bytes()]
+
+
+def test_initial_run_is_named_without_its_folder(a_run):
+    options = tiny_options(a_run, initial_run=str(a_run))
+    assert export_module._public_options(options)["initial_run"] == "run"
+
+
+def test_weights_are_those_of_the_run_rounded_to_half_precision(a_bundle, a_run):
+    stored = load_checkpoint(a_run)["net"]
+    for name in ("coarse", "local"):
+        found = torch.jit.load(str(a_bundle / f"{name}.pt")).state_dict()
+        assert {value.dtype for value in found.values()} == {torch.float16}
+        assert sorted(f"{name}.{key}" for key in found) == sorted(key for key in stored if key.startswith(name))
+        assert all(torch.equal(value, stored[f"{name}.{key}"].half()) for key, value in found.items())
+
+
+def test_bundle_segments_like_the_trained_nets(a_bundle, a_run, a_volume):
+    bundle = load_bundle(a_bundle)
+    checkpoint = load_checkpoint(a_run)
+    net = NMSWNet(Architecture(**checkpoint["architecture"])).eval()
+    net.load_state_dict({key: value.half().float() for key, value in checkpoint["net"].items()})
+    eager = Nets(manifest=bundle.manifest, coarse_net=net.coarse, local_net=net.local, device=torch.device("cpu"))
+    answers = []
+    for nets in (eager, open_nets(bundle, device="cpu")):
+        coarse = coarse_pass(a_volume, nets)
+        answers.append((coarse.coarse_logits, refine(coarse, choose(coarse, options=OPTIONS), nets)))
+    torch.testing.assert_close(answers[0][0], answers[1][0], rtol=1e-4, atol=1e-4)  # the interpreter may fuse operators
+    assert float((answers[0][1] != answers[1][1]).float().mean()) < 1e-3
+
+
+def test_engine_runs_the_bundle_on_the_volumes_own_grid(a_bundle, a_volume):
+    result = segment_volume(a_volume, load_bundle(a_bundle), options=OPTIONS)
+    assert result.labelmap.array.shape == a_volume.shape and result.labelmap.array.max() <= 3
+    assert len(result.patches) == 3 and result.report["bundle"]["name"] == "tiny-net"
+
+
+def test_existing_output_is_refused_and_kept(a_bundle, a_run):
+    before = (a_bundle / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="already exists. Remove it or give another folder"):
+        export_bundle(a_run, a_bundle)
+    assert (a_bundle / "manifest.json").read_bytes() == before
+
+
+def test_run_without_checkpoint_says_what_to_give(a_run, tmp_path):
+    (tmp_path / "options.json").write_bytes((a_run / "options.json").read_bytes())
+    with pytest.raises(UserError, match="Give the folder that 'nmsw train --output' wrote"):
+        export_bundle(tmp_path, tmp_path / "bundle")
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_net_that_tracing_changes_is_refused_and_leaves_nothing(tmp_path):
+    dark, bright = torch.zeros(1, 1, 4, 5, 6), torch.ones(1, 1, 4, 5, 6)
+    with pytest.raises(UserError, match=r"local\.pt disagrees.*differ by 1.*Nothing was written"):
+        write_bundle(torch.nn.Conv3d(1, 2, 1).half().float(), Branching(), output=tmp_path / "bundle", examples={"coarse": [dark], "local": [dark, bright]}, manifest={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_archive_of_other_weights_is_refused(tmp_path):
+    x = torch.ones(1, 1, 4, 5, 6)
+    net = Branching().eval()
+    other = torch.nn.Conv3d(1, 2, kernel_size=1)
+    other.weight.data.fill_(1.0 + 2 * export_module.PARITY_TOLERANCE)
+    other.bias.data.zero_()
+    torch.jit.trace(other, x).save(str(tmp_path / "local.pt"))
+    with pytest.raises(UserError, match="disagrees with the trained net on an input of shape"):
+        check_parity(net, tmp_path / "local.pt", [0.2 * x + 0.2])
+    with pytest.raises(UserError, match="differ by inf"):
+        check_parity(torch.nn.Conv3d(1, 3, kernel_size=1), tmp_path / "local.pt", [x])
+
+
+def test_not_a_number_counts_as_disagreement(tmp_path):
+    x = torch.ones(1, 1, 4, 5, 6)
+    net = torch.nn.Conv3d(1, 2, kernel_size=1)
+    net.weight.data.fill_(float("nan"))
+    torch.jit.trace(net, x, check_trace=False).save(str(tmp_path / "local.pt"))
+    with pytest.raises(UserError, match="disagrees"):
+        check_parity(net, tmp_path / "local.pt", [x])
+
+
+def test_export_that_failed_leaves_nothing(a_run, tmp_path, monkeypatch):
+    def fail(manifest):
+        raise UserError("The disk is full. Make room.")
+
+    monkeypatch.setattr(export_module, "model_card", fail)
+    with pytest.raises(UserError, match="Make room"):
+        export_bundle(a_run, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_that_are_no_scores_say_which_file_to_give(a_run, tmp_path):
+    (tmp_path / "scores.json").write_text("{}")
+    with pytest.raises(UserError, match=r"scores\.json.*Give a file that 'nmsw evaluate --output' wrote"):
+        export_bundle(a_run, tmp_path / "bundle", scores=(tmp_path / "scores.json",))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_missing_data_notes_say_what_to_write(a_run, tmp_path):
+    with pytest.raises(UserError, match=r"notes\.json.*Write a JSON object"):
+        export_bundle(a_run, tmp_path / "bundle", data_notes=tmp_path / "notes.json")
+
+
+def test_verb_exports_and_tells_the_size(a_run, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    export_module.add_arguments(parser)
+    assert export_module.run(parser.parse_args([str(a_run), "-o", str(tmp_path / "by-verb"), "--title", "By verb"])) == 0
+    assert load_bundle(tmp_path / "by-verb").manifest.title == "By verb"
+    assert "MB); exported and trained nets agree." in capsys.readouterr().out

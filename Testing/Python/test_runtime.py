@@ -1,0 +1,129 @@
+"""Devices, archives, and what happens when a GPU runs out of memory; a meta tensor stands for one on a GPU."""
+
+import shutil
+
+import pytest
+import torch
+
+from NMSWSegment.bundle import Bundle, load_bundle
+from NMSWSegment.protocol import UserError
+from NMSWSegment.runtime import Nets, available_devices, open_nets, reproducible, resolve_device
+
+TORCHSCRIPT_MESSAGE = (
+    "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript (most recent call last):\n"
+    "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+)
+
+
+class FullOffCpu(torch.nn.Module):
+    """A net that fits on the CPU only: two classes, background minus x and x."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(x.device.type)
+        if x.device.type != "cpu":
+            raise self.error
+        return torch.cat([-x, x], dim=1)
+
+
+def nets_on_full_gpu(error: Exception) -> tuple[Nets, FullOffCpu]:
+    local = FullOffCpu(error)
+    return Nets(manifest=None, coarse_net=torch.nn.Identity(), local_net=local, device=torch.device("meta")), local
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("Small GPU", "Large GPU")[index])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_devices_without_gpu_are_the_cpu(no_gpu):
+    assert list(available_devices()) == ["cpu"]
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+
+
+def test_devices_with_gpus_are_named(two_gpus):
+    assert list(available_devices().items())[1:] == [("cuda:0", "Small GPU"), ("cuda:1", "Large GPU")]
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:0")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_missing_device_lists_what_is_there(two_gpus):
+    with pytest.raises(UserError, match=r"'cuda:2' is not there.*cpu \(CPU.*cuda:1 \(Large GPU\).*Choose one of these, or auto"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError(TORCHSCRIPT_MESSAGE), RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)")])
+def test_out_of_memory_moves_the_nets_to_the_cpu_for_good(error):
+    # An archive raises a plain RuntimeError where eager torch raises OutOfMemoryError (pytorch issue 148642).
+    nets, local = nets_on_full_gpu(error)
+    patch = torch.arange(24.0).reshape(2, 3, 4)
+    for _ in range(2):
+        assert torch.equal(nets.local(patch), torch.stack([-patch, patch]))
+    assert local.calls == ["meta", "cpu", "cpu"]
+    assert nets.device == torch.device("cpu")
+    assert nets.memory_steps == ["meta ran out of memory; the nets went on with the CPU"]
+
+
+def test_another_error_on_a_gpu_is_not_taken_for_lack_of_memory():
+    nets, local = nets_on_full_gpu(RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        nets.local(torch.zeros(2, 3, 4))
+    assert local.calls == ["meta"] and nets.memory_steps == []
+
+
+def test_out_of_memory_on_the_cpu_is_passed_on():
+    def full(x):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: out of memory")
+
+    nets = Nets(manifest=None, coarse_net=full, local_net=full, device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        nets.local(torch.zeros(2, 3, 4))
+    assert nets.memory_steps == []
+
+
+def test_archives_are_stored_in_half_and_computed_in_single_precision(a_tiny_bundle):
+    nets = open_nets(load_bundle(a_tiny_bundle), device="cpu")
+    assert {parameter.dtype for parameter in torch.jit.load(str(a_tiny_bundle / "local.pt")).parameters()} == {torch.float16}
+    assert {parameter.dtype for net in (nets.coarse_net, nets.local_net) for parameter in net.parameters()} == {torch.float32}
+    logits, importance_map = nets.coarse(torch.rand(1, 1, 4, 5, 6))
+    assert logits.shape == (4, 4, 5, 6) and importance_map.shape == (4, 5, 6)
+    assert logits.dtype == importance_map.dtype == nets.local(torch.rand(4, 5, 6)).dtype == torch.float32
+    assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("content", [b"", b"not a net", None])
+def test_unreadable_archive_says_what_to_install(a_tiny_bundle, tmp_path, content):
+    folder = shutil.copytree(a_tiny_bundle, tmp_path / "tiny")
+    archive = folder / "local.pt"
+    archive.write_bytes(archive.read_bytes()[:500] if content is None else content)
+    bundle = Bundle(folder=folder, manifest=load_bundle(a_tiny_bundle).manifest, sha256="")
+    with pytest.raises(UserError, match=r"cannot read the nets of bundle 'tiny'.*Use torch 2\.2 or later"):
+        open_nets(bundle, device="cpu")
+
+
+def test_reproducible_gives_everything_back_even_after_an_error():
+    threads, flags = torch.get_num_threads(), (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+    with pytest.raises(KeyError), reproducible(2):
+        assert torch.get_num_threads() == 2 and torch.backends.cudnn.deterministic
+        raise KeyError
+    assert torch.get_num_threads() == threads
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == flags
+
+
+def test_reproducible_leaves_one_core_free(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    with reproducible(None):
+        assert torch.get_num_threads() == 2

@@ -1,0 +1,444 @@
+"""Training: what a step computes is what inference computes, and a run can be stopped, resumed and built upon."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+pytest.importorskip("monai")
+
+from NMSWSegment import aggregation, phantoms  # noqa: E402
+from NMSWSegment.bundle import BundleManifest  # noqa: E402
+from NMSWSegment.canonical import to_canonical  # noqa: E402
+from NMSWSegment.engine import coarse_pass, refine  # noqa: E402
+from NMSWSegment.labels import coded_labels  # noqa: E402
+from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
+from NMSWSegment.protocol import UserError  # noqa: E402
+from NMSWSegment.runtime import Nets  # noqa: E402
+from NMSWSegment.selection import Selection  # noqa: E402
+from NMSWSegment.training import train as train_module  # noqa: E402
+from NMSWSegment.training.datasets import TrainingSample  # noqa: E402
+from NMSWSegment.training.train import TrainOptions, load_checkpoint, load_run_options, prepare, train, training_losses  # noqa: E402
+from NMSWSegment.volume import Volume, read_volume  # noqa: E402
+
+LABELS = {"0": "background", "1": "liver", "2": "spleen", "3": "vertebrae"}
+
+
+def write(path: Path, array: np.ndarray) -> None:
+    """An upright file at 6 mm, array in S-A-R."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing([6.0] * 3)
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(path))
+
+
+def a_data_folder(folder: Path) -> Path:
+    """Two tiny labelled CT in Decathlon layout: liver right, spleen left, spine behind."""
+    shape = (26, 18, 24)
+    labels = np.zeros(shape, np.uint8)
+    labels[5:20, 6:14, 14:21] = 1
+    labels[8:18, 7:12, 3:9] = 2
+    labels[:, 2:6, 10:14] = 3
+    intensity = np.full(shape, -1000, np.int16)
+    intensity[:, 1:17, 2:22] = -80
+    for label, hu in ((1, 110), (2, 160), (3, 500)):
+        intensity[labels == label] = hu
+    for name in ("one", "two"):
+        write(folder / name / "ct.nii.gz", intensity)
+        write(folder / name / "label.nii.gz", labels)
+    training = [{"image": f"{name}/ct.nii.gz", "label": f"{name}/label.nii.gz"} for name in ("one", "two")]
+    (folder / "dataset.json").write_text(json.dumps({"labels": LABELS, "training": training}))
+    return folder
+
+
+def tiny_options(folder: Path, **changes) -> TrainOptions:
+    """The compact nets at 6 mm on patches of 16, the coarse net at the same resolution: two voxels must be left at its bottom."""
+    values = {"data": (f"decathlon:{folder}",), "spacing_mm": (6.0, 6.0, 6.0), "patch_size": (16, 16, 16), "coarse_factor": (1, 1, 1), "iterations": 4, "top_k_patches": 1, "random_patches": 1, "seed": 3}
+    return TrainOptions(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return a_data_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def a_run(data, tmp_path_factory) -> Path:
+    """Four iterations without interruption."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    train(tiny_options(data), output=output, num_workers=0, checkpoint_every=2)
+    return output
+
+
+# One step against inference and against the formulas: overlapping patches, longer along one axis.
+
+
+def step_options(**changes) -> TrainOptions:
+    values = {"data": ("decathlon:nowhere",), "spacing_mm": (6.0, 6.0, 6.0), "patch_size": (16, 16, 32), "coarse_factor": (1, 1, 2), "top_k_patches": 2, "random_patches": 1, "entropy_weight": 0.0}
+    return TrainOptions(**(values | changes))
+
+
+def a_sample() -> TrainingSample:
+    """A phantom whose size is no multiple of anything."""
+    shape = (21, 17, 45)
+    volume, labels = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))
+    return TrainingSample(name="phantom", intensity=torch.from_numpy(volume.array), labels=torch.from_numpy(labels))
+
+
+def a_net() -> NMSWNet:
+    """New weights, but class weights that differ and coarse answers that do not drown the local ones."""
+    torch.manual_seed(0)
+    net = NMSWNet(Architecture(num_classes=4))
+    net.class_weights.data = torch.tensor([0.5, -0.7, 2.0, 12.0])
+    return net
+
+
+def manifest_of(options: TrainOptions, net: NMSWNet) -> BundleManifest:
+    return BundleManifest(
+        name="eager",
+        title="",
+        description="",
+        backbone="unet",
+        modality="CT",
+        spacing_mm=options.spacing_mm,
+        intensity_points=options.intensity_points,
+        patch_size=options.patch_size,
+        overlap=options.overlap,
+        coarse_factor=options.coarse_factor,
+        coarse_multiple=net.architecture.coarse_multiple,
+        labels=coded_labels(list(LABELS.values())[1:]),
+        class_weights=tuple(net.class_weights.tolist()),
+        sha256={},
+        architecture={},
+    )
+
+
+@pytest.fixture
+def spied_step(monkeypatch):
+    """Run one step; returns the losses and what its aggregation was given and gave."""
+
+    def run(net: NMSWNet, options: TrainOptions) -> tuple[train_module.Losses, dict]:
+        seen = {}
+        aggregate_on_patches = train_module._high_on_patches
+
+        def spy(coarse_logits, patch_logits, *, gates, **facts):
+            high, is_first = aggregate_on_patches(coarse_logits, patch_logits, gates=gates, **facts)
+            high.retain_grad()
+            seen.update(facts, coarse_logits=coarse_logits, patch_logits=patch_logits, gates=gates, high=high, is_first=is_first)
+            return high, is_first
+
+        monkeypatch.setattr(train_module, "_high_on_patches", spy)
+        x, labels, grid = prepare(a_sample(), options)
+        losses = training_losses(net, x, labels, grid=grid, options=options, tau=1.0, generator=torch.Generator().manual_seed(5))
+        return losses, seen
+
+    return run
+
+
+def test_prepare_gives_what_inference_gives():
+    options, sample = step_options(), a_sample()
+    x, labels, grid = prepare(sample, options)
+    ijk_to_ras = phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), tuple(sample.intensity.shape))
+    expected, _, expected_grid = to_canonical(Volume(sample.intensity.numpy(), ijk_to_ras), manifest_of(options, a_net()))
+    assert torch.equal(x, expected) and grid == expected_grid
+    assert x.shape == (1, 1, 24, 24, 48) and labels.shape == (24, 24, 48)
+    assert torch.equal(labels[:21, :17, :45], sample.labels)
+    assert (labels[21:] == 255).all() and (labels[:, 17:] == 255).all() and (labels[:, :, 45:] == 255).all()
+
+
+def test_training_answer_equals_inference_answer_on_the_same_patches(spied_step):
+    options, net = step_options(), a_net()
+    _, seen = spied_step(net, options)
+    nets = Nets(manifest=manifest_of(options, net), coarse_net=net.coarse, local_net=net.local, device=torch.device("cpu"))
+    sample = a_sample()
+    coarse = coarse_pass(Volume(sample.intensity.numpy(), phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), tuple(sample.intensity.shape))), nets)
+    assert torch.equal(coarse.coarse_logits, seen["coarse_logits"])
+    labels = refine(coarse, Selection(indices=tuple(seen["indices"]), importance=(0.0,) * 3), nets)
+    only_coarse = aggregation.CoarseUpsampler(coarse.coarse_logits, shape=coarse.grid.padded_shape).labels()
+    num_clear = num_changed = 0
+    for index, high in zip(seen["indices"], seen["high"].detach()):
+        best = high.topk(2, dim=0).values
+        is_clear = best[0] - best[1] > 1e-4  # training runs the patches as one batch and sums them in the order of drawing
+        box = coarse.grid.slices(index)
+        assert torch.equal(labels[box][is_clear].long(), high.argmax(0)[is_clear])
+        num_clear += int(is_clear.sum())
+        num_changed += int((labels[box] != only_coarse[box]).sum())
+    assert num_clear > 0.99 * 3 * 16 * 16 * 32 and num_changed > 1000
+
+
+def test_every_voxel_of_the_patches_counts_once(spied_step):
+    _, seen = spied_step(a_net(), step_options())
+    times = torch.zeros(seen["grid"].padded_shape)
+    for index, is_first in zip(seen["indices"], seen["is_first"]):
+        times[seen["grid"].slices(index)] += is_first
+    covered = torch.zeros(seen["grid"].padded_shape)
+    for index in seen["indices"]:
+        covered[seen["grid"].slices(index)] = 1
+    assert torch.equal(times, covered)
+    assert len(set(seen["indices"])) == 3
+
+
+def test_total_is_the_sum_of_eq_7(spied_step):
+    losses, _ = spied_step(a_net(), step_options(entropy_weight=0.25))
+    expected = losses.coarse + losses.high + losses.patch - 0.25 * losses.entropy
+    torch.testing.assert_close(losses.total, expected)
+    assert float(losses.entropy.detach()) > 0
+
+
+def test_gate_gradient_reaches_the_importance_head_as_the_formula_says(spied_step):
+    net = a_net()
+    losses, seen = spied_step(net, step_options(estimator="gate"))
+    weight = net.coarse.importance_head.weight
+    losses.total.backward(retain_graph=True)
+    found = weight.grad.clone()
+    grid, window, a = seen["grid"], aggregation.patch_window(seen["grid"].patch_size), aggregation.mixing_weights(net.class_weights.detach())[:, None, None, None]
+    pull, weight_sum = torch.zeros(4, *grid.padded_shape), torch.zeros(grid.padded_shape)
+    for index, gradient in zip(seen["indices"], seen["high"].grad):
+        pull[(slice(None), *grid.slices(index))] += gradient
+        weight_sum[grid.slices(index)] += window
+    upsampled = aggregation.CoarseUpsampler(seen["coarse_logits"], shape=grid.padded_shape).region([slice(0, n) for n in grid.padded_shape])
+    benefits = []
+    for index, logits in zip(seen["indices"], seen["patch_logits"].detach()):
+        box = grid.slices(index)
+        benefits.append((pull[(slice(None), *box)] * a * window / weight_sum[box] * (logits - upsampled[(slice(None), *box)])).sum())
+    (expected,) = torch.autograd.grad((seen["gates"] * torch.stack(benefits)).sum(), weight)
+    assert float(found.abs().max()) > 0
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))  # sums of 25,000 float32 terms
+
+
+def importance_gradient(net: NMSWNet, losses) -> float:
+    (gradient,) = torch.autograd.grad(losses.total, net.coarse.importance_head.weight, allow_unused=True)
+    return 0.0 if gradient is None else float(gradient.abs().max())
+
+
+def test_scale_gradient_reaches_the_importance_head_only_through_the_patch(spied_step):
+    net = a_net()
+    losses, seen = spied_step(net, step_options(estimator="scale"))
+    assert seen["gates"] is None and importance_gradient(net, losses) > 0
+    detached = a_net()
+    detached.local.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(),))
+    losses, _ = spied_step(detached, step_options(estimator="scale"))
+    assert importance_gradient(detached, losses) == 0
+    losses, _ = spied_step(detached, step_options(estimator="gate"))
+    assert importance_gradient(detached, losses) > 0
+
+
+def test_scale_darkens_the_drawn_patches_and_not_the_random_one():
+    crops = {}
+    for estimator in ("gate", "scale"):
+        net, options = a_net(), step_options(estimator=estimator)
+        net.local.register_forward_pre_hook(lambda module, inputs, key=estimator: crops.update({key: inputs[0].detach()}))
+        x, labels, grid = prepare(a_sample(), options)
+        training_losses(net, x, labels, grid=grid, options=options, tau=1.0, generator=torch.Generator().manual_seed(5))
+    shares = [float(dark.sum() / plain.sum()) for dark, plain in zip(crops["scale"], crops["gate"])]
+    assert all(0 < share < 1 for share in shares[:2]) and shares[2] == 1
+    torch.testing.assert_close(crops["scale"][0], crops["gate"][0] * shares[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["gate", "scale"])
+def test_coarse_answer_is_not_trained_by_the_loss_on_y_high(spied_step, estimator):
+    net = a_net()
+    losses, seen = spied_step(net, step_options(estimator=estimator))
+    assert not seen["coarse_logits"].requires_grad
+    head = net.coarse.head.weight
+    (from_high,) = torch.autograd.grad(losses.high, head, retain_graph=True, allow_unused=True)
+    (from_coarse,) = torch.autograd.grad(losses.coarse, head)
+    assert from_high is None and float(from_coarse.abs().max()) > 0
+
+
+def test_loss_on_one_sample_falls():
+    net, options = a_net(), step_options(patch_size=(16, 16, 16), coarse_factor=(2, 2, 2), overlap=0.0, top_k_patches=1)
+    x, labels, grid = prepare(a_sample(), options)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    totals = []
+    for _ in range(30):
+        losses = training_losses(net, x, labels, grid=grid, options=options, tau=1.0, generator=generator)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        totals.append(float(losses.total.detach()))
+    assert np.mean(totals[-5:]) < 0.8 * np.mean(totals[:3])
+
+
+# Runs.
+
+
+def test_train_writes_options_checkpoint_and_tensorboard(a_run, data):
+    assert load_run_options(a_run) == tiny_options(data)
+    checkpoint = load_checkpoint(a_run)
+    assert checkpoint["iteration"] == 4 and checkpoint["label_names"] == ["liver", "spleen", "vertebrae"]
+    assert checkpoint["architecture"] == Architecture(num_classes=4).to_dict()
+    net = NMSWNet(Architecture(**checkpoint["architecture"]))
+    net.load_state_dict(checkpoint["net"])
+    assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
+    assert sorted(path.name.split(".")[0] for path in a_run.iterdir()) == ["checkpoint", "events", "options"]
+
+
+def test_stopped_and_resumed_run_equals_one_that_was_not_stopped(a_run, data, tmp_path, monkeypatch):
+    save = train_module._save
+
+    def save_and_die(*arguments, **facts):
+        save(*arguments, **facts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(train_module, "_save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_options(data), output=tmp_path / "run", num_workers=0, checkpoint_every=2)
+    assert load_checkpoint(tmp_path / "run")["iteration"] == 2
+    train(tiny_options(data), output=tmp_path / "run", num_workers=1, checkpoint_every=100, resume=True)
+    found, expected = load_checkpoint(tmp_path / "run"), load_checkpoint(a_run)
+    assert found["iteration"] == 4
+    assert [key for key, value in expected["net"].items() if not torch.equal(found["net"][key], value)] == []
+    assert torch.equal(found["generator"], expected["generator"]) and found["schedule"]["last_epoch"] == expected["schedule"]["last_epoch"]
+
+
+def test_run_killed_before_its_first_checkpoint_starts_over_on_resume(a_run, data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "options.json").write_bytes((a_run / "options.json").read_bytes())
+    train(tiny_options(data), output=tmp_path / "run", num_workers=0, resume=True)
+    found, expected = load_checkpoint(tmp_path / "run")["net"], load_checkpoint(a_run)["net"]
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_kill_while_saving_leaves_the_old_checkpoint(a_run, tmp_path, monkeypatch):
+    def torn(values, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "checkpoint.pt").write_bytes((a_run / "checkpoint.pt").read_bytes())
+    monkeypatch.setattr(torch, "save", torn)
+    net = NMSWNet(Architecture(num_classes=4))
+    optimizer = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        train_module._save(tmp_path, net, optimizer, schedule, torch.Generator(), iteration=9, label_names=[])
+    assert load_checkpoint(tmp_path)["iteration"] == 4
+
+
+def test_resume_with_a_changed_option_names_it_and_leaves_the_run(a_run, data):
+    before = (a_run / "checkpoint.pt").read_bytes()
+    with pytest.raises(UserError, match=r"seed was 3, is 4\. Resume with the old ones"):
+        train(replace(tiny_options(data), seed=4), output=a_run, num_workers=0, resume=True)
+    assert (a_run / "checkpoint.pt").read_bytes() == before
+
+
+def test_existing_run_is_not_overwritten(a_run, data):
+    with pytest.raises(UserError, match="already holds a run. Add --resume"):
+        train(tiny_options(data), output=a_run, num_workers=0)
+
+
+def test_resume_of_nothing_says_which_folder_to_give(data, tmp_path):
+    with pytest.raises(UserError, match="Give the folder that 'nmsw train --output' wrote"):
+        train(tiny_options(data), output=tmp_path, num_workers=0, resume=True)
+
+
+@pytest.mark.parametrize(("change", "fix"), [({"data": ("decathlon:nowhere",)}, "Give the folder that holds it"), ({"backbone": "unett"}, "Did you mean 'unet'"), ({"initial_run": "nowhere"}, "'nowhere' has no checkpoint.pt")])
+def test_start_that_failed_leaves_no_run_that_blocks_the_next_start(data, tmp_path, change, fix):
+    with pytest.raises(UserError, match=fix):
+        train(replace(tiny_options(data), **change), output=tmp_path / "run", num_workers=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_case_takes_no_part(data, tmp_path, monkeypatch):
+    names = []
+
+    def record(sample, options):
+        names.append(sample.name)
+        return prepare(sample, options)
+
+    monkeypatch.setattr(train_module, "prepare", record)
+    train(tiny_options(data, hold_out=("one",), iterations=3), output=tmp_path / "run", num_workers=0)
+    assert names == ["two"] * 3
+
+
+def test_initial_run_gives_the_first_weights(a_run, data, tmp_path, monkeypatch):
+    seen = []
+
+    def stop_at_first(net, *_, **__):
+        seen.append({key: value.clone() for key, value in net.state_dict().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "training_losses", stop_at_first)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_options(data, initial_run=str(a_run)), output=tmp_path / "run", num_workers=0)
+    expected = load_checkpoint(a_run)["net"]
+    assert all(torch.equal(seen[0][key], value) for key, value in expected.items())
+
+
+def test_initial_run_of_other_classes_says_what_must_agree(a_run, data, tmp_path):
+    other = a_data_folder(tmp_path / "data")
+    values = json.loads((other / "dataset.json").read_text())
+    values["labels"]["4"] = "aorta"
+    (other / "dataset.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="initial_run.*same classes, backbone and preset"):
+        train(tiny_options(other, initial_run=str(a_run)), output=tmp_path / "run", num_workers=0)
+
+
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_run_as_short_as_its_warm_up_does_not_divide_by_zero(data, tmp_path, monkeypatch, iterations):
+    monkeypatch.setattr(train_module, "_loader", lambda *_, **__: [])
+    train(tiny_options(data, iterations=iterations, warmup=0.2), output=tmp_path / "run", num_workers=0)
+
+
+def test_damaged_checkpoint_says_so(tmp_path):
+    for content in (b"", b"not a checkpoint"):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read.*Start the run again"):
+            load_checkpoint(tmp_path)
+
+
+# Options.
+
+
+def test_options_come_back_from_json_unchanged(data):
+    options = tiny_options(data, hold_out=("one",), intensity_points=((-1.0, 0.0), (2.0, 0.5), (3.0, 1.0)))
+    assert TrainOptions.from_dict(json.loads(json.dumps(vars(options)))) == options
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        ({"estimator": "gates"}, "Choose from: gate, scale"),
+        ({"precision": "fp16"}, "Choose from: fp32, bf16"),
+        ({"iterations": 0}, "must be at least 1"),
+        ({"top_k_patches": 0, "random_patches": 0}, "must be at least 1"),
+    ],
+)
+def test_impossible_option_says_what_to_change(change, fix):
+    with pytest.raises(UserError, match=fix):
+        tiny_options(Path("nowhere"), **change)
+
+
+def test_options_unknown_key_names_the_nearest():
+    with pytest.raises(UserError, match="Did you mean 'learning_rate'"):
+        TrainOptions.from_dict({"data": [], "learning_rates": 1})
+
+
+def test_flags_have_the_defaults_of_the_options(monkeypatch, tmp_path):
+    parser = argparse.ArgumentParser()
+    train_module.add_arguments(parser)
+    called = {}
+    monkeypatch.setattr(train_module, "train", lambda options, **facts: called.update(options=options, **facts))
+    words = ["--data", "decathlon:a", "--data", "anatomies:b", "--output", str(tmp_path), "--device", "cpu"]
+    assert train_module.run(parser.parse_args(words)) == 0
+    assert called["options"] == TrainOptions(data=("decathlon:a", "anatomies:b")) and not called["resume"]
+    more = ["--hold-out", "one,two", "--spacing", "5", "2", "1", "--iterations", "7", "--learning-rate", "0.01", "--resume", "--workers", "3"]
+    assert train_module.run(parser.parse_args(words + more)) == 0
+    assert called["options"] == TrainOptions(data=("decathlon:a", "anatomies:b"), hold_out=("one", "two"), spacing_mm=(5.0, 2.0, 1.0), iterations=7, learning_rate=0.01)
+    assert called["resume"] and called["num_workers"] == 3
+
+
+def test_sample_on_disk_reads_like_training_data(data):
+    # The files of the fixture are S-A-R; a mistake here would make the other tests agree on the wrong side.
+    volume = read_volume(data / "one" / "label.nii.gz")
+    right_mm = (volume.ijk_to_ras @ np.array([*np.argwhere(volume.array == 1).mean(0)[::-1], 1]))[0]
+    left_mm = (volume.ijk_to_ras @ np.array([*np.argwhere(volume.array == 2).mean(0)[::-1], 1]))[0]
+    assert right_mm > left_mm + 50
