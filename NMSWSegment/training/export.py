@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 import tempfile
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
         data_notes: JSON with "trained_on" (text) and "attributions" (list of texts).
 
     Raises:
-        UserError: the run has no checkpoint, the output exists, or the exported nets disagree with the eager ones.
+        UserError: the run has no checkpoint, the output exists, a file of scores or notes cannot be used, or the exported nets
+            disagree with the eager ones.
     """
     if output.exists():
         raise UserError(f"'{output}' already exists. Remove it or give another folder.")
@@ -41,10 +43,10 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
     net.load_state_dict({key: value.half().float() for key, value in checkpoint["net"].items()})
     net.eval()
     examples = parity_inputs(options, coarse_multiple=net.architecture.coarse_multiple)
-    notes = json.loads(data_notes.read_text()) if data_notes else {}
+    notes = _read_object(data_notes, advice="Write a JSON object with trained_on and attributions.") if data_notes else {}
     held_out = {}
     for path in scores:
-        held_out |= json.loads(path.read_text())["cases"]
+        held_out |= _read_object(path, key="cases", advice="Give a file that 'nmsw evaluate --output' wrote.")["cases"]
     manifest = {
         "name": output.name,
         "title": title or output.name,
@@ -81,7 +83,8 @@ def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples:
         draft.mkdir()
         for name, net in (("coarse", coarse), ("local", local)):
             path = draft / f"{name}.pt"
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # about size checks; check_parity tries other sizes
                 torch.jit.trace(net.eval(), examples[name][0], check_trace=False).half().save(str(path))
             net.float()  # tracing shares the parameters with the eager net
             check_parity(net, path, examples[name])
@@ -113,10 +116,13 @@ def check_parity(net: nn.Module, path: Path, inputs: list[Tensor]) -> None:
 
 
 def parity_inputs(options: TrainOptions, *, coarse_multiple: int) -> dict[str, list[Tensor]]:
-    """Random inputs of the sizes that inference uses: one patch and two; coarse volumes of two sizes, one not a cube."""
+    """Random inputs of the sizes that inference uses: one patch and two; coarse volumes of two sizes, neither a cube.
+
+    The coarse volumes leave more than one voxel at the net's bottom, where eager instance norm refuses a single one.
+    """
     generator = torch.Generator().manual_seed(PARITY_SEED)
     smallest = [-(-size // (factor * coarse_multiple)) * coarse_multiple for size, factor in zip(options.patch_size, options.coarse_factor)]
-    coarse_shapes = [[length + coarse_multiple * more for length, more in zip(smallest, extra)] for extra in ((0, 0, 0), (2, 1, 3))]
+    coarse_shapes = [[length + coarse_multiple * more for length, more in zip(smallest, extra)] for extra in ((0, 0, 1), (2, 1, 3))]
     return {
         "coarse": [torch.rand(1, 1, *shape, generator=generator) for shape in coarse_shapes],
         "local": [torch.rand(count, 1, *options.patch_size, generator=generator) for count in (1, 2)],
@@ -147,3 +153,14 @@ def _public_options(options: TrainOptions) -> dict:
     values["data"] = [entry.split(":", 1)[0] for entry in options.data]
     values["initial_run"] = Path(options.initial_run).name
     return json.loads(json.dumps(values))
+
+
+def _read_object(path: Path, *, advice: str, key: str | None = None) -> dict:
+    """The JSON object of a file, with a key that must be there."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}). {advice}") from error
+    if not isinstance(values, dict) or (key is not None and key not in values):
+        raise UserError(f"'{path}' does not hold what is needed. {advice}")
+    return values

@@ -25,6 +25,7 @@ from torch import Tensor
 from NMSWSegment.aggregation import aggregate, mixing_weights
 from NMSWSegment.canonical import coarse_input, normalize_intensity, pad_to_grid, run_coarse
 from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.nets.backbones import known_preset
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError, reject_unknown_keys
 from NMSWSegment.selection import candidate_importance, differentiable_top_k
@@ -80,6 +81,7 @@ class TrainOptions:
     """Run folder whose weights to start from."""
 
     def __post_init__(self) -> None:
+        known_preset(self.preset)
         if self.estimator not in ESTIMATORS:
             raise UserError(f"Unknown estimator '{self.estimator}'. Choose from: {', '.join(ESTIMATORS)}.")
         if self.precision not in ("fp32", "bf16"):

@@ -10,7 +10,7 @@ import SimpleITK as sitk
 import torch
 
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training.datasets import CaseFiles, CaseSource, MixedDataset, TrainingSet, open_training_set, read_decathlon, read_label_names
+from NMSWSegment.training.datasets import CaseFiles, CaseSource, TrainingSet, open_training_set, read_decathlon, read_label_names
 from NMSWSegment.training.synthesis import AnatomySource, SynthesisOptions
 
 OPTIONS = SynthesisOptions(spacing_mm=(6.0, 6.0, 6.0))
@@ -188,9 +188,9 @@ def test_training_set_bad_fraction_says_what_to_use(a_folder):
         TrainingSet(cases=(), anatomies=(source,), label_names=("liver", "spleen"), options=OPTIONS, real_fraction=35)
 
 
-def test_mixed_dataset_resumed_with_workers_continues_the_sequence(a_folder):
+def test_training_set_read_by_workers_continues_the_sequence_of_a_resumed_run(a_folder):
     training_set = open_training_set(run_options(a_folder))
     expected = [training_set[number] for number in range(3, 7)]
-    loader = torch.utils.data.DataLoader(MixedDataset(training_set, start_draw=3), batch_size=None, num_workers=2)
-    for sample, wanted in zip(loader, expected):
-        assert sample.name == wanted.name and torch.equal(sample.intensity, wanted.intensity) and torch.equal(sample.labels, wanted.labels)
+    found = list(torch.utils.data.DataLoader(training_set, sampler=range(3, 7), batch_size=None, num_workers=2))
+    assert [sample.name for sample in found] == [sample.name for sample in expected]
+    assert all(torch.equal(sample.intensity, wanted.intensity) and torch.equal(sample.labels, wanted.labels) for sample, wanted in zip(found, expected))

@@ -137,7 +137,6 @@ def test_run_without_checkpoint_says_what_to_give(a_run, tmp_path):
         export_bundle(tmp_path, tmp_path / "bundle")
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_net_that_tracing_changes_is_refused_and_leaves_nothing(tmp_path):
     dark, bright = torch.zeros(1, 1, 4, 5, 6), torch.ones(1, 1, 4, 5, 6)
     with pytest.raises(UserError, match=r"local\.pt disagrees.*differ by 1.*Nothing was written"):
@@ -149,7 +148,7 @@ def test_archive_of_other_weights_is_refused(tmp_path):
     x = torch.ones(1, 1, 4, 5, 6)
     net = Branching().eval()
     other = torch.nn.Conv3d(1, 2, kernel_size=1)
-    other.weight.data.fill_(1.0 + 2 * export_module.PARITY_TOLERANCE)
+    other.weight.data.fill_(1.0 + 4 * export_module.PARITY_TOLERANCE)
     other.bias.data.zero_()
     torch.jit.trace(other, x).save(str(tmp_path / "local.pt"))
     with pytest.raises(UserError, match="disagrees with the trained net on an input of shape"):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,13 +192,26 @@ def test_models_lists_facts_and_scores(a_tiny_bundle, capsys, monkeypatch):
     assert facts["structures"] == ["liver", "spleen", "vertebrae"] and facts["size_bytes"] > 1000
 
 
+def test_models_shows_the_mean_of_each_held_out_case_and_k(a_tiny_bundle, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(a_tiny_bundle, tmp_path / "scored")
+    values = json.loads((folder / "manifest.json").read_text())
+    rows = {k: {"mean": mean, "seconds": 1.0, "candidates": 27, "dsc": {"liver": mean}} for k, mean in (("0", 0.7123), ("10", 0.745))}
+    values["scores"] = {"one": rows, "two": {"all": rows["10"]}}
+    (folder / "manifest.json").write_text(json.dumps(values))
+    monkeypatch.setattr(command_line, "list_bundles", lambda: [str(folder)])
+    assert main(["models"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("  one DSC 0.712 (k=0) 0.745 (k=10), two DSC 0.745 (k=all)")
+    assert main(["models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["scores"] == values["scores"]
+
+
 def test_models_without_any_says_how_to_get_one(capsys, monkeypatch):
     monkeypatch.setattr(command_line, "list_bundles", list)
     assert main(["models"]) == 0
     assert "nmsw export" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["train", "export"])
+@pytest.mark.parametrize("verb", ["train", "export", "evaluate"])
 def test_training_verb_without_its_packages_names_the_extra(capsys, monkeypatch, verb):
     def missing(name):
         raise ModuleNotFoundError("No module named 'monai'", name="monai")

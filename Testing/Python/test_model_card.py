@@ -6,7 +6,10 @@ from NMSWSegment.bundle import load_bundle
 from NMSWSegment.training.model_card import model_card
 
 SCORES = {
-    "one": {"0": {"mean": 0.4444, "seconds": 1.0, "candidates": 27, "dsc": {"liver": 0.25, "spleen": 0.75}}, "all": {"mean": 0.9, "seconds": 2.0, "candidates": 27, "dsc": {"liver": 0.8, "spleen": 1.0}}},
+    "one": {
+        "0": {"mean": 0.4444, "seconds": 1.0, "candidates": 27, "dsc": {"liver": 0.25, "spleen": 0.75}},
+        "all": {"mean": 0.9, "seconds": 2.0, "candidates": 27, "dsc": {"liver": 0.8, "spleen": 1.0}},
+    },
     "two": {"5": {"mean": 0.5, "seconds": 1.0, "candidates": 12, "dsc": {"liver": 0.5}}},
 }
 

@@ -59,7 +59,8 @@ def a_data_folder(folder: Path) -> Path:
 
 def tiny_options(folder: Path, **changes) -> TrainOptions:
     """The compact nets at 6 mm on patches of 16, the coarse net at the same resolution: two voxels must be left at its bottom."""
-    values = {"data": (f"decathlon:{folder}",), "spacing_mm": (6.0, 6.0, 6.0), "patch_size": (16, 16, 16), "coarse_factor": (1, 1, 1), "iterations": 4, "top_k_patches": 1, "random_patches": 1, "seed": 3}
+    sizes = {"spacing_mm": (6.0, 6.0, 6.0), "patch_size": (16, 16, 16), "coarse_factor": (1, 1, 1)}
+    values = sizes | {"data": (f"decathlon:{folder}",), "iterations": 4, "top_k_patches": 1, "random_patches": 1, "seed": 3}
     return TrainOptions(**(values | changes))
 
 
@@ -173,7 +174,10 @@ def test_training_answer_equals_inference_answer_on_the_same_patches(spied_step)
 
 
 def test_every_voxel_of_the_patches_counts_once(spied_step):
-    _, seen = spied_step(a_net(), step_options())
+    losses, seen = spied_step(a_net(), step_options())
+    losses.high.backward()
+    trained = seen["high"].grad.abs().sum(1) > 0
+    assert torch.equal(trained & ~seen["is_first"], torch.zeros_like(trained)) and not seen["is_first"].all()
     times = torch.zeros(seen["grid"].padded_shape)
     for index, is_first in zip(seen["indices"], seen["is_first"]):
         times[seen["grid"].slices(index)] += is_first
@@ -340,7 +344,14 @@ def test_resume_of_nothing_says_which_folder_to_give(data, tmp_path):
         train(tiny_options(data), output=tmp_path, num_workers=0, resume=True)
 
 
-@pytest.mark.parametrize(("change", "fix"), [({"data": ("decathlon:nowhere",)}, "Give the folder that holds it"), ({"backbone": "unett"}, "Did you mean 'unet'"), ({"initial_run": "nowhere"}, "'nowhere' has no checkpoint.pt")])
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        ({"data": ("decathlon:nowhere",)}, "Give the folder that holds it"),
+        ({"backbone": "unett"}, "Did you mean 'unet'"),
+        ({"initial_run": "nowhere"}, "'nowhere' has no checkpoint.pt"),
+    ],
+)
 def test_start_that_failed_leaves_no_run_that_blocks_the_next_start(data, tmp_path, change, fix):
     with pytest.raises(UserError, match=fix):
         train(replace(tiny_options(data), **change), output=tmp_path / "run", num_workers=0)
@@ -407,6 +418,7 @@ def test_options_come_back_from_json_unchanged(data):
     ("change", "fix"),
     [
         ({"estimator": "gates"}, "Choose from: gate, scale"),
+        ({"preset": "compct"}, "Did you mean 'compact'"),
         ({"precision": "fp16"}, "Choose from: fp32, bf16"),
         ({"iterations": 0}, "must be at least 1"),
         ({"top_k_patches": 0, "random_patches": 0}, "must be at least 1"),
