@@ -91,7 +91,9 @@ def segment(arguments: argparse.Namespace) -> int:
     with _progress_reports() as report:
         report(Progress("read", 0.0, f"Reading {arguments.input.name}"))
         volume = read_volume(arguments.input)
+        read_s = time.perf_counter() - started
         result = segment_volume(volume, bundle, options=options, report=report)
+        result.report["timings_s"] = {"read": round(read_s, 4)} | result.report["timings_s"]
         labels = [label for label in bundle.manifest.labels if label.value in kept_values]
         report(Progress("write", 1.0, "Writing"))
         _write_outputs(outputs, volume=volume, result=result, labels=labels)

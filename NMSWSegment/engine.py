@@ -61,7 +61,7 @@ class SegmentResult:
     patches: tuple[PatchBox, ...]
     """Best first."""
     report: dict
-    """JSON-ready: versions, device, bundle, options, timings in seconds, candidates, patches, memory steps."""
+    """JSON-ready: versions, device, bundle, options, timings in seconds, candidates, patches, device steps."""
 
 
 def segment_volume(volume: Volume, bundle: Bundle, *, options: SegmentOptions = SegmentOptions(), report: Report = ignore_progress) -> SegmentResult:
@@ -94,7 +94,7 @@ def segment_volume(volume: Volume, bundle: Bundle, *, options: SegmentOptions = 
         "options": options.to_dict(),
         "device": str(nets.device),
         "threads": threads,
-        "memory_steps": nets.memory_steps,
+        "device_steps": nets.device_steps,
         "versions": {"NMSWSegment": NMSWSegment.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform()},
         "volume": {"name": volume.name, "shape_kji": list(volume.shape), "spacing_mm_kji": list(volume.spacing_mm)},
         "candidates": coarse.grid.num_candidates,

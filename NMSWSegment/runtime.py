@@ -1,4 +1,4 @@
-"""Where the nets run: devices, threads, and what happens when a GPU runs out of memory."""
+"""Where the nets run: devices, threads, and what happens when a GPU cannot go on."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class Nets:
     """The two nets of a bundle on a device. Calls take and give float32 tensors on any device; results come back on the CPU.
 
-    When a GPU runs out of memory the nets move to the CPU for good, and `memory_steps` says so.
+    When a GPU runs out of memory or lacks an operator, the nets move to the CPU for good, and `device_steps` says so.
     """
 
     manifest: BundleManifest
@@ -29,7 +29,7 @@ class Nets:
     local_net: Callable[[Tensor], Tensor]
     """(B, 1, P, P, P) -> local logits (B, C, P, P, P)."""
     device: torch.device
-    memory_steps: list[str] = field(default_factory=list)
+    device_steps: list[str] = field(default_factory=list)
 
     def coarse(self, x_low: Tensor) -> tuple[Tensor, Tensor]:
         """Coarse logits (C, d, h, w) and importance map (d, h, w) of x_low (1, 1, d, h, w)."""
@@ -41,19 +41,31 @@ class Nets:
         return self._run("local_net", patch[None, None])[0].float().cpu()
 
     def _run(self, name: str, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Call a net; the only place where running out of memory is caught."""
+        """Call a net; the only place where a GPU that cannot go on is caught."""
         with torch.inference_mode():
             try:
                 return getattr(self, name)(x.to(self.device))
-            except RuntimeError as error:
-                # TorchScript turns torch's OutOfMemoryError into a plain RuntimeError (pytorch issue 148642); MPS has none
-                if self.device.type == "cpu" or "out of memory" not in str(error):
+            except (RuntimeError, NotImplementedError) as error:
+                reason = _reason_to_leave(error)
+                if self.device.type == "cpu" or reason is None:
                     raise
-                logger.info("Out of memory on %s: %s", self.device, error)
-            self.memory_steps.append(f"{self.device} ran out of memory; the nets went on with the CPU")
+                logger.info("%s %s: %s", self.device, reason, error)
+            self.device_steps.append(f"{self.device} {reason}; the nets went on with the CPU")
             self.coarse_net, self.local_net = self.coarse_net.to("cpu"), self.local_net.to("cpu")
             self.device = torch.device("cpu")
             return getattr(self, name)(x.to(self.device))
+
+
+def _reason_to_leave(error: Exception) -> str | None:
+    """Why a GPU cannot go on although the CPU can; None for any other error."""
+    text = str(error)
+    # TorchScript turns torch's OutOfMemoryError into a plain RuntimeError (pytorch issue 148642); MPS has none
+    if "out of memory" in text:
+        return "ran out of memory"
+    # MPS lacks 3-D transposed convolution in older versions of torch
+    if "not supported on MPS" in text or "not currently implemented for the MPS" in text:
+        return "lacks an operator of the nets"
+    return None
 
 
 def available_devices() -> dict[str, str]:

@@ -74,14 +74,21 @@ def test_out_of_memory_moves_the_nets_to_the_cpu_for_good(error):
         assert torch.equal(nets.local(patch), torch.stack([-patch, patch]))
     assert local.calls == ["meta", "cpu", "cpu"]
     assert nets.device == torch.device("cpu")
-    assert nets.memory_steps == ["meta ran out of memory; the nets went on with the CPU"]
+    assert nets.device_steps == ["meta ran out of memory; the nets went on with the CPU"]
+
+
+def test_missing_operator_on_mps_moves_the_nets_to_the_cpu():
+    nets, local = nets_on_full_gpu(NotImplementedError("The operator 'aten::slow_conv_transpose3d' is not currently implemented for the MPS device."))
+    patch = torch.arange(24.0).reshape(2, 3, 4)
+    assert torch.equal(nets.local(patch), torch.stack([-patch, patch]))
+    assert nets.device_steps == ["meta lacks an operator of the nets; the nets went on with the CPU"]
 
 
 def test_another_error_on_a_gpu_is_not_taken_for_lack_of_memory():
     nets, local = nets_on_full_gpu(RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         nets.local(torch.zeros(2, 3, 4))
-    assert local.calls == ["meta"] and nets.memory_steps == []
+    assert local.calls == ["meta"] and nets.device_steps == []
 
 
 def test_out_of_memory_on_the_cpu_is_passed_on():
@@ -91,7 +98,7 @@ def test_out_of_memory_on_the_cpu_is_passed_on():
     nets = Nets(manifest=None, coarse_net=full, local_net=full, device=torch.device("cpu"))
     with pytest.raises(RuntimeError, match="not enough memory"):
         nets.local(torch.zeros(2, 3, 4))
-    assert nets.memory_steps == []
+    assert nets.device_steps == []
 
 
 def test_archives_are_stored_in_half_and_computed_in_single_precision(a_tiny_bundle):
