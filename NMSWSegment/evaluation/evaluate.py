@@ -11,6 +11,7 @@ import numpy as np
 from NMSWSegment.bundle import Bundle, load_bundle
 from NMSWSegment.engine import segment_volume
 from NMSWSegment.evaluation.metrics import UNKNOWN_LABEL, dice_per_class
+from NMSWSegment.output_file import check_output_path, replaced_file
 from NMSWSegment.protocol import SegmentOptions, UserError
 from NMSWSegment.training.datasets import read_decathlon
 from NMSWSegment.volume import Volume, read_volume
@@ -65,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw evaluate`."""
+    if arguments.output:
+        check_output_path(arguments.output, (".json",))
     kind, _, folder = arguments.data.partition(":")
     if kind != "decathlon" or not folder:
         raise UserError(f"--data is '{arguments.data}'. Write decathlon:FOLDER.")
@@ -85,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         for k, row in by_k.items():
             print(f"{name}  k={k} of {row['candidates']}  mean DSC {row['mean']:.3f}  {row['seconds']:.1f} s")
     if arguments.output:
-        arguments.output.write_text(json.dumps(scores, indent=2) + "\n")
+        with replaced_file(arguments.output) as temporary:
+            temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -16,14 +16,14 @@ from NMSWSegment.bundle import MANIFEST_NAME, BundleManifest, file_sha256
 from NMSWSegment.labels import coded_labels
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training.model_card import model_card
+from NMSWSegment.training.model_card import PICTURE_NAME, model_card
 from NMSWSegment.training.train import TrainOptions, load_checkpoint, load_run_options
 
 PARITY_TOLERANCE = 1e-3  # logits; tracing changes no operator, so that only the order of sums may differ
 PARITY_SEED = 0
 
 
-def export_bundle(run: Path, output: Path, *, title: str = "", description: str = "", scores: tuple[Path, ...] = (), data_notes: Path | None = None) -> Path:
+def export_bundle(run: Path, output: Path, *, title: str = "", description: str = "", scores: tuple[Path, ...] = (), data_notes: Path | None = None, picture: Path | None = None) -> Path:
     """Write the bundle of a run; the folder's name becomes the bundle's name.
 
     Args:
@@ -31,6 +31,7 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
         output: bundle folder to create.
         scores: files that `nmsw evaluate` wrote, for the model card.
         data_notes: JSON with "trained_on" (text) and "attributions" (list of texts).
+        picture: PNG for the model card, for example a preview of 'nmsw segment'.
 
     Raises:
         UserError: the run has no checkpoint, the output exists, a file of scores or notes cannot be used, or the exported nets
@@ -38,6 +39,8 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
     """
     if output.exists():
         raise UserError(f"'{output}' already exists. Remove it or give another folder.")
+    if picture and not picture.is_file():
+        raise UserError(f"There is no picture '{picture}'. Check the path, or leave --picture out.")
     options, checkpoint = load_run_options(run), load_checkpoint(run)
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
     net.load_state_dict({key: value.half().float() for key, value in checkpoint["net"].items()})
@@ -66,10 +69,10 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
         "scores": held_out,
         "attributions": tuple(notes.get("attributions", ())),
     }
-    return write_bundle(net.coarse, net.local, output=output, examples=examples, manifest=manifest)
+    return write_bundle(net.coarse, net.local, output=output, examples=examples, manifest=manifest, picture=picture)
 
 
-def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples: dict[str, list[Tensor]], manifest: dict) -> Path:
+def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples: dict[str, list[Tensor]], manifest: dict, picture: Path | None = None) -> Path:
     """Trace, store in fp16, read back, compare, and only then put the folder in place.
 
     Args:
@@ -90,8 +93,10 @@ def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples:
             check_parity(net, path, examples[name])
         hashes = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
         complete = BundleManifest(**manifest, sha256=hashes)
-        (draft / MANIFEST_NAME).write_text(complete.to_json())
-        (draft / "MODEL_CARD.md").write_text(model_card(complete))
+        (draft / MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
+        if picture:
+            shutil.copyfile(picture, draft / PICTURE_NAME)
+        (draft / "MODEL_CARD.md").write_text(model_card(complete, has_picture=picture is not None), encoding="utf-8")
         shutil.move(str(draft), str(output))
     return output
 
@@ -136,12 +141,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", default="", help="name for people")
     parser.add_argument("--description", default="", help="one sentence for the model list")
     parser.add_argument("--scores", type=Path, action="append", default=[], metavar="FILE.json", help="held-out scores that 'nmsw evaluate' wrote; repeat")
+    parser.add_argument("--picture", type=Path, default=None, metavar="FILE.png", help="picture for the model card, for example a preview of 'nmsw segment'")
     parser.add_argument("--data-notes", type=Path, default=None, metavar="FILE.json", help="what the weights were trained on: {\"trained_on\": text, \"attributions\": [texts]}")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw export`."""
-    bundle = export_bundle(arguments.run_folder, arguments.output, title=arguments.title, description=arguments.description, scores=tuple(arguments.scores), data_notes=arguments.data_notes)
+    bundle = export_bundle(arguments.run_folder, arguments.output, title=arguments.title, description=arguments.description, scores=tuple(arguments.scores), data_notes=arguments.data_notes, picture=arguments.picture)
     megabytes = sum(path.stat().st_size for path in bundle.iterdir()) / 1e6
     print(f"Bundle written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
     return 0

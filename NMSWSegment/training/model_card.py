@@ -2,9 +2,11 @@
 
 from NMSWSegment.bundle import BundleManifest
 
+PICTURE_NAME = "overlay.png"
 
-def model_card(manifest: BundleManifest) -> str:
-    """Markdown text made from the manifest alone, so that the card and the bundle cannot disagree."""
+
+def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
+    """Markdown text made from the manifest, so that the card and the bundle cannot disagree; the picture lies beside it."""
     spacing, patch = (" x ".join(f"{value:g}" for value in triple) for triple in (manifest.spacing_mm, manifest.patch_size))
     training = manifest.training
     lines = [
@@ -19,6 +21,7 @@ def model_card(manifest: BundleManifest) -> str:
         f"- Structures ({len(manifest.labels)}): {', '.join(label.title for label in manifest.labels)}",
         f"- Licence of the weights: {manifest.licence}",
         "",
+        *([f"![A volume that took no part in training]({PICTURE_NAME})", ""] if has_picture else []),
         "## Training",
         "",
         training.get("trained_on", ""),

@@ -169,7 +169,7 @@ def train(options: TrainOptions, *, output: Path, device: str = "cpu", num_worke
         _load_initial_weights(net, Path(options.initial_run))
     if not resume:  # only now: a start that failed leaves nothing behind
         output.mkdir(parents=True, exist_ok=True)
-        (output / OPTIONS_NAME).write_text(json.dumps(asdict(options), indent=2) + "\n")
+        (output / OPTIONS_NAME).write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
     samples = _loader(training_set, first=first, options=options, num_workers=num_workers)
     started = time.monotonic()
     with SummaryWriter(str(output)) as writer:
@@ -211,7 +211,7 @@ def load_run_options(run: Path) -> TrainOptions:
     path = Path(run) / OPTIONS_NAME
     if not path.is_file():
         raise UserError(f"'{run}' has no {OPTIONS_NAME}. Give the folder that 'nmsw train --output' wrote.")
-    return TrainOptions.from_dict(json.loads(path.read_text()))
+    return TrainOptions.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -49,3 +49,9 @@ def test_card_says_research_and_geometry(a_tiny_bundle):
     lines = a_card(a_tiny_bundle, spacing_mm=(5.0, 2.5, 1.0), patch_size=(16, 32, 48))
     assert lines[0] == "# Tiny" and "**A research model. Not for clinical use.**" in lines
     assert any("model spacing 5 x 2.5 x 1 mm (S, A, R); patch 16 x 32 x 48 voxels, overlap 0.5" in line for line in lines)
+
+
+def test_card_shows_the_picture_that_lies_beside_it(a_tiny_bundle):
+    manifest = load_bundle(a_tiny_bundle).manifest
+    assert "](overlay.png)" in model_card(manifest, has_picture=True)
+    assert "overlay.png" not in model_card(manifest)
