@@ -26,7 +26,7 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
         "",
         training.get("trained_on", ""),
         "",
-        f"{training.get('iterations', 0)} iterations with {training.get('program', '')}; all options stand in `manifest.json`.",
+        f"{training.get('iterations', 0)} iterations with {training.get('program', '')} in the last run; its options stand in `manifest.json`.",
         "",
         "## Held-out scores",
         "",
