@@ -167,7 +167,7 @@ def test_not_a_number_counts_as_disagreement(tmp_path):
 
 
 def test_export_that_failed_leaves_nothing(a_run, tmp_path, monkeypatch):
-    def fail(manifest):
+    def fail(manifest, has_picture):
         raise UserError("The disk is full. Make room.")
 
     monkeypatch.setattr(export_module, "model_card", fail)

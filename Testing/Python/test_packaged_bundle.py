@@ -1,0 +1,61 @@
+"""The packaged bundle on the packaged volume, which took no part in training: anatomy in its place, in world coordinates."""
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from NMSWSegment.bundle import load_bundle
+from NMSWSegment.engine import segment_volume
+from NMSWSegment.outputs import label_statistics
+from NMSWSegment.protocol import SegmentOptions
+from NMSWSegment.volume import Volume, read_volume
+
+SAMPLE = ROOT / "Resources" / "SampleData" / "cptac_pda_3mm.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return load_bundle("torso-unet")
+
+
+def statistics(volume, bundle, **options) -> dict[str, dict]:
+    """Rows of the statistics table by structure."""
+    result = segment_volume(volume, bundle, options=SegmentOptions(device="cpu", **options))
+    return {label.name: label_statistics(result.labelmap, volume, label=label) for label in bundle.manifest.labels}
+
+
+def center_ras(row: dict) -> np.ndarray:
+    return np.array([row[f"center_{axis}_mm"] for axis in "ras"])
+
+
+def test_sample_shows_a_torso_with_left_and_right_in_place(bundle):
+    rows = statistics(read_volume(SAMPLE), bundle, num_patches=3)
+    # What a radiologist would call plausible for an adult, not a reference segmentation.
+    for name, low_ml, high_ml in (("lung_right", 1500, 3000), ("lung_left", 1300, 2700), ("liver", 1000, 1900), ("spleen", 150, 450), ("heart", 350, 1000)):
+        assert low_ml < rows[name]["volume_ml"] < high_ml, name
+    r, a, s = 0, 1, 2
+    centers = {name: center_ras(row) for name, row in rows.items() if row["voxels"]}
+    assert centers["lung_right"][r] > centers["heart"][r] > centers["lung_left"][r]
+    assert centers["liver"][r] > centers["vertebrae"][r] > centers["spleen"][r]
+    assert centers["kidney_right"][r] > centers["vertebrae"][r] > centers["kidney_left"][r]
+    assert centers["sternum"][a] > centers["heart"][a] > centers["vertebrae"][a]
+    assert min(centers["lung_right"][s], centers["lung_left"][s]) > centers["liver"][s] > centers["kidney_right"][s]
+
+
+def test_mirrored_storage_order_gives_the_same_anatomy(bundle):
+    volume = read_volume(SAMPLE)
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    flip[:2, 3] = volume.shape[2] - 1, volume.shape[1] - 1
+    stored_lps = Volume(array=np.ascontiguousarray(volume.array[:, ::-1, ::-1]), ijk_to_ras=volume.ijk_to_ras @ flip)
+    options = SegmentOptions(device="cpu", num_patches=1)
+    upright = segment_volume(volume, bundle, options=options).labelmap.array
+    mirrored = segment_volume(stored_lps, bundle, options=options).labelmap.array
+    assert np.array_equal(mirrored[:, ::-1, ::-1], upright)
+
+
+def test_bundle_is_light_and_its_card_is_complete(bundle):
+    assert sum(path.stat().st_size for path in bundle.folder.iterdir()) < 8e6
+    card = (bundle.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for words in ("Not for clinical use", "TotalSegmentator", "ICRP", "LIDC-IDRI", "k = all", "overlay.png"):
+        assert words in card
+    assert bundle.manifest.num_classes == 25 and set(bundle.manifest.scores) == {"lidc0001", "ts_example"}
