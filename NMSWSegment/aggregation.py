@@ -74,7 +74,7 @@ class CoarseUpsampler:
         result = labels.to(torch.uint8)
         for voxels in mixed.split(MIXED_VOXELS_AT_ONCE):
             d, h, w = voxels.unbind(1)
-            result[d, h, w] = self._at(d, h, w).argmax(0).to(torch.uint8)
+            result[d, h, w] = _best_class(self._at(d, h, w))
         return result
 
     def _at(self, *index: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class StreamingAggregator:
         """Mix, take the arg max, forget the sums."""
         total, weight_sum = self.sums.pop(block)
         mixed = _mix(total, weight_sum, weight_sum, self.upsampler.region(box), self.class_weights)
-        self.labels[box] = mixed.argmax(0).to(torch.uint8)
+        self.labels[box] = _best_class(mixed)
         del self.pending[block]
 
     def _blocks(self, index: int) -> list[tuple[int, int, int]]:
@@ -215,6 +215,11 @@ def _mix(total: Tensor, weight_sum: Tensor, gated_sum: Tensor, upsampled: Tensor
     """a L + (1 - a G) y_up, with G = gated_sum / weight_sum, exactly 1 without gates."""
     a = mixing_weights(class_weights)[:, None, None, None]
     return a * (total / weight_sum) + (1 - a * (gated_sum / weight_sum)) * upsampled
+
+
+def _best_class(logits: Tensor) -> Tensor:
+    """arg max over the first axis, uint8, the lowest class where several are largest; `max` is twice as fast as `argmax`."""
+    return logits.max(0).indices.to(torch.uint8)
 
 
 def _axis_taps(full: int, coarse: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

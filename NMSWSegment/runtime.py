@@ -45,7 +45,7 @@ class Nets:
         with torch.inference_mode():
             try:
                 return getattr(self, name)(x.to(self.device))
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 reason = _reason_to_leave(error)
                 if self.device.type == "cpu" or reason is None:
                     raise

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-UNKNOWN_LABEL = 255
+from NMSWSegment.training.losses import UNKNOWN_LABEL
 
 
 def dice_per_class(predicted: np.ndarray, reference: np.ndarray, *, num_classes: int) -> np.ndarray:
