@@ -328,7 +328,7 @@ def test_labelmap_round_trip_is_exact(tmp_path, geometry, ending):
 
 
 def test_nifti_labelmap_has_equal_sform_and_qform(tmp_path):
-    nibabel = pytest.importorskip("nibabel")
+    nibabel = pytest.importorskip("nibabel", reason="nibabel is not installed")
     write_labelmap(a_labelmap("oblique mirrored"), tmp_path / "labels.nii.gz", labels=LABELS)
     image = nibabel.load(tmp_path / "labels.nii.gz")
     assert image.header["sform_code"] > 0 and image.header["qform_code"] > 0
