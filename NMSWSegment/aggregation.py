@@ -94,11 +94,16 @@ class CoarseUpsampler:
         """Per coarse cell (named by its lower corner) the class of all eight corners, or -1; (d, h, w) int16."""
         best, labels = self.coarse_logits.topk(2, dim=0)
         is_clear = best[0] - best[1] > UNIFORM_MARGIN * best.abs().amax(0).clamp_min(1)
-        cells = torch.where(is_clear, labels[0], -1).to(torch.int16)
-        for axis in range(3):
-            shifted = torch.cat([cells.narrow(axis, 1, cells.shape[axis] - 1), cells.narrow(axis, cells.shape[axis] - 1, 1)], dim=axis)
-            cells = torch.where(cells == shifted, cells, torch.full_like(cells, -1))
-        return cells
+        return uniform_cells(torch.where(is_clear, labels[0], -1).to(torch.int16))
+
+
+def uniform_cells(labels: Tensor) -> Tensor:
+    """Per cell, named by its lower corner, the label of all eight corners, or -1 where they differ; (d, h, w) int16."""
+    for axis in range(3):
+        last = labels.shape[axis] - 1
+        shifted = torch.cat([labels.narrow(axis, 1, last), labels.narrow(axis, last, 1)], dim=axis)
+        labels = torch.where(labels == shifted, labels, torch.full_like(labels, -1))
+    return labels
 
 
 def aggregate(

@@ -179,8 +179,7 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(stream.read()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _checked_bundle(folder: Path, manifest_bytes: bytes) -> Bundle:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from NMSWSegment.aggregation import uniform_cells
 from NMSWSegment.bundle import BundleManifest
 from NMSWSegment.grid import CandidateGrid
 from NMSWSegment.protocol import UserError
@@ -144,7 +145,7 @@ def restore_labelmap(labels: Tensor, frame: CanonicalFrame) -> Volume:
         labels: (D, H, W) uint8; padding beyond frame.shape is ignored.
     """
     labels = labels[tuple(slice(0, length) for length in frame.shape)].cpu()
-    uniform = _uniform_cells(labels)
+    uniform = uniform_cells(labels.to(torch.int16))
     to_canonical_ijk = np.linalg.inv(frame.ijk_to_ras) @ frame.source_ijk_to_ras
     result = torch.empty(frame.source_shape, dtype=torch.uint8)
     for slab in _slabs(frame.source_shape):
@@ -204,16 +205,6 @@ def _positions(matrix: np.ndarray, *, shape: Sequence[int], slab: slice) -> list
         rounded = position.round()
         positions.append(torch.where((position - rounded).abs() < GRID_TOLERANCE, rounded, position))
     return positions[::-1]  # ijk -> KJI
-
-
-def _uniform_cells(labels: Tensor) -> Tensor:
-    """Per cell (named by its lower corner) the label of all eight corners, or -1; int16."""
-    cells = labels.to(torch.int16)
-    for axis in range(3):
-        last = cells.shape[axis] - 1
-        shifted = torch.cat([cells.narrow(axis, 1, last), cells.narrow(axis, last, 1)], dim=axis)
-        cells = torch.where(cells == shifted, cells, torch.full_like(cells, -1))
-    return cells
 
 
 def _corners(positions: list[Tensor], shape: Sequence[int]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:

@@ -1,6 +1,6 @@
 """Synthetic volumes with exact labels, defined in the world, so that any grid samples the same body.
 
-Used by the export check, by the tests and by whoever wants to try a bundle without patient data.
+Used by the tests and by whoever wants to try a bundle without patient data.
 """
 
 from collections.abc import Sequence

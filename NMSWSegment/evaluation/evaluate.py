@@ -10,13 +10,12 @@ import numpy as np
 
 from NMSWSegment.bundle import Bundle, load_bundle
 from NMSWSegment.engine import segment_volume
-from NMSWSegment.evaluation.metrics import UNKNOWN_LABEL, dice_per_class
+from NMSWSegment.evaluation.metrics import dice_per_class
 from NMSWSegment.output_file import check_output_path, replaced_file
 from NMSWSegment.protocol import SegmentOptions, UserError
-from NMSWSegment.training.datasets import read_decathlon
+from NMSWSegment.training.datasets import GEOMETRY_TOLERANCE_MM, read_decathlon
+from NMSWSegment.training.losses import UNKNOWN_LABEL
 from NMSWSegment.volume import Volume, read_volume
-
-GEOMETRY_TOLERANCE_MM = 0.1
 
 
 def evaluate(bundle: Bundle, cases: Sequence[tuple[str, Path, Path]], *, ks: Sequence[int | None], policy: str = "greedy", device: str = "cpu", threads: int | None = None) -> dict:

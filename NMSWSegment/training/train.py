@@ -226,7 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--spacing", type=float, nargs=3, default=None, metavar=("S", "A", "R"), help="model spacing in mm (default: 3 3 3)")
     for field in fields(TrainOptions):
-        if field.type in (int, float, str) or field.name in ("backbone", "preset"):
+        if field.type in (int, float, str):
             parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default, help="default: %(default)s")
 
 
