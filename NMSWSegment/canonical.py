@@ -6,7 +6,6 @@ mirrored and permuted volumes become the same picture as an upright one, and the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,32 +13,11 @@ from torch import Tensor
 
 from NMSWSegment.aggregation import uniform_cells
 from NMSWSegment.bundle import BundleManifest
+from NMSWSegment.frame import GRID_TOLERANCE, CanonicalFrame, canonical_frame
 from NMSWSegment.grid import CandidateGrid
-from NMSWSegment.protocol import UserError
 from NMSWSegment.volume import Volume
 
 VOXELS_AT_ONCE = 1 << 23  # bounds the working memory of one slab: about 250 MB
-MAX_CANONICAL_VOXELS = 1 << 30
-GRID_TOLERANCE = 1e-4  # voxels: a volume already on the model's grid stays as it is
-
-
-@dataclass(frozen=True)
-class CanonicalFrame:
-    """Where a canonical tensor lies, and which volume it came from."""
-
-    shape: tuple[int, int, int]
-    """Voxels before padding, KJI (= S, A, R)."""
-    ijk_to_ras: np.ndarray
-    """4 x 4; diagonal, because the frame is upright."""
-    source_shape: tuple[int, int, int]
-    """Voxels of the volume, KJI."""
-    source_ijk_to_ras: np.ndarray
-    """4 x 4 of the volume."""
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Model spacing, KJI."""
-        return tuple(float(value) for value in np.diag(self.ijk_to_ras)[2::-1])
 
 
 def to_canonical(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, CanonicalFrame, CandidateGrid]:
@@ -66,7 +44,7 @@ def resample_to_canonical(volume: Volume, *, spacing_mm: Sequence[float], outsid
         spacing_mm: model spacing, KJI.
         outside: intensity of canonical voxels that the volume does not reach.
     """
-    frame = canonical_frame(volume, spacing_mm=spacing_mm)
+    frame = canonical_frame(volume.shape, volume.ijk_to_ras, spacing_mm=spacing_mm)
     source, source_ijk_to_ras = _averaged(volume, spacing_mm=spacing_mm)
     to_source = np.linalg.inv(source_ijk_to_ras) @ frame.ijk_to_ras
     result = torch.empty(frame.shape)
@@ -77,31 +55,6 @@ def resample_to_canonical(volume: Volume, *, spacing_mm: Sequence[float], outsid
             is_inside = is_inside & (p >= -0.5 - GRID_TOLERANCE) & (p <= length - 0.5 + GRID_TOLERANCE)
         result[slab] = torch.where(is_inside, _interpolated(source, positions), torch.tensor(float(outside)))
     return result, frame
-
-
-def canonical_frame(volume: Volume, *, spacing_mm: Sequence[float]) -> CanonicalFrame:
-    """The smallest upright frame that holds every voxel of the volume, centered on it.
-
-    Raises:
-        UserError: the frame would have more than 2^30 voxels.
-    """
-    far = np.array(volume.shape[::-1]) - 0.5
-    corners = np.array([[i, j, k, 1] for i in (-0.5, far[0]) for j in (-0.5, far[1]) for k in (-0.5, far[2])])
-    points_ras = (volume.ijk_to_ras @ corners.T)[:3]
-    low, high = points_ras.min(1), points_ras.max(1)
-    spacing_ijk = np.array(spacing_mm[::-1], dtype=float)
-    counts = np.maximum(np.ceil((high - low) / spacing_ijk - GRID_TOLERANCE), 1).astype(int)
-    if np.prod(counts.astype(float)) > MAX_CANONICAL_VOXELS:
-        size_cm = " x ".join(f"{value / 10:.0f}" for value in high - low)
-        raise UserError(f"The volume is {size_cm} cm large, which is {np.prod(counts.astype(float)):.2g} voxels for this bundle. Crop it, or check its spacing.")
-    ijk_to_ras = np.diag([*spacing_ijk, 1.0])
-    ijk_to_ras[:3, 3] = (low + high) / 2 - (counts - 1) / 2 * spacing_ijk
-    return CanonicalFrame(
-        shape=tuple(int(count) for count in counts[::-1]),
-        ijk_to_ras=ijk_to_ras,
-        source_shape=volume.shape,
-        source_ijk_to_ras=np.asarray(volume.ijk_to_ras, dtype=np.float64),
-    )
 
 
 def normalize_intensity(intensity: Tensor, points: Sequence[tuple[float, float]]) -> Tensor:

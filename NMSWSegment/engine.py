@@ -13,29 +13,15 @@ from torch import Tensor
 import NMSWSegment
 from NMSWSegment.aggregation import StreamingAggregator
 from NMSWSegment.bundle import Bundle, BundleManifest
-from NMSWSegment.canonical import CanonicalFrame, coarse_input, restore_labelmap, to_canonical
+from NMSWSegment.canonical import coarse_input, restore_labelmap, to_canonical
+from NMSWSegment.frame import CanonicalFrame
 from NMSWSegment.grid import CandidateGrid
-from NMSWSegment.protocol import Progress, Report, SegmentOptions, UserError, ignore_progress, unknown_name
+from NMSWSegment.protocol import PatchBox, Progress, Report, SegmentOptions, UserError, ignore_progress, unknown_name
 from NMSWSegment.runtime import Nets, open_nets, reproducible
 from NMSWSegment.selection import Selection, select
 from NMSWSegment.volume import Volume
 
 PATCHES_FROM, PATCHES_TO = 0.2, 0.9  # share of the progress bar that the patches take
-
-
-@dataclass(frozen=True)
-class PatchBox:
-    """A chosen patch in the world, as far as it lies inside the volume's canonical frame; its sides follow the RAS axes."""
-
-    rank: int
-    """1 is the most important."""
-    candidate: int
-    """Index in the candidate grid."""
-    importance: float
-    """p(z | x_low), in (0, 1)."""
-    center_ras: tuple[float, float, float]
-    size_mm: tuple[float, float, float]
-    """Extent along R, A, S."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +125,7 @@ def refine(coarse: CoarsePass, selection: Selection, nets: Nets, *, report: Repo
             logits = nets.local(coarse.x[0, 0][coarse.grid.slices(index)])
         with _timed(timings, "aggregate"):
             aggregator.add(index, logits)
-        report(Progress("patches", PATCHES_FROM + (PATCHES_TO - PATCHES_FROM) * done / total, f"Patch {done} of {total}"))
+        report(Progress("patches", PATCHES_FROM + (PATCHES_TO - PATCHES_FROM) * done / total, f"Patch {done} of {total}", done=done, total=total))
     return aggregator.finish()
 
 

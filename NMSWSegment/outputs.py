@@ -4,7 +4,6 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,11 +11,8 @@ from NMSWSegment.bundle import Label
 from NMSWSegment.colors import rank_color
 from NMSWSegment.display_slice import PLANES, DisplaySlice, display_slices
 from NMSWSegment.output_file import check_output_path, replaced_file
-from NMSWSegment.protocol import UserError
+from NMSWSegment.protocol import PatchBox, UserError
 from NMSWSegment.volume import Volume
-
-if TYPE_CHECKING:
-    from NMSWSegment.engine import PatchBox
 
 STATISTICS_ENDINGS = (".csv",)
 PATCHES_ENDINGS = (".mrk.json",)
@@ -78,7 +74,7 @@ def write_statistics(labelmap: Volume, volume: Volume, *, labels: Sequence[Label
         writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
 
 
-def write_patches(patches: Sequence["PatchBox"], path: str | Path) -> None:
+def write_patches(patches: Sequence[PatchBox], path: str | Path) -> None:
     """Write the chosen patches as locked boxes that 3D Slicer opens as Markups, best first.
 
     Raises:
@@ -98,7 +94,7 @@ def require_matplotlib() -> None:
         raise UserError('A preview needs matplotlib, which is not installed. Install it with: pip install "NMSWSegment[headless]"') from error
 
 
-def write_preview(volume: Volume, labelmap: Volume, *, labels: Sequence[Label], patches: Sequence["PatchBox"], path: str | Path) -> None:
+def write_preview(volume: Volume, labelmap: Volume, *, labels: Sequence[Label], patches: Sequence[PatchBox], path: str | Path) -> None:
     """Draw an axial, a coronal and a sagittal slice with labels, patches and a legend as a PNG picture.
 
     Args:
@@ -140,7 +136,7 @@ def _cell(value: float | int | str) -> str:
     return str(value)
 
 
-def _roi_markup(patch: "PatchBox", *, count: int) -> dict:
+def _roi_markup(patch: PatchBox, *, count: int) -> dict:
     """One box of Slicer's Markups file format, which has no key for the fill: a person turns it off in the Markups module."""
     color = list(rank_color(patch.rank, count=count))
     name = f"Patch {patch.rank}"
@@ -203,7 +199,7 @@ def _draw_slice(ax, view: DisplaySlice, *, labels: Sequence[Label], window: tupl
         ax.text(x, y, letter, transform=ax.transAxes, color=_TEXT_COLOR, fontsize=10, fontweight="bold", ha=horizontal, va=vertical)
 
 
-def _draw_patches(ax, view: DisplaySlice, *, patches: Sequence["PatchBox"]) -> None:
+def _draw_patches(ax, view: DisplaySlice, *, patches: Sequence[PatchBox]) -> None:
     """Outlines of the patches that the slice cuts; the best is drawn last, on top."""
     from matplotlib.patches import Rectangle
 

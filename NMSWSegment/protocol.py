@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 POLICIES = ("greedy", "top_k", "random")
+AUTO = "auto"
+"""num_patches that stops by itself where the next patch is expected to change little."""
 
 
 class UserError(Exception):
@@ -28,6 +30,10 @@ class Progress:
     """Share of the whole run that is done, in [0, 1]."""
     message: str
     """What is going on, for a person."""
+    done: int = 0
+    """Patches that are done, in the stage of the patches."""
+    total: int = 0
+    """Patches of this run, in the stage of the patches."""
 
 
 Report = Callable[[Progress], None]
@@ -38,27 +44,48 @@ def ignore_progress(progress: Progress) -> None:
 
 
 @dataclass(frozen=True)
+class PatchBox:
+    """A chosen patch in the world, as far as it lies inside the volume's canonical frame; its sides follow the RAS axes."""
+
+    rank: int
+    """1 is the most important."""
+    candidate: int
+    """Index in the candidate grid."""
+    importance: float
+    """p(z | x_low), in (0, 1)."""
+    center_ras: tuple[float, float, float]
+    size_mm: tuple[float, float, float]
+    """Extent along R, A, S."""
+
+
+@dataclass(frozen=True)
 class SegmentOptions:
     """What a person chooses for one segmentation; the same in the panel, the command line and the scripts."""
 
     bundle: str = "torso-unet"
     """Name of an installed bundle, or a bundle folder."""
-    num_patches: int | None = 10
-    """Number of candidates that go through the local net (k); None runs all of them, 0 only the coarse net."""
+    num_patches: int | str | None = 10
+    """Number of candidates that go through the local net (k); None runs all of them, 0 only the coarse net, "auto" as many as pay."""
     policy: str = "greedy"
     """How candidates are chosen: greedy (coverage), top_k (the paper) or random (a baseline)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     structures: tuple[str, ...] = ()
     """Label names to keep; empty keeps all."""
+    roi_to_ras: tuple[tuple[float, ...], ...] | None = None
+    """4 x 4; sends the cube [-0.5, 0.5]^3 to the region of interest in RAS mm, oblique or not. Patches are spent inside it only,
+    and segments end at its faces; None is the whole volume."""
     threads: int | None = None
     """CPU threads; None leaves one core free for the rest of the computer."""
 
     def __post_init__(self) -> None:
-        if self.num_patches is not None and self.num_patches < 0:
-            raise UserError(f"k is {self.num_patches}, but it counts patches. Use 0 for the coarse net alone, a positive number, or 'all'.")
+        is_count = isinstance(self.num_patches, int) and self.num_patches >= 0
+        if not (is_count or self.num_patches in (None, AUTO)):
+            raise UserError(f"k is {self.num_patches}, but it counts patches. Use 0 for the coarse net alone, a positive number, 'auto' or 'all'.")
         if self.policy not in POLICIES:
             raise UserError(unknown_name("policy", self.policy, POLICIES))
+        if self.num_patches == AUTO and self.policy != "greedy":
+            raise UserError(f"k = auto asks how much the next patch would add, which only the policy greedy knows; the policy is {self.policy}. Use greedy, or a number of patches.")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}. Use 1 or more, or leave it out.")
 
@@ -73,6 +100,8 @@ class SegmentOptions:
         values = dict(values)
         if "structures" in values:
             values["structures"] = tuple(values["structures"])
+        if values.get("roi_to_ras") is not None:
+            values["roi_to_ras"] = tuple(tuple(float(element) for element in row) for row in values["roi_to_ras"])
         return cls(**values)
 
 

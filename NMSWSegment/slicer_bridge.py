@@ -6,7 +6,6 @@ slicer.app and no slicer.mrmlScene: a scene always comes from a node or an argum
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import slicer
@@ -16,11 +15,8 @@ from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 from NMSWSegment.bundle import Label
 from NMSWSegment.colors import rank_color
 from NMSWSegment.labels import MAX_LABELS
-from NMSWSegment.protocol import UserError
+from NMSWSegment.protocol import PatchBox, UserError
 from NMSWSegment.volume import Volume
-
-if TYPE_CHECKING:
-    from NMSWSegment.engine import PatchBox
 
 PATCH_FOLDER_NAME = "NMSW patches"
 PATCH_ATTRIBUTE = "NMSW.Patch"
@@ -82,7 +78,7 @@ def import_labelmap(
 
 
 def show_patches(
-    scene: "slicer.vtkMRMLScene", patches: Sequence["PatchBox"], *, parent_node: "slicer.vtkMRMLScalarVolumeNode"
+    scene: "slicer.vtkMRMLScene", patches: Sequence[PatchBox], *, parent_node: "slicer.vtkMRMLScalarVolumeNode"
 ) -> list["slicer.vtkMRMLMarkupsROINode"]:
     """Outline the patches that went through the local net; the outlines of the previous run go away.
 
@@ -240,7 +236,7 @@ def _place_beside(node: "slicer.vtkMRMLNode", sibling: "slicer.vtkMRMLNode") -> 
 
 
 def _add_patch_node(
-    scene: "slicer.vtkMRMLScene", patch: "PatchBox", *, num_patches: int, parent_node: "slicer.vtkMRMLScalarVolumeNode"
+    scene: "slicer.vtkMRMLScene", patch: PatchBox, *, num_patches: int, parent_node: "slicer.vtkMRMLScalarVolumeNode"
 ) -> "slicer.vtkMRMLMarkupsROINode":
     """One outline under the parent transform of the volume, in the place where the patch was cut."""
     node = scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", f"Patch {patch.rank} (importance {patch.importance:.2g})")

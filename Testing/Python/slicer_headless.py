@@ -89,7 +89,7 @@ def as_array(vtk_matrix: "vtk.vtkMatrix4x4") -> np.ndarray:
 
 
 def patch(*, rank: int = 1, importance: float = 0.83, center_ras=(5.0, -7.0, 11.0), size_mm=(20.0, 30.0, 40.0)) -> SimpleNamespace:
-    """A box with the fields of engine.PatchBox."""
+    """A box with the fields of protocol.PatchBox."""
     return SimpleNamespace(rank=rank, candidate=rank + 3, importance=importance, center_ras=center_ras, size_mm=size_mm)
 
 

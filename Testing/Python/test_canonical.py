@@ -3,8 +3,10 @@ import pytest
 import torch
 from conftest import turned
 
-from NMSWSegment import canonical, phantoms
+from NMSWSegment import frame as frame_module
+from NMSWSegment import phantoms
 from NMSWSegment.canonical import coarse_input, normalize_intensity, resample_to_canonical, restore_labelmap
+from NMSWSegment.frame import CanonicalFrame
 from NMSWSegment.protocol import UserError
 from NMSWSegment.volume import Volume
 
@@ -95,7 +97,7 @@ def test_restored_surface_is_smooth(orientation):
     shape = (150, 100, 150)
     fine, expected = phantoms.phantom(shape, ijk_to_ras=turned((2.0, 2.0, 2.0), shape, **orientation))
     coarse = Volume(array=coarse_labels, ijk_to_ras=phantoms.upright_ijk_to_ras(SPACING, (54, 36, 52)))
-    frame = canonical.CanonicalFrame(shape=(54, 36, 52), ijk_to_ras=coarse.ijk_to_ras, source_shape=shape, source_ijk_to_ras=fine.ijk_to_ras)
+    frame = CanonicalFrame(shape=(54, 36, 52), ijk_to_ras=coarse.ijk_to_ras, source_shape=shape, source_ijk_to_ras=fine.ijk_to_ras)
     restored = restore_labelmap(torch.from_numpy(coarse_labels), frame).array
     to_coarse = np.linalg.inv(coarse.ijk_to_ras) @ fine.ijk_to_ras
     k, j, i = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
@@ -111,7 +113,7 @@ def test_slabs_do_not_change_the_answer(a_phantom, monkeypatch):
     other, _ = phantoms.phantom(shape, ijk_to_ras=turned((4.0, 7.0, 5.0), shape))
     whole, frame = resample_to_canonical(other, spacing_mm=SPACING, outside=-1000)
     restored = restore_labelmap(whole.gt(100).to(torch.uint8), frame).array
-    monkeypatch.setattr(canonical, "VOXELS_AT_ONCE", 5000)
+    monkeypatch.setattr(frame_module, "VOXELS_AT_ONCE", 5000)
     in_slabs, _ = resample_to_canonical(other, spacing_mm=SPACING, outside=-1000)
     assert torch.equal(in_slabs, whole)
     assert np.array_equal(restore_labelmap(whole.gt(100).to(torch.uint8), frame).array, restored)
