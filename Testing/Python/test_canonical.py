@@ -3,8 +3,7 @@ import pytest
 import torch
 from conftest import turned
 
-from NMSWSegment import frame as frame_module
-from NMSWSegment import phantoms
+from NMSWSegment import canonical, phantoms
 from NMSWSegment.canonical import coarse_input, normalize_intensity, resample_to_canonical, restore_labelmap
 from NMSWSegment.frame import CanonicalFrame
 from NMSWSegment.protocol import UserError
@@ -113,7 +112,7 @@ def test_slabs_do_not_change_the_answer(a_phantom, monkeypatch):
     other, _ = phantoms.phantom(shape, ijk_to_ras=turned((4.0, 7.0, 5.0), shape))
     whole, frame = resample_to_canonical(other, spacing_mm=SPACING, outside=-1000)
     restored = restore_labelmap(whole.gt(100).to(torch.uint8), frame).array
-    monkeypatch.setattr(frame_module, "VOXELS_AT_ONCE", 5000)
+    monkeypatch.setattr(canonical, "VOXELS_AT_ONCE", 5000)
     in_slabs, _ = resample_to_canonical(other, spacing_mm=SPACING, outside=-1000)
     assert torch.equal(in_slabs, whole)
     assert np.array_equal(restore_labelmap(whole.gt(100).to(torch.uint8), frame).array, restored)
