@@ -160,13 +160,22 @@ class StreamingAggregator:
     the order of adding, so that the labels equal those of `aggregate` with the same order.
     """
 
-    def __init__(self, coarse_logits: Tensor, *, indices: Sequence[int], grid: CandidateGrid, class_weights: Tensor) -> None:
-        """Args: coarse_logits (C, d, h, w); indices: all candidates that will be added; class_weights: c, (C,)."""
+    def __init__(
+        self, coarse_logits: Tensor, *, indices: Sequence[int], grid: CandidateGrid, class_weights: Tensor, coarse_labels: Tensor | None = None
+    ) -> None:
+        """Take what holds where no patch will come.
+
+        Args:
+            coarse_logits: (C, d, h, w).
+            indices: all candidates that will be added.
+            class_weights: c, (C,).
+            coarse_labels: `labels` of the CoarseUpsampler of these logits, (D, H, W); None computes them.
+        """
         self.grid = grid
         self.window = patch_window(grid.patch_size, device=coarse_logits.device)
         self.class_weights = class_weights
         self.upsampler = CoarseUpsampler(coarse_logits, shape=grid.padded_shape)
-        self.labels = self.upsampler.labels()
+        self.labels = self.upsampler.labels() if coarse_labels is None else coarse_labels.clone()
         self.pending: dict[tuple[int, int, int], int] = {}
         self.sums: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         for index in indices:

@@ -77,6 +77,14 @@ def coarse_input(x: Tensor, *, coarse_factor: Sequence[int]) -> Tensor:
     return torch.nn.functional.interpolate(x, size=shape, mode="area")
 
 
+def coarse_ijk_to_ras(frame: CanonicalFrame, *, grid: CandidateGrid, shape: Sequence[int]) -> np.ndarray:
+    """Where coarse voxels lie, 4 x 4; the coarse volume of `shape` (KJI) covers the whole padded volume of the grid."""
+    voxels_ijk = np.array(grid.padded_shape[::-1]) / np.array(tuple(shape)[::-1])  # model voxels per coarse voxel, r but for rounding
+    coarse_to_ijk = np.diag([*voxels_ijk, 1.0])
+    coarse_to_ijk[:3, 3] = (voxels_ijk - 1) / 2
+    return frame.ijk_to_ras @ coarse_to_ijk
+
+
 def run_coarse(net: Callable[[Tensor], tuple[Tensor, Tensor]], x_low: Tensor, *, multiple: int) -> tuple[Tensor, Tensor]:
     """Coarse logits (B, C, d, h, w) and importance map (B, 1, d, h, w) of x_low (B, 1, d, h, w) of any size.
 

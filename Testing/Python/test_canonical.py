@@ -4,8 +4,9 @@ import torch
 from conftest import turned
 
 from NMSWSegment import canonical, phantoms
-from NMSWSegment.canonical import coarse_input, normalize_intensity, resample_to_canonical, restore_labelmap
-from NMSWSegment.frame import CanonicalFrame
+from NMSWSegment.canonical import coarse_ijk_to_ras, coarse_input, normalize_intensity, resample_to_canonical, restore_labelmap
+from NMSWSegment.frame import CanonicalFrame, canonical_frame
+from NMSWSegment.grid import CandidateGrid
 from NMSWSegment.protocol import UserError
 from NMSWSegment.volume import Volume
 
@@ -76,6 +77,20 @@ def test_coarse_input_is_the_mean_of_blocks():
     coarse = coarse_input(x, coarse_factor=(2, 2, 4))
     assert coarse.shape == (1, 1, 2, 2, 1)
     assert coarse[0, 0, 1, 0, 0] == x[0, 0, 2:, :2, :].mean()
+
+
+@pytest.mark.parametrize("coarse_factor", [(2, 2, 4), (3, 3, 3)])  # 3 does not divide the padded 40 and 24 voxels
+def test_coarse_voxels_lie_in_the_middle_of_what_they_average(coarse_factor):
+    frame = canonical_frame((31, 15, 22), turned((7.0, 6.0, 5.0), (31, 15, 22)), spacing_mm=(6.0, 5.0, 4.0))
+    grid = CandidateGrid.covering(frame.shape, patch_size=(16, 8, 8), overlap=0.5)
+    k, j, i = np.meshgrid(*[np.arange(n) for n in grid.padded_shape], indexing="ij")
+    points = np.stack([i, j, k], -1) @ frame.ijk_to_ras[:3, :3].T + frame.ijk_to_ras[:3, 3]
+    averaged = [coarse_input(torch.from_numpy(points[..., axis])[None, None], coarse_factor=coarse_factor)[0, 0] for axis in range(3)]
+    matrix = coarse_ijk_to_ras(frame, grid=grid, shape=averaged[0].shape)
+    for index_kji in np.ndindex(tuple(averaged[0].shape)):
+        center = (matrix @ [*index_kji[::-1], 1])[:3]
+        # Where r does not divide the volume, the blocks that are averaged are whole voxels and the cells are not.
+        np.testing.assert_allclose([float(values[index_kji]) for values in averaged], center, atol=1e-6 if coarse_factor == (2, 2, 4) else 4.0)
 
 
 @pytest.mark.parametrize("orientation", [{"degrees": (0, 0, 0)}, {"degrees": (0, 0, 0), "mirror": (-1, 1, -1), "permutation": (2, 0, 1)}])

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,7 +136,8 @@ def test_report_is_json_and_tells_what_ran(a_tiny_bundle, a_phantom):
     report = json.loads(json.dumps(result.report))
     assert report["bundle"] == {"name": "tiny", "sha256": bundle.sha256}
     assert report["device"] == "cpu" and report["options"]["num_patches"] == 3
-    assert set(report["timings_s"]) == {"load", "canonical", "coarse", "select", "aggregate", "patches", "restore"}
+    assert set(report["timings_s"]) == {"load", "canonical", "coarse", "select", "upsample", "aggregate", "patches", "restore"}
+    assert report["canonical_voxels"] == 54 * 36 * 52 and report["patches_reused"] == 0
     assert [patch["rank"] for patch in report["patches"]] == [1, 2, 3]
 
 
@@ -148,3 +150,100 @@ def test_thread_count_of_the_caller_is_left_alone(a_tiny_bundle, a_phantom):
 def test_one_class_volume_of_air_gives_background(a_tiny_bundle):
     volume = Volume(array=np.full((20, 20, 20), -1000, dtype=np.int16), ijk_to_ras=np.diag([6.0, 6.0, 6.0, 1.0]))
     assert segment_volume(volume, load_bundle(a_tiny_bundle), options=cpu(num_patches=2)).labelmap.array.max() == 0
+
+
+def roi(center_ras, size_mm, *, degrees=(0.0, 0.0, 0.0)) -> tuple[tuple[float, ...], ...]:
+    matrix = turned(tuple(size_mm)[::-1], (1, 1, 1), degrees=degrees)
+    matrix[:3, 3] = center_ras
+    return tuple(map(tuple, matrix))
+
+
+def is_inside(volume: Volume, roi_to_ras) -> np.ndarray:
+    k, j, i = np.meshgrid(*[np.arange(n) for n in volume.shape], indexing="ij")
+    in_roi = np.linalg.inv(np.array(roi_to_ras)) @ volume.ijk_to_ras
+    return (np.abs(np.stack([i, j, k], -1) @ in_roi[:3, :3].T + in_roi[:3, 3]) <= 0.5).all(-1)
+
+
+@pytest.mark.parametrize("degrees", [(0.0, 0.0, 0.0), (25.0, -10.0, 40.0)])
+@pytest.mark.parametrize("k", [None, "auto", 999])
+def test_region_of_interest_ends_at_its_faces_and_is_the_whole_answer_inside(a_tiny_bundle, degrees, k):
+    shape = (60, 44, 50)
+    volume, _ = phantoms.phantom(shape, ijk_to_ras=turned((5.0, 6.5, 7.0), shape, degrees=(15, -5, 10), mirror=(-1, 1, 1)))
+    bundle = load_bundle(a_tiny_bundle)
+    region = roi((-60, -20, 40), (70, 90, 110), degrees=degrees)
+    everything = segment_volume(volume, bundle, options=cpu()).labelmap.array
+    result = segment_volume(volume, bundle, options=cpu(num_patches=k, roi_to_ras=region))
+    inside = is_inside(volume, region)
+    assert 0 < inside.sum() < inside.size / 4 and {1, 2, 3} <= set(np.unique(everything[~inside]))
+    assert not result.labelmap.array[~inside].any() and 2 in result.labelmap.array
+    if k != "auto":
+        assert np.array_equal(result.labelmap.array[inside], everything[inside])
+        assert 0 < len(result.patches) < result.report["candidates"]
+
+
+def test_patches_are_spent_inside_the_region_of_interest_only(a_tiny_bundle, a_phantom):
+    region = roi((-85, -30, 45), (40, 30, 50))
+    result = segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=None, roi_to_ras=region))
+    low, high = np.array([-105, -45, 20]), np.array([-65, -15, 70])
+    for patch in result.patches:
+        center, half = np.array(patch.center_ras), np.array(patch.size_mm) / 2 + 12  # 12 mm is the coarse voxel that counts as footprint
+        assert np.all(center - half < high) and np.all(center + half > low)
+    top_k = segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=999, policy="top_k", roi_to_ras=region))
+    assert {patch.candidate for patch in top_k.patches} == {patch.candidate for patch in result.patches}
+
+
+@pytest.mark.parametrize(("region", "fix"), [(roi((900, 0, 0), (50, 50, 50)), "holds no voxel of the volume"), (roi((0, 0, 0), (50, 0, 50)), "is empty")])
+def test_bad_region_of_interest_is_refused_before_the_nets_run(a_tiny_bundle, a_phantom, region, fix):
+    seen = []
+    with pytest.raises(UserError, match=f"{fix}.*Drag the box onto the volume, or choose no region of interest"):
+        segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(roi_to_ras=region), report=seen.append)
+    assert seen == []
+
+
+def test_auto_takes_some_patches_and_reports_them(a_tiny_bundle, a_phantom):
+    result = segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches="auto"))
+    best = segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=len(result.patches)))
+    assert 0 < len(result.patches) < result.report["candidates"]
+    assert result.patches == best.patches and result.report["options"]["num_patches"] == "auto"
+
+
+def test_coarse_result_comes_first_and_is_that_of_no_patches(a_tiny_bundle, a_phantom):
+    bundle = load_bundle(a_tiny_bundle)
+    options = cpu(num_patches=3, structures=("liver", "vertebrae"), roi_to_ras=roi((20, 0, 0), (120, 150, 200), degrees=(0, 0, 20)))
+    shown, events = [], []
+
+    def coarse_ready(coarse):
+        shown.append(coarse)
+        events.append("coarse shown")
+
+    segment_volume(a_phantom[0], bundle, options=options, report=lambda progress: events.append(progress.stage), coarse_ready=coarse_ready)
+    (coarse,) = shown
+    alone = segment_volume(a_phantom[0], bundle, options=replace(options, num_patches=0))
+    assert np.array_equal(coarse.labelmap.array, alone.labelmap.array) and {0, 1, 3} == set(np.unique(coarse.labelmap.array))
+    assert events.index("coarse") < events.index("coarse shown") < events.index("patches")
+    assert coarse.candidates == alone.report["candidates"]
+
+
+def test_importance_map_lies_where_the_coarse_net_found_it(a_tiny_bundle):
+    """The tiny net's importance is 4 x intensity: the map is largest in the brightest organ, the spine, and lies on it in the world."""
+    shape = (60, 44, 50)
+    volume, _ = phantoms.phantom(shape, ijk_to_ras=turned((5.0, 6.5, 7.0), shape, degrees=(15, -5, 10), mirror=(-1, 1, 1)))
+    shown = []
+    segment_volume(volume, load_bundle(a_tiny_bundle), options=cpu(num_patches=0), coarse_ready=shown.append)
+    importance = shown[0].importance
+    assert importance.array.dtype == np.float32 and importance.array.max() == 1 and importance.array.min() > 0
+    np.testing.assert_allclose(importance.spacing_mm, (12.0, 12.0, 12.0))
+    bright = np.argwhere(importance.array > 0.95)[:, ::-1] @ importance.ijk_to_ras[:3, :3].T + importance.ijk_to_ras[:3, 3]
+    center, radii, _ = phantoms.ORGANS["vertebrae"]
+    assert len(bright) > 10
+    assert (((bright - np.array(center)) / (np.array(radii) + 12)) ** 2).sum(1).max() < 1
+    np.testing.assert_allclose(bright.mean(0), center, atol=8)
+
+
+def test_lack_of_memory_names_the_size_of_the_volume(a_tiny_bundle, a_phantom, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr("NMSWSegment.engine.to_canonical", full)
+    with pytest.raises(UserError, match="52 x 36 x 54 voxels. Crop the volume, or close other programs"):
+        segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu())

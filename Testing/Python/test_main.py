@@ -1,4 +1,4 @@
-"""The command line: what it writes, says and returns, and that nothing is left when it fails."""
+"""The command line, __main__.py and command_line.py: what it writes, says and returns, and that nothing is left when it fails."""
 
 import csv
 import json
@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import NMSWSegment.__main__ as command_line
-from NMSWSegment import phantoms
+from NMSWSegment import command_line, phantoms
 from NMSWSegment.__main__ import main
 from NMSWSegment.protocol import Cancelled, UserError
 from NMSWSegment.volume import Volume, read_volume, write_volume
@@ -75,6 +74,14 @@ def test_segment_all_patches_and_chosen_structures(a_case, a_tiny_bundle, capsys
     assert capsys.readouterr().out.splitlines()[-1].startswith("2 of 2 structures")
 
 
+def test_segment_auto_chooses_the_number_of_patches(a_case, a_tiny_bundle):
+    words = arguments(a_case, a_tiny_bundle, "--report", str(a_case / "r.json"))
+    words[words.index("2")] = "auto"
+    assert main(words) == 0
+    report = json.loads((a_case / "r.json").read_text())
+    assert report["options"]["num_patches"] == "auto" and 0 < len(report["patches"]) < report["candidates"]
+
+
 def test_segment_existing_output_is_replaced(a_case, a_tiny_bundle):
     (a_case / "labels.nii.gz").write_text("old")
     assert main(arguments(a_case, a_tiny_bundle)) == 0
@@ -85,7 +92,7 @@ def test_segment_existing_output_is_replaced(a_case, a_tiny_bundle):
     ("more", "fix"),
     [
         (["--k", "-3"], "Use 0 for the coarse net alone"),
-        (["--k", "2.5"], "neither a whole number nor 'all'"),
+        (["--k", "2.5"], "neither a whole number nor 'all' or 'auto'"),
         (["--policy", "gredy"], "Did you mean 'greedy'"),
         (["--structures", "livr"], "Did you mean 'liver'"),
         (["--threads", "0"], "Use 1 or more"),
@@ -221,10 +228,16 @@ def test_training_verb_without_its_packages_names_the_extra(capsys, monkeypatch,
     assert "'monai'" in (errors := capsys.readouterr().err) and 'pip install "NMSWSegment[train]"' in errors
 
 
-@pytest.mark.parametrize("words", [["--help"], ["segment", "--help"], ["models", "--help"], ["--version"]])
+@pytest.mark.parametrize("words", [["--help"], ["segment", "--help"], ["models", "--help"], ["--version"], ["worker", "--help"]])
 def test_help_and_version_are_exit_code_0(capsys, words):
     assert main(words) == 0
     assert "NMSWSegment" in (output := capsys.readouterr().out) or "nmsw" in output
+
+
+def test_help_lists_every_verb(capsys):
+    assert main(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"    {verb} " in output for verb in ("segment", "models", "worker", "train", "export", "evaluate"))
 
 
 @pytest.mark.parametrize("words", [[], ["segmnt"], ["segment"]])

@@ -2,12 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from NMSWSegment.bundle import Bundle, load_bundle
 from NMSWSegment.protocol import UserError
-from NMSWSegment.runtime import Nets, available_devices, open_nets, reproducible, resolve_device
+from NMSWSegment.runtime import Nets, OutOfMemory, available_devices, memory_explained, open_nets, reproducible, resolve_device
 
 TORCHSCRIPT_MESSAGE = (
     "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript (most recent call last):\n"
@@ -69,25 +70,25 @@ def test_missing_device_lists_what_is_there(two_gpus):
 def test_out_of_memory_moves_the_nets_to_the_cpu_for_good(error):
     # An archive raises a plain RuntimeError where eager torch raises OutOfMemoryError (pytorch issue 148642).
     nets, local = nets_on_full_gpu(error)
-    patch = torch.arange(24.0).reshape(2, 3, 4)
+    patch = torch.arange(24.0).reshape(1, 2, 3, 4)
     for _ in range(2):
-        assert torch.equal(nets.local(patch), torch.stack([-patch, patch]))
-    assert local.calls == ["meta", "cpu", "cpu"]
+        assert torch.equal(nets.local(patch), torch.stack([-patch, patch], dim=1))
+    assert local.calls == ["meta", "cpu", "cpu"] and nets.batch_size == 1
     assert nets.device == torch.device("cpu")
     assert nets.device_steps == ["meta ran out of memory; the nets went on with the CPU"]
 
 
 def test_missing_operator_on_mps_moves_the_nets_to_the_cpu():
     nets, local = nets_on_full_gpu(NotImplementedError("The operator 'aten::slow_conv_transpose3d' is not currently implemented for the MPS device."))
-    patch = torch.arange(24.0).reshape(2, 3, 4)
-    assert torch.equal(nets.local(patch), torch.stack([-patch, patch]))
+    patches = torch.arange(48.0).reshape(2, 2, 3, 4)
+    assert torch.equal(nets.local(patches), torch.stack([-patches, patches], dim=1))
     assert nets.device_steps == ["meta lacks an operator of the nets; the nets went on with the CPU"]
 
 
 def test_another_error_on_a_gpu_is_not_taken_for_lack_of_memory():
     nets, local = nets_on_full_gpu(RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        nets.local(torch.zeros(2, 3, 4))
+        nets.local(torch.zeros(1, 2, 3, 4))
     assert local.calls == ["meta"] and nets.device_steps == []
 
 
@@ -97,8 +98,102 @@ def test_out_of_memory_on_the_cpu_is_passed_on():
 
     nets = Nets(manifest=None, coarse_net=full, local_net=full, device=torch.device("cpu"))
     with pytest.raises(RuntimeError, match="not enough memory"):
-        nets.local(torch.zeros(2, 3, 4))
+        nets.local(torch.zeros(1, 2, 3, 4))
     assert nets.device_steps == []
+
+
+class NetsWithoutTransfer(Nets):
+    """Nets of a GPU that is not there: nothing is moved to it."""
+
+    def _call(self, name, x):
+        return getattr(self, name)(x)
+
+
+class FitsOnly(torch.nn.Module):
+    """A net on a GPU with room for so many patches at once: two classes, background minus x and x."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(len(x))
+        if len(x) > self.room:
+            raise RuntimeError(TORCHSCRIPT_MESSAGE)
+        return torch.cat([-x, x], dim=1)
+
+    def to(self, device):
+        self.room = 99
+        return self
+
+
+def nets_with_room(room: int, monkeypatch) -> tuple[Nets, FitsOnly, list[str]]:
+    local, freed = FitsOnly(room), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cuda"))
+    return NetsWithoutTransfer(manifest=None, coarse_net=torch.nn.Identity(), local_net=local, device=torch.device("cuda:0")), local, freed
+
+
+@pytest.mark.parametrize(
+    ("room", "calls", "steps", "device"),
+    [
+        (4, [4, 3], [], "cuda:0"),
+        (3, [4, 2, 2, 2, 1], ["cuda:0 ran out of memory; the batch went from 4 to 2"], "cuda:0"),
+        (
+            1,
+            [4, 2, 1, 1, 1, 1, 1, 1, 1],
+            ["cuda:0 ran out of memory; the batch went from 4 to 2", "cuda:0 ran out of memory; the batch went from 2 to 1"],
+            "cuda:0",
+        ),
+        (
+            0,
+            [4, 2, 1, 1, 1, 1, 1, 1, 1, 1],
+            [
+                "cuda:0 ran out of memory; the batch went from 4 to 2",
+                "cuda:0 ran out of memory; the batch went from 2 to 1",
+                "cuda:0 ran out of memory; the nets went on with the CPU",
+            ],
+            "cpu",
+        ),
+    ],
+)
+def test_gpu_without_room_for_a_batch_gets_smaller_ones_and_every_patch_its_own_answer(monkeypatch, room, calls, steps, device):
+    nets, local, freed = nets_with_room(room, monkeypatch)
+    patches = torch.arange(7.0 * 24).reshape(7, 2, 3, 4)
+    answer = torch.cat([nets.local(patches[:4]), nets.local(patches[4:])])
+    assert torch.equal(answer, torch.stack([-patches, patches], dim=1))
+    assert local.calls == calls and nets.device_steps == steps
+    assert str(nets.device) == device and freed == ["cuda"] * len(steps)
+
+
+def test_batch_size_is_one_on_the_cpu_and_four_on_a_gpu():
+    for device, batch_size in (("cpu", 1), ("cuda:1", 4), ("mps", 4)):
+        assert Nets(manifest=None, coarse_net=None, local_net=None, device=torch.device(device)).batch_size == batch_size
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 3.5 GiB for an array"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000 bytes."),
+        RuntimeError("The following operation failed in the TorchScript interpreter.\nRuntimeError: DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_lack_of_memory_names_the_volume_and_the_way_out(error):
+    with pytest.raises(OutOfMemory, match="volume of 512 x 500 x 90 voxels. Crop the volume, or close other programs"), memory_explained((90, 500, 512)):
+        raise error
+
+
+def test_real_lack_of_memory_is_recognized():
+    with pytest.raises(OutOfMemory), memory_explained((1, 1, 1)):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(OutOfMemory), memory_explained((1, 1, 1)):
+        np.empty(1 << 60, dtype=np.uint8)
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shape mismatch"), memory_explained((1, 1, 1)):
+        raise RuntimeError("shape mismatch")
 
 
 def test_archives_are_stored_in_half_and_computed_in_single_precision(a_tiny_bundle):
@@ -107,7 +202,7 @@ def test_archives_are_stored_in_half_and_computed_in_single_precision(a_tiny_bun
     assert {parameter.dtype for net in (nets.coarse_net, nets.local_net) for parameter in net.parameters()} == {torch.float32}
     logits, importance_map = nets.coarse(torch.rand(1, 1, 4, 5, 6))
     assert logits.shape == (4, 4, 5, 6) and importance_map.shape == (4, 5, 6)
-    assert logits.dtype == importance_map.dtype == nets.local(torch.rand(4, 5, 6)).dtype == torch.float32
+    assert logits.dtype == importance_map.dtype == nets.local(torch.rand(1, 4, 5, 6)).dtype == torch.float32
     assert not logits.requires_grad
 
 

@@ -57,15 +57,71 @@ def test_number_of_patches_is_clipped_to_the_candidates(policy, num_patches, exp
 def test_greedy_avoids_overlap_where_top_k_does_not():
     mass = torch.zeros(4, 4, 8)
     mass[0, 0, 1], mass[0, 0, 2], mass[0, 0, 3], mass[0, 0, 7] = 0.1, 1.0, 1.0, 1.5  # candidates hold 2.1, 2.0, 1.5
-    order = greedy_coverage(mass, torch.ones(3, dtype=torch.bool), grid=GRID, num_patches=3, importance=torch.tensor([0.3, 0.4, 0.3]))
-    assert order == [0, 2, 1]
+    order = greedy_coverage(mass, torch.ones(3, dtype=torch.bool), grid=GRID, num_patches=3)
+    assert order == [0, 2]  # then nothing is left
 
 
 def test_greedy_goes_on_by_importance_when_everything_is_covered():
-    mass = torch.zeros(4, 4, 8)
-    mass[0, 0, 0] = 1
-    order = greedy_coverage(mass, torch.ones(3, dtype=torch.bool), grid=GRID, num_patches=3, importance=torch.tensor([0.1, 0.2, 0.7]))
-    assert order == [0, 2, 1]
+    logits = logits_with_foreground(range(8))
+    logits[:, :, :, 0] = 0  # the coarse net is at a loss here only: candidate 0
+    logits[0, :, :, 1:] = -1000
+    importance_map = torch.zeros(4, 4, 8)
+    importance_map[:, :, 5:] = 1  # means 0, 1/4, 3/4
+    assert select(logits, importance_map, grid=GRID, num_patches=3, policy="greedy").indices == (0, 2, 1)
+
+
+@pytest.mark.parametrize(("least_share", "expected"), [(0.0, [0, 2, 1]), (0.1, [0, 2, 1]), (0.101, [0, 2]), (0.35, [0]), (0.7, [])])
+def test_greedy_stops_where_the_next_patch_adds_less_than_the_share(least_share, expected):
+    grid = CandidateGrid.covering((8, 8, 24), patch_size=(8, 8, 8), overlap=0.0)  # three candidates side by side
+    mass = torch.zeros(4, 4, 12)
+    mass[:, :, 1], mass[:, :, 5], mass[:, :, 9] = 6.0, 1.0, 3.0
+    assert greedy_coverage(mass, torch.ones(3, dtype=torch.bool), grid=grid, num_patches=3, least_share=least_share) == expected
+
+
+def test_auto_takes_the_patches_that_pay_and_no_background():
+    logits = logits_with_foreground(range(4))
+    logits[1, :, :, 0] = 8.0  # undecided at the near end
+    logits[1, :, :, 7] = 0.0  # a little doubt at the far end, which is background
+    few = select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches="auto", policy="greedy")
+    assert few.indices == (0,)
+    assert len(select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches=None, policy="greedy").indices) == 3
+
+
+def test_auto_of_a_volume_without_doubt_takes_no_patch():
+    logits = torch.zeros(2, 4, 4, 8)
+    logits[0] = 2000
+    assert select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches="auto", policy="greedy").indices == ()
+
+
+@pytest.mark.parametrize("policy", ["top_k", "greedy", "random"])
+@pytest.mark.parametrize("num_patches", [2, 3, None])
+def test_region_of_interest_leaves_out_candidates_that_do_not_meet_it(policy, num_patches):
+    in_roi = torch.zeros(4, 4, 8, dtype=torch.bool)
+    in_roi[1, 2, 4:6] = True  # full-resolution columns 8 to 12: candidates 1 (4..11) and 2 (8..15)
+    chosen = select(logits_with_foreground(range(8)), torch.zeros(4, 4, 8), grid=GRID, num_patches=num_patches, policy=policy, in_roi=in_roi)
+    assert sorted(chosen.indices) == [1, 2]
+
+
+def test_region_of_interest_decides_what_is_covered_first():
+    in_roi = torch.zeros(4, 4, 8, dtype=torch.bool)
+    in_roi[:, :, 6:] = True
+    logits, importance_map = torch.zeros(2, 4, 4, 8), torch.zeros(4, 4, 8)
+    importance_map[:, :, :4] = 3
+    for policy in ("top_k", "greedy"):
+        assert select(logits, importance_map, grid=GRID, num_patches=1, policy=policy).indices == (0,)
+        assert select(logits, importance_map, grid=GRID, num_patches=1, policy=policy, in_roi=in_roi).indices == (2,)
+
+
+def test_focus_counts_only_inside_the_region_of_interest():
+    logits = torch.zeros(3, 4, 4, 8)
+    logits[1, :, :, :4] = 10
+    logits[2, :, :, 4:] = 10
+    logits[1, :, :, 7] = 20
+    in_roi = torch.zeros(4, 4, 8, dtype=torch.bool)
+    in_roi[:, :, 3:] = True
+    for policy in ("top_k", "greedy"):
+        assert select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches=1, policy=policy, focus_classes=(1,), in_roi=in_roi).indices[0] in (1, 2)
+        assert 0 not in select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches=2, policy=policy, focus_classes=(1,), in_roi=in_roi).indices[:1]
 
 
 def test_focus_prefers_candidates_with_the_structure():

@@ -10,17 +10,15 @@ from slicer_headless import (
     matrix,
     new_scene,
     no_vtk_errors,
-    patch,
     segment_points_ras,
     slicer,
     sorted_points,
     vtk,
 )
 
-from NMSWSegment.colors import rank_color
 from NMSWSegment.labels import coded_labels
 from NMSWSegment.protocol import UserError
-from NMSWSegment.slicer_bridge import PATCH_FOLDER_NAME, import_labelmap, remove_patches, show_patches, volume_from_node
+from NMSWSegment.slicer_bridge import VOLUMES_ROLE, import_labelmap, roi_to_ras, volume_from_node, write_volumes_table
 from NMSWSegment.volume import Volume
 
 pytestmark = pytest.mark.usefixtures(no_vtk_errors.__name__)
@@ -61,11 +59,6 @@ def segment_ids(segmentation_node) -> list[str]:
     """Ids in the order of the segments."""
     segmentation = segmentation_node.GetSegmentation()
     return [segmentation.GetNthSegmentID(index) for index in range(segmentation.GetNumberOfSegments())]
-
-
-def roi_nodes(scene) -> list:
-    """All region-of-interest nodes."""
-    return [scene.GetNthNodeByClass(index, "vtkMRMLMarkupsROINode") for index in range(scene.GetNumberOfNodesByClass("vtkMRMLMarkupsROINode"))]
 
 
 def test_volume_from_node_oblique_keeps_voxels_and_place(volume_node):
@@ -245,56 +238,38 @@ def test_import_labelmap_wrong_labelmap_leaves_the_node_as_it_was(volume_node, s
     assert segmentation_node.GetNodeReferenceID(segmentation_node.GetReferenceImageGeometryReferenceRole()) is None
 
 
-@pytest.mark.parametrize("node_to_world", [None, RIGID, 1.5 * RIGID], ids=["free", "rigid", "enlarged"])
-def test_show_patches_boxes_are_where_the_patches_were_cut(scene, volume_node, node_to_world):
-    if node_to_world is not None:
-        node_to_world = node_to_world.copy()
-        node_to_world[3] = (0, 0, 0, 1)
-        volume_node.SetAndObserveTransformNodeID(add_transform(scene, node_to_world).GetID())
+def test_write_volumes_table_lists_the_segments_in_ml_and_is_written_anew(scene, volume_node, segmentation_node):
+    labelmap = a_labelmap(volume_node)
+    voxels_by_name = import_labelmap(segmentation_node, labelmap, labels=LABELS, reference_node=volume_node)
+    assert voxels_by_name == {"liver": 5, "kidney_right": 1}
 
-    (node,) = show_patches(scene, [patch()], parent_node=volume_node)
+    write_volumes_table(segmentation_node, {"liver": 1}, voxel_mm3=10.0)
+    table_node = write_volumes_table(segmentation_node, voxels_by_name, voxel_mm3=10.0)
 
-    bounds = [0.0] * 6
-    node.GetRASBounds(bounds)
-    np.testing.assert_allclose(bounds, [-5, 15, -22, 8, -9, 31], atol=1e-6)
-    axes = as_array(node.GetObjectToWorldMatrix())[:3, :3]
-    np.testing.assert_allclose(axes / np.linalg.norm(axes, axis=0), np.eye(3), atol=1e-9)
-
-
-def test_show_patches_outlines_are_named_locked_unfilled_and_colored_by_rank(scene, volume_node):
-    nodes = show_patches(scene, [patch(rank=1), patch(rank=2, importance=-1.25), patch(rank=3)], parent_node=volume_node)
-
-    assert [node.GetName() for node in nodes] == ["Patch 1 (importance 0.83)", "Patch 2 (importance -1.2)", "Patch 3 (importance 0.83)"]
-    for node in nodes:
-        assert node.GetLocked()
-        display = node.GetDisplayNode()
-        assert not display.GetFillVisibility()
-        assert not display.GetHandlesInteractive()
-        assert display.GetOutlineVisibility()
-    for rank, node in enumerate(nodes, start=1):
-        np.testing.assert_allclose(node.GetDisplayNode().GetSelectedColor(), rank_color(rank, count=3), atol=1e-6)
+    table = table_node.GetTable()
+    assert [table.GetColumnName(index) for index in range(3)] == ["Structure", "Volume (ml)", "Voxels"]
+    rows = [[table.GetValue(row, column).ToString() for column in range(3)] for row in range(table.GetNumberOfRows())]
+    assert rows == [["liver", "0.05", "5"], ["right kidney", "0.01", "1"]]  # 50 and 10 mm3
+    assert scene.GetNumberOfNodesByClass("vtkMRMLTableNode") == 1
+    assert segmentation_node.GetNodeReference(VOLUMES_ROLE) is table_node
 
 
-def test_show_patches_next_run_replaces_the_folder_and_keeps_own_nodes(scene, volume_node):
-    scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "mine")
-    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
-    show_patches(scene, [patch(rank=1), patch(rank=2)], parent_node=volume_node)
+def test_roi_to_ras_sends_the_half_cube_to_the_corners_of_a_turned_box(scene):
+    node = scene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    node.SetSize(20, 30, 40)
+    node.SetCenter(5, -7, 11)
+    rigid = RIGID.copy()
+    node.SetAndObserveTransformNodeID(add_transform(scene, rigid).GetID())
 
-    nodes = show_patches(scene, [patch(rank=1, importance=2.0)], parent_node=volume_node)
+    box_to_ras = np.array(roi_to_ras(node))
 
-    assert [node.GetName() for node in roi_nodes(scene)] == ["mine", "Patch 1 (importance 2)"]
-    folder = hierarchy.GetItemParent(hierarchy.GetItemByDataNode(nodes[0]))
-    assert hierarchy.GetItemName(folder) == PATCH_FOLDER_NAME
-    items = vtk.vtkIdList()
-    hierarchy.GetItemChildren(hierarchy.GetSceneItemID(), items, True)
-    names = [hierarchy.GetItemName(items.GetId(index)) for index in range(items.GetNumberOfIds())]
-    assert names.count(PATCH_FOLDER_NAME) == 1
+    corners = np.array([[r, a, s, 1] for r in (-10, 10) for a in (-15, 15) for s in (-20, 20)]) + [5, -7, 11, 0]
+    expected = sorted(map(tuple, np.round(corners @ rigid.T, 6)[:, :3].tolist()))
+    cube = np.array([[x, y, z, 1] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
+    found = sorted(map(tuple, np.round(cube @ box_to_ras.T, 6)[:, :3].tolist()))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_show_patches_none_removes_the_previous_ones(scene, volume_node):
-    show_patches(scene, [patch()], parent_node=volume_node)
-
-    assert show_patches(scene, [], parent_node=volume_node) == []
-
-    assert roi_nodes(scene) == []
-    remove_patches(scene)
+def test_roi_to_ras_of_a_box_that_was_never_placed_has_no_size(scene):
+    node = scene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    assert np.linalg.det(np.array(roi_to_ras(node))[:3, :3]) == 0

@@ -1,0 +1,310 @@
+"""The verbs of the command line: segment a volume, list the models, train and export new ones.
+
+Exit codes: 0 done, 1 a bug, 2 something a person can fix, 130 stopped with Ctrl-C or by SIGTERM.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
+
+from NMSWSegment import __version__
+from NMSWSegment.bundle import Bundle, Label, list_bundles, load_bundle
+from NMSWSegment.output_file import check_output_path, replaced_together
+from NMSWSegment.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, STATISTICS_ENDINGS, require_matplotlib, write_patches, write_preview, write_statistics
+from NMSWSegment.protocol import AUTO, Cancelled, Progress, Report, SegmentOptions, UserError, ignore_progress
+from NMSWSegment.volume import LABELMAP_ENDINGS, Volume, read_volume, write_labelmap
+
+if TYPE_CHECKING:
+    from NMSWSegment.engine import SegmentResult
+
+DONE, BUG, USER_ERROR, STOPPED = 0, 1, 2, 130
+
+REPORT_ENDINGS = (".json",)
+_DESCRIPTION = "Fast segmentation of CT and MR volumes: a coarse pass over the whole volume, then only the patches that matter."
+
+_EXAMPLES = """examples:
+  nmsw segment ct.nii.gz -o labels.seg.nrrd
+  nmsw segment dicom_folder -o labels.nii.gz --k 30 --structures liver,spleen --statistics organs.csv
+  nmsw segment ct.nrrd -o labels.seg.nrrd --k all --preview result.png --patches patches.mrk.json
+  nmsw models
+"""
+# Modules with add_arguments(parser) and run(args); imported only when asked for, because most need the training extra.
+_MODULE_VERBS = {
+    "train": ("NMSWSegment.training.train", "train the two nets of a new model"),
+    "export": ("NMSWSegment.training.export", "make a bundle of a trained model"),
+    "evaluate": ("NMSWSegment.evaluation.evaluate", "score a bundle on labelled cases"),
+    "worker": ("NMSWSegment.worker", "serve the Slicer panel"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are UserErrors, one sentence instead of a page."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}. Run '{self.prog} --help' for what is possible.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return its exit code.
+
+    Args:
+        argv: words after the program's name; None takes those of the process.
+    """
+    try:
+        with _sigterm_as_ctrl_c():
+            words = sys.argv[1:] if argv is None else argv
+            arguments = _parser(words).parse_args(words)
+            return arguments.run(arguments)
+    except SystemExit as exit_:  # --help and --version end so
+        return int(exit_.code or DONE)
+    except UserError as error:
+        print(f"nmsw: {error}", file=sys.stderr)
+        return USER_ERROR
+    except (KeyboardInterrupt, Cancelled):
+        print("nmsw: Stopped.", file=sys.stderr)
+        return STOPPED
+    except Exception:  # the process boundary: whatever is left is ours to fix
+        traceback.print_exc()
+        print(f"nmsw: This is a bug in NMSWSegment {__version__}. Please report it on the project page, with the lines above.", file=sys.stderr)
+        return BUG
+
+
+def segment(arguments: argparse.Namespace) -> int:
+    """The verb 'segment': everything is checked before the run, and written together after it."""
+    options = _options(arguments)
+    outputs = _checked_outputs(arguments)
+    bundle = load_bundle(options.bundle)
+    # Engine last: it imports torch, which takes seconds that a misspelled option should not cost.
+    from NMSWSegment.engine import segment_volume, structure_values
+
+    kept_values = structure_values(bundle.manifest, options.structures)
+    started = time.perf_counter()
+    with _progress_reports() as report:
+        report(Progress("read", 0.0, f"Reading {arguments.input.name}"))
+        volume = read_volume(arguments.input)
+        read_s = time.perf_counter() - started
+        result = segment_volume(volume, bundle, options=options, report=report)
+        result.report["timings_s"] = {"read": round(read_s, 4)} | result.report["timings_s"]
+        labels = [label for label in bundle.manifest.labels if label.value in kept_values]
+        report(Progress("write", 1.0, "Writing"))
+        _write_outputs(outputs, volume=volume, result=result, labels=labels)
+    for kind, path in outputs.items():
+        print(f"{kind}: {path}")
+    print(_summary(result, labels=labels, seconds=time.perf_counter() - started))
+    return DONE
+
+
+def models(arguments: argparse.Namespace) -> int:
+    """The verb 'models': a table of the installed bundles, or their manifests as JSON."""
+    bundles = [load_bundle(name) for name in list_bundles()]
+    if arguments.json:
+        print(json.dumps([_model_facts(bundle) for bundle in bundles], indent=2))
+        return DONE
+    if not bundles:
+        print("No model is installed. Train one with 'nmsw train' and make a bundle of it with 'nmsw export'.")
+        return DONE
+    rows = [("name", "backbone", "structures", "spacing mm", "size MB", "held-out scores")]
+    rows += [_model_row(bundle) for bundle in bundles]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    for bundle in bundles:
+        print(f"\n{bundle.manifest.name}: {bundle.manifest.title}\n  {', '.join(bundle.manifest.label_names)}")
+    return DONE
+
+
+def _parser(words: list[str]) -> argparse.ArgumentParser:
+    """The parser of all verbs; of the verbs with a module of their own only the chosen one fills in its options."""
+    parser = _Parser(prog="nmsw", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"NMSWSegment {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    segment_parser = verbs.add_parser(
+        "segment", help="segment a volume", description="Segment a CT or MR volume.", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_segment_arguments(segment_parser)
+    models_parser = verbs.add_parser("models", help="list the installed models", description="List the installed models.")
+    models_parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    models_parser.set_defaults(run=models)
+    for verb, (module_name, help_text) in _MODULE_VERBS.items():
+        verb_parser = verbs.add_parser(verb, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
+        if words[:1] == [verb]:
+            module = _verb_module(module_name, verb=verb)
+            module.add_arguments(verb_parser)
+            verb_parser.set_defaults(run=module.run)
+    return parser
+
+
+def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb 'segment'; the defaults are those of SegmentOptions."""
+    defaults = SegmentOptions()
+    parser.add_argument("input", type=Path, metavar="INPUT", help="volume: .nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, or the folder of a DICOM series")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUTPUT", help="labelmap (.nii.gz, .nii) or segmentation of 3D Slicer (.seg.nrrd)")
+    parser.add_argument("--bundle", default=defaults.bundle, metavar="NAME|FOLDER", help="model, see 'nmsw models' (default: %(default)s)")
+    parser.add_argument("--k", type=_patch_count, default=defaults.num_patches, metavar="N|all|auto", help="patches that are refined; 0 gives the coarse result, all the finest, auto as many as pay (default: %(default)s)")
+    parser.add_argument("--policy", default=defaults.policy, metavar="greedy|top_k", help="how patches are chosen: best coverage, or highest importance as in the paper (default: %(default)s)")
+    parser.add_argument("--device", default=defaults.device, metavar="auto|cpu|cuda|mps", help="where the nets run; cuda:1 is the second GPU (default: %(default)s)")
+    parser.add_argument("--structures", default="", metavar="NAME,...", help="structures to keep, for example liver,spleen (default: all)")
+    parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="CPU threads (default: all cores but one)")
+    also = parser.add_argument_group("further output files")
+    also.add_argument("--statistics", type=Path, metavar="FILE.csv", help="volume, intensity and center of each structure")
+    also.add_argument("--preview", type=Path, metavar="FILE.png", help="picture of three slices with the structures")
+    also.add_argument("--patches", type=Path, metavar="FILE.mrk.json", help="chosen patches as Markups of 3D Slicer")
+    also.add_argument("--report", type=Path, metavar="FILE.json", help="versions, options, times and patches of the run")
+    parser.set_defaults(run=segment)
+
+
+def _patch_count(text: str) -> int | str | None:
+    """The value of --k: a whole number, None for 'all', or AUTO."""
+    words = {"all": None, AUTO: AUTO}
+    word = text.strip().lower()
+    if word in words:
+        return words[word]
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor 'all' or 'auto'") from error
+
+
+def _verb_module(module_name: str, *, verb: str) -> ModuleType:
+    """The module of a verb, or the way to install what it needs."""
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "NMSWSegment":
+            raise
+        raise UserError(f"'nmsw {verb}' needs the package '{error.name}', which is not installed. Install what training needs with: pip install \"NMSWSegment[train]\"") from error
+
+
+def _options(arguments: argparse.Namespace) -> SegmentOptions:
+    """What the person chose; SegmentOptions checks it."""
+    return SegmentOptions(
+        bundle=arguments.bundle,
+        num_patches=arguments.k,
+        policy=arguments.policy,
+        device=arguments.device,
+        structures=tuple(name.strip() for name in arguments.structures.split(",") if name.strip()),
+        threads=arguments.threads,
+    )
+
+
+def _checked_outputs(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Files to write by kind, each possible, none twice and none the input."""
+    wanted = {
+        "labelmap": (arguments.output, LABELMAP_ENDINGS),
+        "statistics": (arguments.statistics, STATISTICS_ENDINGS),
+        "preview": (arguments.preview, PREVIEW_ENDINGS),
+        "patches": (arguments.patches, PATCHES_ENDINGS),
+        "report": (arguments.report, REPORT_ENDINGS),
+    }
+    outputs = {kind: check_output_path(path, endings) for kind, (path, endings) in wanted.items() if path is not None}
+    if arguments.preview is not None:
+        require_matplotlib()
+    places = {}
+    for kind, path in outputs.items():
+        # samefile also sees through links and other spellings of the same place.
+        if path.exists() and arguments.input.exists() and os.path.samefile(path, arguments.input):
+            raise UserError(f"The {kind} '{path}' would overwrite the input. Choose another name.")
+        place = path.resolve()
+        if place in places:
+            raise UserError(f"The {kind} and the {places[place]} have the same file '{path}'. Choose another name for one of them.")
+        places[place] = kind
+    return outputs
+
+
+def _write_outputs(outputs: dict[str, Path], *, volume: Volume, result: "SegmentResult", labels: list[Label]) -> None:
+    """Write all files; if one fails, none of them appears."""
+    writers: dict[str, Callable[[Path], object]] = {
+        "labelmap": lambda path: write_labelmap(result.labelmap, path, labels=labels),
+        "statistics": lambda path: write_statistics(result.labelmap, volume, labels=labels, path=path),
+        "preview": lambda path: write_preview(volume, result.labelmap, labels=labels, patches=result.patches, path=path),
+        "patches": lambda path: write_patches(result.patches, path),
+        "report": lambda path: path.write_text(json.dumps(result.report, indent=2) + "\n", encoding="utf-8"),
+    }
+    with replaced_together(list(outputs.values())) as temporaries:
+        for kind, temporary in zip(outputs, temporaries):
+            writers[kind](temporary)
+
+
+def _summary(result: "SegmentResult", *, labels: list[Label], seconds: float) -> str:
+    """'5 of 7 structures in 12.3 s, 10 of 42 patches'."""
+    num_found = sum(bool((result.labelmap.array == label.value).any()) for label in labels)
+    return f"{num_found} of {len(labels)} structures in {seconds:.1f} s, {len(result.patches)} of {result.report['candidates']} patches"
+
+
+def _model_row(bundle: Bundle) -> tuple[str, ...]:
+    """One line of the table."""
+    facts = _model_facts(bundle)
+    spacing = " x ".join(f"{length:g}" for length in facts["spacing_mm"])
+    scores = ", ".join(f"{case} {_mean_scores(by_k)}" for case, by_k in facts["scores"].items())
+    return facts["name"], facts["backbone"], str(len(facts["structures"])), spacing, f"{facts['size_bytes'] / 1e6:.1f}", scores or "none"
+
+
+def _mean_scores(by_k: dict) -> str:
+    """'DSC 0.712 (k=0) 0.745 (k=10)': mean over the structures of a held-out case."""
+    return "DSC " + " ".join(f"{row['mean']:.3f} (k={k})" for k, row in by_k.items())
+
+
+def _model_facts(bundle: Bundle) -> dict:
+    """JSON-ready facts about a bundle; triples are in array order KJI."""
+    manifest = bundle.manifest
+    return {
+        "name": manifest.name,
+        "title": manifest.title,
+        "description": manifest.description,
+        "backbone": manifest.backbone,
+        "modality": manifest.modality,
+        "structures": manifest.label_names,
+        "spacing_mm": list(manifest.spacing_mm),
+        "size_bytes": sum(path.stat().st_size for path in bundle.folder.iterdir() if path.is_file()),
+        "sha256": bundle.sha256,
+        "scores": manifest.scores,
+        "licence": manifest.licence,
+        "attributions": list(manifest.attributions),
+    }
+
+
+@contextmanager
+def _progress_reports() -> Iterator[Report]:
+    """A report callback that draws on standard error if that is a terminal, and keeps quiet if not."""
+    if not sys.stderr.isatty():
+        yield ignore_progress
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+    except ImportError:
+        yield lambda progress: print(f"{progress.fraction:4.0%} {progress.message}", file=sys.stderr)
+        return
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Starting", total=1.0)
+        yield lambda progress: bar.update(task, completed=progress.fraction, description=progress.message)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end a run like Ctrl-C, so that nothing partial stays."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # only the main thread may do so; elsewhere the caller cares for signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,524 @@
+"""The whole flow by clicks, outside the application: the real module file, the real worker process, stand-ins for the rest."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("PySide6.QtWidgets", reason="PySide6 cannot be loaded, so that there is nothing to click", exc_type=ImportError)
+from slicer_headless import add_transform, add_volume, no_vtk_errors, segment_points_ras, slicer  # noqa: E402
+from standins.application import Application  # noqa: E402
+
+from NMSWSegment.bundle import USER_FOLDER_VARIABLE, install_bundle  # noqa: E402
+from NMSWSegment.phantoms import ORGANS, phantom, upright_ijk_to_ras  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures(no_vtk_errors.__name__)
+
+SHAPE = (54, 36, 52)
+TILT = np.array([[np.cos(0.15), -np.sin(0.15), 0, 4.0], [np.sin(0.15), np.cos(0.15), 0, -9.0], [0, 0, 1, 2.0], [0, 0, 0, 1]])
+PATIENCE_S = 60
+SLOW_NET = "NMSW_TEST_SLOW_PATCH_S"
+
+
+@pytest.fixture
+def own_folder(tmp_path, a_tiny_bundle, monkeypatch):
+    """A person's model folder with the tiny bundle in it."""
+    monkeypatch.setenv(USER_FOLDER_VARIABLE, str(tmp_path / "models"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    install_bundle(a_tiny_bundle)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def app(own_folder):
+    with Application() as application:
+        application.load_module(ROOT / "NMSWSegment.py")
+        application.startup_completed()
+        yield application
+
+
+@pytest.fixture
+def widget(app):
+    """The panel, with the tiny model on the CPU and two patches, over a tilted phantom."""
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 2
+    app.wait_until(lambda: "is ready" in widget.ui.logTextEdit.plainText, PATIENCE_S)
+    assert widget.ui.segmentButton.enabled, widget.ui.statusLabel.text
+    return widget
+
+
+def add_phantom(scene, *, name: str = "Phantom", shape=SHAPE):
+    """The phantom under a transform that tilts it, so that a mistake in a frame moves the result."""
+    volume, _ = phantom(shape, ijk_to_ras=TILT @ upright_ijk_to_ras((6.0, 6.0, 6.0), shape))
+    node = add_volume(scene, volume.array.astype(np.int16), ijk_to_ras=upright_ijk_to_ras((6.0, 6.0, 6.0), shape), name=name)
+    node.SetAndObserveTransformNodeID(add_transform(scene, TILT).GetID())
+    return node
+
+
+def slow_down(monkeypatch, tmp_path, seconds: float) -> None:
+    """Let every patch of the worker take some time, through a module that its interpreter loads at the start."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name != "NMSWSegment.runtime":
+            return None
+        sys.meta_path.remove(self)
+        import importlib.util
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            local = module.Nets.local
+            module.Nets.local = lambda self, patches: (time.sleep({seconds}), local(self, patches))[1]
+        spec.loader.exec_module = exec_module
+        return spec
+if "worker" in sys.orig_argv:
+    sys.meta_path.insert(0, Slow())
+""",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def segment(app, widget) -> None:
+    """Click Segment and wait for the end."""
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: not widget.segmenter.is_running, PATIENCE_S)
+    app.process_events()
+
+
+def result_of(widget):
+    """The chosen output."""
+    return widget.logic.getParameterNode().outputSegmentation
+
+
+def segment_ids(node) -> list[str]:
+    return list(node.GetSegmentation().GetSegmentIDs())
+
+
+def outlines(scene) -> list:
+    nodes = [scene.GetNthNodeByClass(index, "vtkMRMLMarkupsROINode") for index in range(scene.GetNumberOfNodesByClass("vtkMRMLMarkupsROINode"))]
+    return [node for node in nodes if node.GetAttribute("NMSW.Patch")]
+
+
+def node_names(scene, class_name: str) -> list[str]:
+    return [scene.GetNthNodeByClass(index, class_name).GetName() for index in range(scene.GetNumberOfNodesByClass(class_name))]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not collected yet does not."""
+    try:
+        os.kill(pid, 0)
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def temporary_files() -> list[Path]:
+    """What the module has left in the application's temporary folder."""
+    return list(Path(slicer.app.temporaryPath).glob("NMSWSegment-*"))
+
+
+def test_segment_click_shows_the_coarse_result_first_and_then_replaces_it(app, widget):
+    seen = []
+    widget.ui.segmentButton.click()
+    assert widget.ui.segmentButton.text == "Cancel"
+    assert not widget.ui.volumeSection.enabled
+    app.wait_until(lambda: not widget.segmenter.is_running or seen.extend(node_names(app.scene, "vtkMRMLSegmentationNode")), PATIENCE_S)
+
+    assert "NMSW coarse result" in seen
+    assert node_names(app.scene, "vtkMRMLSegmentationNode") == ["Phantom segmentation"]
+    assert widget.ui.segmentButton.text == "Segment"
+    assert widget.ui.volumeSection.enabled
+    assert "2 of" in widget.ui.statusLabel.text
+    assert app.dialogs == []
+
+
+def test_result_lies_on_the_phantom_in_the_world_with_everything_that_belongs_to_it(app, widget):
+    volume = widget.logic.getParameterNode().inputVolume
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(app.scene)
+    study = hierarchy.CreateStudyItem(hierarchy.GetSceneItemID(), "Study")
+    hierarchy.CreateItem(study, volume)
+
+    segment(app, widget)
+
+    node = result_of(widget)
+    assert segment_ids(node) == ["liver", "spleen", "vertebrae"]
+    for name, (center_ras, _, _) in ORGANS.items():
+        points = segment_points_ras(node, name)
+        assert np.linalg.norm(points - center_ras, axis=1).min() < 6, name  # one voxel
+    for name, other in (("liver", "spleen"), ("spleen", "vertebrae"), ("vertebrae", "spleen")):
+        assert np.linalg.norm(segment_points_ras(node, name) - ORGANS[other][0], axis=1).min() > 6, (name, other)
+    assert hierarchy.GetItemParent(hierarchy.GetItemByDataNode(node)) == study
+    assert node.GetNodeReferenceID(node.GetReferenceImageGeometryReferenceRole()) == volume.GetID()
+    assert node.GetAttribute("NMSW.Bundle") == "tiny"
+    assert (node.GetAttribute("NMSW.NumPatches"), node.GetAttribute("NMSW.PatchesRun"), node.GetAttribute("NMSW.Device")) == ("2", "2", "cpu")
+    assert len(outlines(app.scene)) == 2
+    table = node.GetNodeReference("NMSW.Volumes")
+    voxels = {table.GetCellText(row, 0): int(table.GetCellText(row, 2)) for row in range(table.GetNumberOfRows())}
+    assert voxels["spleen"] == len(segment_points_ras(node, "spleen"))
+    assert temporary_files() == [widget.segmenter.worker.folder]
+    assert list(widget.segmenter.worker.folder.iterdir()) == []
+
+
+def test_slider_after_a_run_updates_the_result_and_reuses_the_patches(app, widget):
+    segment(app, widget)
+    node = result_of(widget)
+    for num_patches, reused in ((5, "2"), (3, "3"), (5, "5")):
+        widget.ui.numPatchesSlider.value = num_patches
+        app.wait_until(lambda: node.GetAttribute("NMSW.NumPatches") == str(num_patches), PATIENCE_S)
+        assert node.GetAttribute("NMSW.PatchesReused") == reused
+        assert len(outlines(app.scene)) == num_patches
+        app.wait_until(lambda: not widget.segmenter.is_running)
+    assert node_names(app.scene, "vtkMRMLSegmentationNode") == ["Phantom segmentation"]
+
+
+def test_slider_dragged_quickly_ends_at_the_last_value(app, widget):
+    segment(app, widget)
+    node = result_of(widget)
+    for num_patches in (3, 9, 4, 8, 6):
+        widget.ui.numPatchesSlider.value = num_patches
+        app.process_events(seconds=0.3)
+    app.wait_until(lambda: node.GetAttribute("NMSW.NumPatches") == "6" and not widget.segmenter.is_running, PATIENCE_S)
+    assert app.dialogs == []
+
+
+def test_slider_leaves_edited_segments_alone(app, widget):
+    segment(app, widget)
+    node = result_of(widget)
+    node.GetSegmentation().GetSegment("liver").SetName("my liver")
+
+    widget.ui.numPatchesSlider.value = 4
+    app.process_events(seconds=1)
+
+    assert node.GetAttribute("NMSW.NumPatches") == "2"
+    assert node.GetSegmentation().GetSegment("liver").GetName() == "my liver"
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_segment_click_on_edited_segments_asks_before_it_replaces_them(app, widget, replace):
+    segment(app, widget)
+    mine = result_of(widget)
+    mine.GetSegmentation().GetSegment("liver").SetName("my liver")
+    app.answers.append(replace)
+
+    segment(app, widget)
+
+    assert (result_of(widget) is mine) == replace
+    assert mine.GetSegmentation().GetSegment("liver").GetName() == ("liver" if replace else "my liver")
+    assert len(node_names(app.scene, "vtkMRMLSegmentationNode")) == (1 if replace else 2)
+
+
+def test_segment_click_again_on_an_unedited_result_replaces_it_without_a_question(app, widget):
+    segment(app, widget)
+    segment(app, widget)
+    assert node_names(app.scene, "vtkMRMLSegmentationNode") == ["Phantom segmentation"]
+
+
+def test_cancel_answers_within_a_second_and_keeps_the_result_before(app, own_folder, tmp_path, monkeypatch):
+    slow_down(monkeypatch, tmp_path, 3.0)  # a patch that takes longer than a person waits
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 0
+    segment(app, widget)
+    before = segment_points_ras(result_of(widget), "liver")
+    node.liveUpdate = False
+    node.numPatches = 4
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: node_names(app.scene, "vtkMRMLSegmentationNode").count("NMSW coarse result"), PATIENCE_S)
+    assert not result_of(widget).GetDisplayVisibility()
+    pid = widget.segmenter.worker.pid
+
+    started = time.perf_counter()
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: not widget.segmenter.is_running, 10)
+
+    assert time.perf_counter() - started < 2  # CANCEL_MS and the work of the test
+    assert widget.ui.segmentButton.text == "Segment"
+    assert not is_alive(pid)
+    assert temporary_files() == []
+    assert node_names(app.scene, "vtkMRMLSegmentationNode") == ["Phantom segmentation"]
+    assert result_of(widget).GetDisplayVisibility()
+    np.testing.assert_array_equal(segment_points_ras(result_of(widget), "liver"), before)
+    assert result_of(widget).GetAttribute("NMSW.NumPatches") == "0"
+    assert app.dialogs == []
+
+
+def test_cancel_of_a_first_run_leaves_no_node(app, own_folder, tmp_path, monkeypatch):
+    slow_down(monkeypatch, tmp_path, 0.2)
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.numPatches = "tiny", "cpu", 8
+    app.process_events()
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, PATIENCE_S)
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: not widget.segmenter.is_running, 10)
+
+    assert node_names(app.scene, "vtkMRMLSegmentationNode") == []
+    assert result_of(widget) is None
+    assert "Cancelled" in widget.ui.statusLabel.text
+    assert widget.segmenter.worker.is_alive, "between patches the worker hears the cancel and stays warm"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
+@pytest.mark.parametrize("victim", ["worker", "launcher"])
+def test_killed_process_is_told_and_the_next_run_works(app, own_folder, tmp_path, monkeypatch, victim):
+    slow_down(monkeypatch, tmp_path, 0.3)
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.numPatches = "tiny", "cpu", 8
+    app.process_events()
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, PATIENCE_S)
+    pid = widget.segmenter.worker.pid
+    os.kill(pid if victim == "worker" else widget.segmenter.worker._process.processId(), signal.SIGKILL)
+    app.wait_until(lambda: not widget.segmenter.is_running, 10)
+
+    assert "Click Segment to try again" in app.dialogs[-1].text
+    assert node_names(app.scene, "vtkMRMLSegmentationNode") == []
+    app.wait_until(lambda: not is_alive(pid), 10)
+    assert temporary_files() == []
+    node.numPatches = 1
+    segment(app, widget)
+    assert segment_ids(result_of(widget)) == ["liver", "spleen", "vertebrae"]
+
+
+def test_closing_the_scene_in_a_run_gives_it_up(app, own_folder, tmp_path, monkeypatch):
+    slow_down(monkeypatch, tmp_path, 0.3)
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.numPatches = "tiny", "cpu", 8
+    app.process_events()
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, PATIENCE_S)
+
+    app.close_scene()
+    app.process_events(seconds=1.5)
+
+    assert widget.ui.segmentButton.text == "Segment"
+    assert node_names(app.scene, "vtkMRMLSegmentationNode") == []
+    assert app.dialogs == []
+    add_phantom(app.scene)
+    widget.initializeParameterNode()
+    widget.logic.getParameterNode().numPatches = 1
+    widget.logic.getParameterNode().model = "tiny"
+    segment(app, widget)
+    assert len(segment_ids(result_of(widget))) == 3
+
+
+def test_quitting_in_a_run_leaves_no_process_and_no_file(app, own_folder, tmp_path, monkeypatch):
+    slow_down(monkeypatch, tmp_path, 5)
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.numPatches = "tiny", "cpu", 8
+    app.process_events()
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: widget.segmenter.worker.pid is not None and "patches" in widget.ui.statusLabel.text.lower(), PATIENCE_S)
+    pid = widget.segmenter.worker.pid
+
+    app.close()
+
+    app.wait_until(lambda: not is_alive(pid), 10)
+    assert temporary_files() == []
+
+
+def test_scene_comes_back_with_the_settings_of_the_panel(app, widget, tmp_path):
+    segment(app, widget)
+    node = widget.logic.getParameterNode()
+    node.numPatches, node.policy, node.omittedStructures, node.threads, node.showPatches = 7, "top_k", ["spleen"], 3, False
+    scene_file = app.save_scene(tmp_path / "saved")
+    app.close_scene()
+    assert widget.logic.getParameterNode().numPatches == 10
+
+    app.load_scene(scene_file)
+
+    node = widget.logic.getParameterNode()
+    assert (node.numPatches, node.policy, node.omittedStructures, node.threads, node.showPatches) == (7, "top_k", ["spleen"], 3, False)
+    assert (node.inputVolume.GetName(), node.outputSegmentation.GetName()) == ("Phantom", "Phantom segmentation")
+    assert (widget.ui.numPatchesSlider.value, widget.ui.policyComboBox.currentText, widget.ui.modelComboBox.currentData) == (7, "top_k", "tiny")
+    assert widget.ui.structuresSection.text == "Structures: 2 of 3"
+    assert node.outputSegmentation.GetAttribute("NMSW.Bundle") == "tiny"
+    assert not widget.segmenter.is_untouched(node.outputSegmentation), "segments of a loaded scene may have been edited: ask"
+
+
+def test_structures_and_region_of_interest_limit_the_result(app, widget):
+    node = widget.logic.getParameterNode()
+    widget.ui.noStructuresButton.click()
+    assert not widget.ui.segmentButton.enabled
+    assert "Check at least one" in widget.ui.statusLabel.text
+    widget.ui.structuresSearchBox.text = "SPL"
+    widget.ui.allStructuresButton.click()
+    assert node.omittedStructures == ["liver", "vertebrae"]
+    center_ras, radii_mm, _ = ORGANS["spleen"]
+    roi = app.scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "My box")
+    roi.SetSize(*(4 * radius for radius in radii_mm))
+    roi.SetCenter(center_ras[0] + 2 * radii_mm[0], center_ras[1], center_ras[2])  # its left face cuts the spleen in the middle
+    node.regionOfInterest = roi
+
+    segment(app, widget)
+
+    assert segment_ids(result_of(widget)) == ["spleen"]
+    points = segment_points_ras(result_of(widget), "spleen")
+    assert points[:, 0].min() >= center_ras[0] - 1e-3
+    assert len(points) > 20
+
+
+def test_region_of_interest_that_is_empty_or_outside_is_told_before_a_run(app, widget):
+    node = widget.logic.getParameterNode()
+    node.regionOfInterest = app.scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "Box")
+    assert "empty" in widget.ui.statusLabel.text
+    assert not widget.ui.segmentButton.enabled
+    node.regionOfInterest.SetSize(10, 10, 10)
+    node.regionOfInterest.SetCenter(5000, 0, 0)
+    app.process_events()
+    assert "outside the volume" in widget.ui.statusLabel.text
+    assert not widget.ui.segmentButton.enabled
+    node.regionOfInterest.SetCenter(0, 0, 0)
+    app.process_events()
+    assert widget.ui.segmentButton.enabled
+
+
+def test_panel_without_a_volume_offers_the_sample(app):
+    widget = app.open_panel("NMSWSegment")
+    assert not widget.ui.segmentButton.enabled
+    assert "Load sample CT" in widget.ui.statusLabel.text
+
+    widget.ui.sampleButton.click()
+    widget.ui.sampleButton.click()
+
+    assert node_names(app.scene, "vtkMRMLScalarVolumeNode") == ["NMSWTorsoCT"]
+    assert widget.ui.segmentButton.enabled
+    assert "of 36 patches" in widget.ui.workLabel.text
+
+
+def test_two_volumes_of_the_same_name_give_two_segmentations(app, widget):
+    segment(app, widget)
+    node = widget.logic.getParameterNode()
+    node.inputVolume = add_phantom(app.scene)
+    node.outputSegmentation = None
+    segment(app, widget)
+    names = node_names(app.scene, "vtkMRMLSegmentationNode")
+    assert len(names) == len(set(names)) == 2
+    assert result_of(widget).GetNodeReference(result_of(widget).GetReferenceImageGeometryReferenceRole()) is node.inputVolume
+
+
+def test_volume_that_is_no_ct_is_told_in_red(app, widget):
+    node = widget.logic.getParameterNode()
+    node.inputVolume = add_volume(app.scene, np.arange(40 * 30 * 20, dtype=np.int16).reshape(40, 30, 20), ijk_to_ras=upright_ijk_to_ras((6.0, 6.0, 6.0), (40, 30, 20)), name="MR")
+    assert '<font color="red">' in widget.ui.workLabel.text
+    assert "Hounsfield" in widget.ui.workLabel.text
+    assert widget.ui.segmentButton.enabled
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser may write anywhere, and Windows has other permissions")
+def test_temporary_folder_that_cannot_be_written_is_told(app, widget):
+    widget.segmenter.close()
+    folder = Path(slicer.app.temporaryPath)
+    folder.chmod(0o500)
+    try:
+        widget.ui.segmentButton.click()
+    finally:
+        folder.chmod(0o700)
+    assert "Temporary directory" in app.dialogs[-1].text
+    assert not widget.segmenter.is_running
+
+
+def test_temporary_folder_that_cannot_be_made_is_told(app, widget, tmp_path, monkeypatch):
+    widget.segmenter.close()
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setattr(sys.modules["NMSWSegment.slicer_worker"], "_parent_folder", lambda: str(tmp_path / "a file" / "folder"))
+    widget.ui.segmentButton.click()
+    assert "Temporary directory" in app.dialogs[-1].text
+    assert not widget.segmenter.is_running
+    assert widget.ui.segmentButton.enabled
+
+
+def test_missing_torch_is_explained_with_and_without_internet(app, widget, monkeypatch):
+    module = sys.modules["NMSWSegment"]
+    find_spec = module.importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    app.install_fake_module("PyTorchUtils", None)
+
+    widget.ui.segmentButton.click()
+
+    assert "Extensions Manager" in app.dialogs[-1].text
+    assert "pip_install" in app.dialogs[-1].text
+    assert not widget.segmenter.is_running
+
+
+def test_own_model_can_be_added_chosen_and_removed(app, own_folder, a_tiny_bundle, tmp_path):
+    from NMSWSegment.bundle import list_bundles, remove_bundle
+
+    remove_bundle("tiny")
+    widget = app.open_panel("NMSWSegment")
+    assert not widget.ui.removeModelButton.enabled
+    app.answers.append(str(a_tiny_bundle))
+    widget.ui.addModelButton.click()
+    assert widget.ui.modelComboBox.currentData == "tiny"
+    assert widget.logic.getParameterNode().model == "tiny"
+    assert [widget.ui.structuresList.item(row).text() for row in range(widget.ui.structuresList.count)] == ["liver", "spleen", "vertebrae"]
+
+    app.answers.append(True)
+    widget.ui.removeModelButton.click()
+    assert "tiny" not in list_bundles()
+    assert widget.ui.modelComboBox.currentData == "torso-unet"
+
+    app.answers.append(str(tmp_path))
+    widget.ui.addModelButton.click()
+    assert "is not a bundle" in app.dialogs[-1].text
+
+
+def test_overlays_follow_their_boxes(app, widget):
+    segment(app, widget)
+    assert all(node.GetDisplayVisibility() for node in outlines(app.scene))
+    widget.ui.showPatchesCheckBox.click()
+    assert not any(node.GetDisplayVisibility() for node in outlines(app.scene))
+    widget.ui.showImportanceCheckBox.click()
+    assert "NMSW importance" in node_names(app.scene, "vtkMRMLScalarVolumeNode")
+    widget.ui.showImportanceCheckBox.click()
+    assert node_names(app.scene, "vtkMRMLScalarVolumeNode") == ["Phantom"]
+    surfaces = slicer.vtkSegmentationConverter.GetSegmentationClosedSurfaceRepresentationName()
+    widget.ui.show3DCheckBox.click()
+    assert result_of(widget).GetSegmentation().ContainsRepresentation(surfaces)
+    widget.ui.show3DCheckBox.click()
+    assert not result_of(widget).GetSegmentation().ContainsRepresentation(surfaces)
+
+
+def test_leaving_the_panel_in_a_run_does_not_stop_it(app, widget):
+    widget.ui.segmentButton.click()
+    app.select_module("Data")
+    app.wait_until(lambda: not widget.segmenter.is_running, PATIENCE_S)
+    assert len(segment_ids(result_of(widget))) == 3
+    app.open_panel("NMSWSegment")
+    assert widget.ui.volumesTable.visible
+
+
+def test_reload_reads_the_library_again_and_ends_the_worker(app, widget):
+    pid = widget.segmenter.worker.pid
+    before = sys.modules["NMSWSegment.protocol"]
+
+    widget.onReload()
+
+    assert sys.modules["NMSWSegment.protocol"] is not before
+    assert sys.modules["NMSWSegment"].SegmentOptions is sys.modules["NMSWSegment.protocol"].SegmentOptions
+    app.wait_until(lambda: not is_alive(pid), 10)
+
+
+def test_self_tests_of_the_module_pass_outside_the_application_too(app):
+    sys.modules["NMSWSegment"].NMSWSegmentTest().runTest()
+    assert {dialog.kind for dialog in app.dialogs} == {"delay"}
