@@ -1,10 +1,11 @@
-# make demo: segment the packaged CT.  make test: run the tests.  Both set up an environment of their own in .venv.
+# make demo: segment the packaged CT.  make test: run the tests.  make tour: drive the panel outside of Slicer, with its times and
+# pictures.  All set up an environment of their own in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test tour clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nmsw segment Resources/SampleData/cptac_pda_3mm.nii.gz -o demo/segmentation.seg.nrrd --preview demo/preview.png --statistics demo/volumes.csv --patches demo/patches.mrk.json --report demo/report.json
@@ -12,6 +13,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+tour: $(VENV)/.test
+	$(BIN)/python Testing/Python/panel_tour.py
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[headless]"

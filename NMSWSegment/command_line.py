@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from NMSWSegment import __version__
-from NMSWSegment.bundle import Bundle, Label, list_bundles, load_bundle
+from NMSWSegment.bundle import Bundle, Label, install_bundle, list_bundles, load_bundle, remove_bundle
 from NMSWSegment.output_file import check_output_path, replaced_together
 from NMSWSegment.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, STATISTICS_ENDINGS, require_matplotlib, write_patches, write_preview, write_statistics
 from NMSWSegment.protocol import AUTO, Cancelled, Progress, Report, SegmentOptions, UserError, ignore_progress
@@ -106,7 +106,12 @@ def segment(arguments: argparse.Namespace) -> int:
 
 def models(arguments: argparse.Namespace) -> int:
     """The verb 'models': a table of the installed bundles, or their manifests as JSON."""
-    bundles = [load_bundle(name) for name in list_bundles()]
+    bundles = []
+    for name in list_bundles():
+        try:
+            bundles.append(load_bundle(name))
+        except UserError as error:  # one damaged model must not hide the others
+            print(f"nmsw: {error}", file=sys.stderr)
     if arguments.json:
         print(json.dumps([_model_facts(bundle) for bundle in bundles], indent=2))
         return DONE
@@ -123,6 +128,20 @@ def models(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def install(arguments: argparse.Namespace) -> int:
+    """The verb 'install': a bundle joins the installed ones, for the command line and the panel."""
+    bundle = install_bundle(arguments.folder, replace=arguments.replace)
+    print(f"Installed model {bundle.manifest.name} in {bundle.folder}")
+    return DONE
+
+
+def remove(arguments: argparse.Namespace) -> int:
+    """The verb 'remove': delete a bundle that was installed."""
+    remove_bundle(arguments.name)
+    print(f"Removed model {arguments.name}")
+    return DONE
+
+
 def _parser(words: list[str]) -> argparse.ArgumentParser:
     """The parser of all verbs; of the verbs with a module of their own only the chosen one fills in its options."""
     parser = _Parser(prog="nmsw", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +154,13 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     models_parser = verbs.add_parser("models", help="list the installed models", description="List the installed models.")
     models_parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     models_parser.set_defaults(run=models)
+    install_parser = verbs.add_parser("install", help="install a model", description="Install a model. A model is a program: install only what comes from a source that you trust.")
+    install_parser.add_argument("folder", type=Path, metavar="BUNDLE", help="folder that 'nmsw export' wrote")
+    install_parser.add_argument("--replace", action="store_true", help="take the place of an installed model of the same name")
+    install_parser.set_defaults(run=install)
+    remove_parser = verbs.add_parser("remove", help="remove an installed model", description="Remove a model that was installed; packaged models stay.")
+    remove_parser.add_argument("name", metavar="NAME", help="see 'nmsw models'")
+    remove_parser.set_defaults(run=remove)
     for verb, (module_name, help_text) in _MODULE_VERBS.items():
         verb_parser = verbs.add_parser(verb, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
         if words[:1] == [verb]:

@@ -125,9 +125,12 @@ def hide_importance(scene: "slicer.vtkMRMLScene") -> None:
 
 
 def show_coarse_result(labelmap: Volume, *, labels: Sequence[Label], reference_node: "slicer.vtkMRMLScalarVolumeNode") -> "slicer.vtkMRMLSegmentationNode":
-    """A segmentation node for the time of a run; it is not saved with the scene."""
-    node = reference_node.GetScene().AddNewNodeByClass("vtkMRMLSegmentationNode", COARSE_RESULT_NAME)
+    """A segmentation node for the time of a run; nobody can choose it, and it is not saved with the scene."""
+    node = slicer.vtkMRMLSegmentationNode()
+    node.SetName(COARSE_RESULT_NAME)
+    node.SetHideFromEditors(True)
     node.SetSaveWithScene(False)
+    reference_node.GetScene().AddNode(node)
     import_labelmap(node, labelmap, labels=labels, reference_node=reference_node)
     return node
 

@@ -17,9 +17,11 @@ def progress_text(event: dict) -> str:
     if event["stage"] == "patches" and event["total"]:
         return _("Patch {done} of {total}").format(done=event["done"], total=event["total"])
     texts = {
+        "start": _("Starting..."),
         "load": _("Loading the model..."),
         "canonical": _("Bringing the volume to the spacing of the model..."),
         "coarse": _("Looking at the whole volume..."),
+        "preview": _("Showing the coarse result..."),
         "patches": _("Choosing patches..."),
         "restore": _("Bringing the segments to the volume..."),
         "done": _("Showing the result..."),

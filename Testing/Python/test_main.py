@@ -244,3 +244,27 @@ def test_help_lists_every_verb(capsys):
 def test_wrong_words_are_exit_code_2(capsys, words):
     assert main(words) == 2
     assert "--help" in capsys.readouterr().err
+
+
+def test_install_and_remove_change_what_models_lists(a_tiny_bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NMSW_BUNDLES", str(tmp_path / "own"))
+    assert main(["install", str(a_tiny_bundle)]) == 0
+    assert main(["models", "--json"]) == 0
+    assert "tiny" in [facts["name"] for facts in json.loads(capsys.readouterr().out.partition("\n")[2])]
+    assert main(["install", str(a_tiny_bundle)]) == 2
+    assert "Remove it first" in capsys.readouterr().err
+    assert main(["install", str(a_tiny_bundle), "--replace"]) == 0
+    assert main(["remove", "tiny"]) == 0
+    assert main(["remove", "tiny"]) == 2
+    assert list((tmp_path / "own").iterdir()) == []
+
+
+def test_models_one_damaged_model_does_not_hide_the_others(a_tiny_bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NMSW_BUNDLES", str(tmp_path / "own"))
+    main(["install", str(a_tiny_bundle)])
+    (tmp_path / "own" / "tiny" / "local.pt").write_bytes(b"damaged")
+    capsys.readouterr()
+    assert main(["models"]) == 0
+    output, errors = capsys.readouterr()
+    assert "torso-unet" in output and "tiny" not in output
+    assert "Install the bundle again" in errors
