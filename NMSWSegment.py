@@ -788,8 +788,7 @@ class NMSWSegmentLogic(ScriptedLoadableModuleLogic):
         volume = volume_from_node(inputVolume)
         bundle = load_bundle(options.bundle)
         result = segment_volume(volume, bundle, options=options, report=report)
-        seconds = time.perf_counter() - started
-        apply_result(result.labelmap, result.report, labels=bundle.manifest.labels, volume_node=inputVolume, segmentation_node=outputSegmentation, seconds=seconds)
+        apply_result(result.labelmap, result.report, labels=bundle.manifest.labels, volume_node=inputVolume, segmentation_node=outputSegmentation, started=started)
         return result
 
 

@@ -187,8 +187,16 @@ def _interpolated(source: Tensor, positions: list[Tensor]) -> Tensor:
 
 
 def _interpolated_labels(labels: Tensor, positions: list[Tensor]) -> Tensor:
-    """The label with the largest trilinear weight at every position, (n,) uint8; positions are KJI vectors."""
+    """The label with the largest trilinear weight at every position, (n,) uint8; positions are KJI vectors. Equal weights go to
+    the label of the first corner that has them."""
     corner_labels, corner_weights = zip(*[(labels[index], weight) for index, weight in _corners(positions, labels.shape)])
-    candidates, weights = torch.stack(corner_labels, 1), torch.stack(corner_weights, 1)
-    support = (weights[:, None, :] * (candidates[:, :, None] == candidates[:, None, :])).sum(2)
-    return candidates.gather(1, support.argmax(1, keepdim=True))[:, 0]
+    corners, weights = torch.stack(corner_labels), torch.stack(corner_weights)  # (8, n)
+    low, high = corners.amin(0), corners.amax(0)
+    is_low, is_high = corners == low, corners == high
+    low_weight, high_weight = (weights * is_low).sum(0), (weights * is_high).sum(0)
+    result = torch.where(low_weight == high_weight, corners[0], torch.where(high_weight > low_weight, high, low))
+    several = torch.nonzero(~(is_low | is_high).all(0))[:, 0]  # three labels or more: few, and eight times the work
+    corners, weights = corners[:, several], weights[:, several]
+    support = (weights[None] * (corners[:, None] == corners[None])).sum(1)
+    result[several] = corners.gather(0, support.argmax(0, keepdim=True))[0]
+    return result

@@ -20,6 +20,7 @@ from NMSWSegment.volume import Volume
 
 VOLUMES_ROLE = "NMSW.Volumes"
 """Node reference from a segmentation to its table of volumes."""
+_LABELMAP = "Binary labelmap"
 SAME_GRID_ATOL_MM = 1e-3
 """How far a voxel center may be off before two grids are different; a hundredth of the finest CT voxel."""
 
@@ -87,16 +88,27 @@ def import_labelmap(
     """
     _check_same_grid(labelmap, reference_node)
     voxels_by_name = _voxels_by_name(labelmap, labels=labels)
-    present = [label for label in labels if label.name in voxels_by_name]
-    segmentation = _segmentation_from_labelmap(labelmap, labels=present, ijk_to_node=ijk_to_node_matrix(reference_node))
+    shared = _shared_labelmap(labelmap, ijk_to_node=ijk_to_node_matrix(reference_node))
+    segments = {label.name: _segment(label, shared) for label in labels if label.name in voxels_by_name}
     segmentation_node.CreateDefaultDisplayNodes()
-    segmentation_node.GetSegmentation().DeepCopy(segmentation)
+    segmentation = segmentation_node.GetSegmentation()
+    remove_segments(segmentation)
+    segmentation.SetSourceRepresentationName(_LABELMAP)
+    for name, segment in segments.items():
+        segmentation.AddSegment(segment, name)
     # The segments are in the coordinates of the volume node, so the same parent transform puts both in the same place,
     # and keeps them there when a person moves it.
     segmentation_node.SetAndObserveTransformNodeID(reference_node.GetTransformNodeID())
     segmentation_node.SetReferenceImageGeometryParameterFromVolumeNode(reference_node)
     place_beside(segmentation_node, reference_node)
     return voxels_by_name
+
+
+def remove_segments(segmentation: "slicer.vtkSegmentation") -> None:
+    """Remove all segments without erasing one after the other from the labelmap that they share, which takes seconds for a large volume."""
+    for index in range(segmentation.GetNumberOfSegments()):
+        segmentation.GetNthSegment(index).RemoveAllRepresentations()
+    segmentation.RemoveAllSegments()
 
 
 def write_volumes_table(segmentation_node: "slicer.vtkMRMLSegmentationNode", voxels_by_name: dict[str, int], *, voxel_mm3: float) -> "slicer.vtkMRMLTableNode":
@@ -187,30 +199,21 @@ def _voxels_by_name(labelmap: Volume, *, labels: Sequence[Label]) -> dict[str, i
     return {label.name: int(counts[label.value]) for label in labels if counts[label.value]}
 
 
-def _segmentation_from_labelmap(labelmap: Volume, *, labels: Sequence[Label], ijk_to_node: np.ndarray) -> "slicer.vtkSegmentation":
-    """A segmentation whose segments share one binary labelmap, as Slicer's own reader makes it."""
+def _shared_labelmap(labelmap: Volume, *, ijk_to_node: np.ndarray) -> "slicer.vtkOrientedImageData":
+    """The labelmap that all segments share, as Slicer's own reader makes it; a copy of the voxels."""
     shared = slicer.vtkOrientedImageData()
     shared.SetDimensions(*reversed(labelmap.shape))
     shared.SetImageToWorldMatrix(slicer.util.vtkMatrixFromArray(ijk_to_node))
     shared.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(labelmap.array, dtype=np.uint8).ravel(), deep=True))
-    representation = slicer.vtkSegmentationConverter.GetSegmentationBinaryLabelmapRepresentationName()
-    segmentation = slicer.vtkSegmentation()
-    segmentation.SetSourceRepresentationName(representation)
-    for label in labels:
-        segment = _segment(label)
-        segment.AddRepresentation(representation, shared)
-        if not segmentation.AddSegment(segment, label.name):
-            raise RuntimeError(f"Slicer refused the segment '{label.name}'")
-    return segmentation
+    return shared
 
 
-def _segment(label: Label) -> "slicer.vtkSegment":
-    """An empty segment with the label's name, color and codes."""
+def _segment(label: Label, shared: "slicer.vtkOrientedImageData") -> "slicer.vtkSegment":
+    """The segment of a label in the shared labelmap, with the label's name, color and codes."""
     segment = slicer.vtkSegment()
     segment.SetName(label.title)
     segment.SetColor(*(channel / 255 for channel in label.color))
     segment.SetLabelValue(label.value)
     segment.SetTag(slicer.vtkSegment.GetTerminologyEntryTagName(), label.terminology)
+    segment.AddRepresentation(_LABELMAP, shared)
     return segment
-
-

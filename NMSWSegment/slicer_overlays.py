@@ -13,7 +13,7 @@ from vtk.util.numpy_support import numpy_to_vtk
 from NMSWSegment.bundle import Label
 from NMSWSegment.colors import rank_color
 from NMSWSegment.protocol import PatchBox
-from NMSWSegment.slicer_bridge import import_labelmap
+from NMSWSegment.slicer_bridge import import_labelmap, remove_segments
 from NMSWSegment.slicer_nodes import hierarchy_parent, node_to_world_matrix, place_beside
 from NMSWSegment.volume import Volume
 
@@ -133,6 +133,12 @@ def show_coarse_result(labelmap: Volume, *, labels: Sequence[Label], reference_n
     reference_node.GetScene().AddNode(node)
     import_labelmap(node, labelmap, labels=labels, reference_node=reference_node)
     return node
+
+
+def remove_coarse_result(node: "slicer.vtkMRMLSegmentationNode") -> None:
+    """Remove what show_coarse_result made."""
+    remove_segments(node.GetSegmentation())
+    remove_node(node)
 
 
 def show_surfaces(segmentation_node: "slicer.vtkMRMLSegmentationNode", is_shown: bool) -> None:

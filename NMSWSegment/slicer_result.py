@@ -1,5 +1,6 @@
 """From a finished run to the scene: segmentation, table of volumes, outlines, and how it was made."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,14 +22,17 @@ def apply_result(
     labels: Sequence[Label],
     volume_node: "slicer.vtkMRMLScalarVolumeNode",
     segmentation_node: "slicer.vtkMRMLSegmentationNode",
-    seconds: float,
-) -> None:
+    started: float,
+) -> float:
     """Replace the content of a segmentation node by a result, with everything that belongs to it.
 
     Args:
         labelmap: labels on the grid of the volume, (K, J, I).
         report: of the engine.
-        seconds: the whole run, as the person waited for it.
+        started: time.perf_counter() at the click.
+
+    Returns:
+        Seconds since then: the whole run, as the person waited for it.
 
     Raises:
         UserError: a node was removed, or the volume is no longer the one that was segmented.
@@ -42,7 +46,9 @@ def apply_result(
         raise UserError(f"The volume '{volume_node.GetName()}' was moved or changed during the run ({error}). Segment it again.") from error
     write_volumes_table(segmentation_node, voxels_by_name, voxel_mm3=abs(float(np.linalg.det(labelmap.ijk_to_ras[:3, :3]))))
     show_patches(volume_node.GetScene(), patches_of(report), parent_node=volume_node)
+    seconds = time.perf_counter() - started
     _store_provenance(segmentation_node, report, seconds=seconds)
+    return seconds
 
 
 def new_segmentation_node(volume_node: "slicer.vtkMRMLScalarVolumeNode", *, name: str) -> "slicer.vtkMRMLSegmentationNode":

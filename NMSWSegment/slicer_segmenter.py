@@ -19,7 +19,7 @@ import slicer
 from NMSWSegment.bundle import Bundle, load_bundle
 from NMSWSegment.protocol import SegmentOptions, UserError
 from NMSWSegment.slicer_bridge import volume_from_node
-from NMSWSegment.slicer_overlays import remove_node, show_coarse_result
+from NMSWSegment.slicer_overlays import remove_coarse_result, remove_node, show_coarse_result
 from NMSWSegment.slicer_result import apply_result, new_segmentation_node, segments_state
 from NMSWSegment.slicer_worker import Worker
 from NMSWSegment.volume import Volume
@@ -202,11 +202,10 @@ class Segmenter:
         created = None
         if job.segmentation_node is None and job.volume_node.GetScene() is not None:
             created = job.segmentation_node = new_segmentation_node(job.volume_node, name=job.output_name)
-        seconds = time.perf_counter() - job.started
         try:
-            apply_result(
+            seconds = apply_result(
                 labelmap, event["report"], labels=job.bundle.manifest.labels, volume_node=job.volume_node, segmentation_node=job.segmentation_node,
-                seconds=seconds,
+                started=job.started,
             )  # fmt: skip
         except BaseException:
             if created is not None:
@@ -221,7 +220,7 @@ class Segmenter:
         if job is None:
             return
         if job.coarse_node is not None and job.coarse_node.GetScene() is not None:
-            remove_node(job.coarse_node)
+            remove_coarse_result(job.coarse_node)
         if job.hidden_node is not None and job.hidden_node.GetScene() is not None:
             job.hidden_node.SetDisplayVisibility(True)
         shutil.rmtree(job.folder, ignore_errors=True)

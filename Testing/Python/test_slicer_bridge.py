@@ -6,7 +6,6 @@ from slicer_headless import (
     OBLIQUE_IJK_TO_RAS,
     add_transform,
     add_volume,
-    as_array,
     matrix,
     new_scene,
     no_vtk_errors,

@@ -23,7 +23,7 @@ from NMSWSegment.slicer_overlays import (
     MAX_OUTLINES,
     PATCH_FOLDER_NAME,
     hide_importance,
-    remove_node,
+    remove_coarse_result,
     remove_patches,
     show_coarse_result,
     show_importance,
@@ -174,6 +174,6 @@ def test_show_coarse_result_is_not_saved_and_leaves_no_node_behind(scene, volume
 
     assert not node.GetSaveWithScene()
     np.testing.assert_allclose(segment_points_ras(node, "liver"), [(volume.ijk_to_ras @ [3, 2, 1, 1])[:3]], atol=1e-3)
-    remove_node(node)
+    remove_coarse_result(node)
     assert scene.GetNumberOfNodes() - before <= 1  # the subject hierarchy itself, made at the first use
     assert scene.GetNumberOfNodesByClass("vtkMRMLSegmentationDisplayNode") == 0
