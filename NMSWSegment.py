@@ -300,8 +300,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.deviceComboBox.connect("currentIndexChanged(int)", self.onDeviceChosen)
         ui.structuresList.connect("itemChanged(QListWidgetItem*)", self.onStructureChecked)
         ui.structuresSearchBox.connect("textChanged(QString)", self.onStructureSearch)
-        ui.allStructuresButton.connect("clicked(bool)", lambda: self._checkStructures(True))
-        ui.noStructuresButton.connect("clicked(bool)", lambda: self._checkStructures(False))
+        ui.allStructuresButton.connect("clicked()", lambda: self._checkStructures(True))
+        ui.noStructuresButton.connect("clicked()", lambda: self._checkStructures(False))
         ui.addModelButton.connect("clicked(bool)", self.onAddModelButton)
         ui.removeModelButton.connect("clicked(bool)", self.onRemoveModelButton)
         ui.bundlesFolderLineEdit.connect("currentPathChanged(QString)", self.onBundlesFolderChanged)
@@ -348,7 +348,6 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.ui.structuresList.addItem(label.title)
             item = self.ui.structuresList.item(self.ui.structuresList.count - 1)
             item.setData(qt.Qt.UserRole, label.name)
-            item.setFlags(item.flags() | qt.Qt.ItemIsUserCheckable)
             item.setCheckState(qt.Qt.Unchecked if label.name in omitted else qt.Qt.Checked)
         self._isFilling = False
 
@@ -365,11 +364,13 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._parameterNode.model = name
         self._fillStructures()
         self._updatePanel()
+        self._measure()
 
     def onDeviceChosen(self, index: int = 0) -> None:
         """Take the device into the parameter node."""
         if not self._isFilling and self._parameterNode and self.ui.deviceComboBox.currentData:
             self._parameterNode.device = self.ui.deviceComboBox.currentData
+            self._measure()
 
     def onStructureChecked(self, item=None) -> None:
         """Take the checked structures into the parameter node."""

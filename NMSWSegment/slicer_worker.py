@@ -69,6 +69,7 @@ class Worker:
         """
         if self.is_alive:
             return
+        python = _python()
         self.folder = _temporary_folder()
         self._pid, self.holds, self._output, self._log, self._last_lines = None, None, b"", b"", []
         process = self._process = qt.QProcess()
@@ -77,7 +78,7 @@ class Worker:
         process.connect("readyReadStandardError()", self._read_log)
         process.connect("finished(int,QProcess::ExitStatus)", self._on_finished)
         process.connect("errorOccurred(QProcess::ProcessError)", self._on_error)
-        process.start(_python(), ["-m", "NMSWSegment", "worker", "--folder", str(self.folder)])
+        process.start(python, ["-m", "NMSWSegment", "worker", "--folder", str(self.folder)])
 
     def send(self, request: dict) -> None:
         """Send one request; starts the process if it is not there."""
