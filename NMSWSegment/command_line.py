@@ -43,6 +43,7 @@ _MODULE_VERBS = {
     "train": ("NMSWSegment.training.train", "train the two nets of a new model"),
     "export": ("NMSWSegment.training.export", "make a bundle of a trained model"),
     "evaluate": ("NMSWSegment.evaluation.evaluate", "score a bundle on labelled cases"),
+    "compare": ("NMSWSegment.evaluation.compare", "compare NMSW with sliding windows and other baselines"),
     "worker": ("NMSWSegment.worker", "serve the Slicer panel"),
 }
 

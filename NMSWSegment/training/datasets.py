@@ -1,93 +1,40 @@
-"""Training data: labelled CT and anatomies on disk, and the endless, reproducible sequence of samples drawn from them.
+"""Training data: the labelled CT and anatomies of a run, and the endless, reproducible sequence of samples drawn from them.
 
-Sample n depends on the seed and on n alone, so that workers and resumed runs see the same sequence.
+Sample n depends on the seed and on n alone, so that workers, processes and resumed runs see the same sequence.
 """
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from NMSWSegment.protocol import UserError, unknown_name
-from NMSWSegment.training.acquisition import AIR_HU, HU_RANGE, add_noise, blur, cut_field_of_view, lower_resolution
-from NMSWSegment.training.losses import UNKNOWN_LABEL
-from NMSWSegment.training.scan_range import measure_body, random_box, read_canonical
+from NMSWSegment.training.augment import PaperAugmentation
+from NMSWSegment.training.case_cache import CaseCache
+from NMSWSegment.training.case_source import CaseSource
+from NMSWSegment.training.distributed import Team
+from NMSWSegment.training.layouts import KINDS, CaseFiles, Cases, dataset_file, read_cases, read_decathlon, read_label_names  # noqa: F401 evaluation reads cases through here
+from NMSWSegment.training.options import TrainOptions
+from NMSWSegment.training.prepared_case import GEOMETRY_TOLERANCE_MM, CaseRequest  # noqa: F401
 from NMSWSegment.training.synthesis import MAP_NAME, AnatomySource, SynthesisOptions, TrainingSample
-from NMSWSegment.training.warp import Triple_mm, apply_along_axes, averaging_matrix, chance, is_outside, nearest_flat_index, random_warp, uniform
+from NMSWSegment.training.warp import chance
 
-if TYPE_CHECKING:
-    from NMSWSegment.training.train import TrainOptions
-
-DATASET_NAME = "dataset.json"
-BODY_HU = -300.0
-GEOMETRY_TOLERANCE_MM = 0.1
-LANDMARK_WORDS = {"lung": ("lung",), "liver": ("liver",), "hip": ("hip", "femur")}
-GAMMA_WINDOW_HU = (-250.0, 500.0)
-"""The gamma works inside this window, the paper's; its range is narrower than the paper's, which would turn a liver into fat (1.35: 40 to -50 HU)."""
+ANATOMIES = "anatomies"
 
 
-class CaseFiles(NamedTuple):
-    """One labelled CT on disk."""
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from, held-out ids left out; lists only, no voxel is read yet."""
 
-    name: str
-    image: Path
-    label: Path
-
-
-class CaseSource:
-    """One labelled CT, loaded once; every draw is a warped, re-contrasted and re-scanned part of it."""
-
-    def __init__(self, files: CaseFiles, *, label_names: Sequence[str], spacing_mm: Triple_mm) -> None:
-        """Read image and label.
-
-        Args:
-            files: where they are.
-            label_names: classes without background, in label order.
-            spacing_mm: model spacing, KJI; a finer image is averaged to it, as inference does.
-
-        Raises:
-            UserError: image and label do not lie on the same grid, or a label is outside the list.
-        """
-        self.name = files.name
-        image, self._spacing_mm, image_ijk_to_ras = read_canonical(files.image)
-        labels, _, label_ijk_to_ras = read_canonical(files.label)
-        if image.shape != labels.shape or not np.allclose(image_ijk_to_ras, label_ijk_to_ras, atol=GEOMETRY_TOLERANCE_MM):
-            raise UserError(
-                f"Image and label of case '{self.name}' do not lie on the same grid ({image.shape} and {labels.shape} voxels). "
-                "Resample the label to the image with nearest neighbor."
-            )
-        _check_labels(labels, num_labels=len(label_names) + 1, name=self.name)
-        self._labels = torch.from_numpy(labels.astype(np.uint8))
-        intensity = torch.from_numpy(image.astype(np.float32))
-        factors = [max(1.0, step / own) for step, own in zip(spacing_mm, self._spacing_mm)]
-        self._intensity = apply_along_axes(intensity, tuple(averaging_matrix(size, width_voxels=width) for size, width in zip(intensity.shape, factors)))
-        landmarks = {key: _holds(self._labels, label_names, words) for key, words in LANDMARK_WORDS.items()}
-        self._extent = measure_body(self._intensity > BODY_HU, landmarks, spacing_mm=self._spacing_mm)
-
-    def draw(self, generator: torch.Generator, options: SynthesisOptions) -> TrainingSample:
-        """A random sample; the same state of the generator gives the same one.
-
-        Image (trilinear) and labels (nearest) share one warp. Labels are 255 above and below the scan, 0 beside it.
-        """
-        box_mm = random_box(self._extent, min_range_mm=options.min_range_mm, generator=generator)
-        warp = random_warp(box_mm, limits=options.warp, spacing_mm=options.spacing_mm, max_voxels=options.max_voxels, generator=generator)
-        index = warp.source_index(self._spacing_mm)
-        flat = nearest_flat_index(index, shape=tuple(self._labels.shape))
-        labels = self._labels.reshape(-1).index_select(0, flat).reshape(warp.shape)
-        intensity = _trilinear(self._intensity, index)
-        beside = is_outside(index, size=self._labels.shape[1], axis=1) | is_outside(index, size=self._labels.shape[2], axis=2)
-        intensity[beside], labels[beside] = AIR_HU, 0
-        labels[is_outside(index, size=self._labels.shape[0], axis=0)] = UNKNOWN_LABEL
-        body = intensity > BODY_HU
-        intensity = _recontrasted(intensity, labels, generator)
-        intensity = _rescanned(intensity, body, spacing_mm=options.spacing_mm, generator=generator)
-        if chance(generator, options.circular_share):
-            cut_field_of_view(intensity, labels, generator=generator)
-        return TrainingSample(name=self.name, intensity=intensity.clamp_(*HU_RANGE), labels=labels)
+    requests: tuple[CaseRequest, ...]
+    """Labelled CT."""
+    anatomies: tuple[Path, ...]
+    """Folders of tissue maps."""
+    label_names: tuple[str, ...]
+    """Classes without background, in label order."""
+    num_held_out: int
 
 
 class TrainingSet(torch.utils.data.Dataset):
@@ -109,8 +56,7 @@ class TrainingSet(torch.utils.data.Dataset):
         Raises:
             UserError: there is no source at all, or the fraction is no share.
         """
-        if not cases and not anatomies:
-            raise UserError("There is nothing to train on: every case and anatomy is held out, or the folders are empty. Give more --data or hold out less.")
+        _check_not_empty([*cases, *anatomies])
         if not 0 <= real_fraction <= 1:
             raise UserError(f"real_fraction is {real_fraction}, but it is a share. Use a number from 0 to 1.")
         self.label_names = list(label_names)
@@ -119,97 +65,75 @@ class TrainingSet(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> TrainingSample:
         """Sample `number`."""
-        state = np.random.SeedSequence([self._seed, number]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state >> 1))
+        generator = sample_generator(seed=self._seed, number=number)
         is_real = chance(generator, self._real_fraction) if self._cases and self._anatomies else bool(self._cases)
         sources = self._cases if is_real else self._anatomies
         source = sources[int(torch.randint(len(sources), (), generator=generator))]
         return source.draw(generator, self._options)
 
 
-def open_training_set(options: "TrainOptions") -> TrainingSet:
-    """Load all data of a run except what is held out.
+def sample_generator(*, seed: int, number: int, purpose: int = 0) -> torch.Generator:
+    """A generator whose state depends on nothing else; purpose keeps the draws for one sample apart."""
+    state = np.random.SeedSequence([seed, number, purpose] if purpose else [seed, number]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
+
+
+def find_data(options: TrainOptions) -> TrainingData:
+    """All cases and anatomies of a run except what is held out.
 
     Raises:
-        UserError: a data argument, folder or file cannot be used, label lists differ, or a held-out id does not exist.
+        UserError: a data argument, folder or list cannot be used, label lists differ, a held-out id does not exist, or nothing is left.
     """
-    found, label_names, cases, anatomies = [], None, [], []
+    found, label_names, requests, anatomies = [], None, [], []
     for argument in options.data:
         kind, _, folder = argument.partition(":")
-        if kind not in ("decathlon", "anatomies") or not folder:
-            raise UserError(f"'{argument}' is not KIND:FOLDER. Write decathlon:FOLDER for labelled CT or anatomies:FOLDER for anatomies.")
-        names = read_label_names(_dataset_file(Path(folder), kind))
-        if label_names is not None and names != label_names:
-            raise UserError(f"The label names of '{folder}' differ from those of the data before it. Bring all {DATASET_NAME} files to one list.")
-        label_names = names
-        if kind == "decathlon":
-            files, _ = read_decathlon(Path(folder))
-            found += [case.name for case in files]
-            cases += [case for case in files if case.name not in options.hold_out]
-        else:
+        if kind == ANATOMIES:
             folders = read_anatomies(Path(folder))
             found += [path.name for path in folders]
             anatomies += [path for path in folders if path.name not in options.hold_out]
+            names = read_label_names(dataset_file(Path(folder), also=(Path(folder).parent,)))
+        else:
+            cases = read_cases(argument, subset=options.subset)
+            found += [files.name for files in cases.files]
+            requests += [_request(files, cases, options) for files in cases.files if files.name not in options.hold_out]
+            names = cases.label_names
+        if label_names is not None and names != label_names:
+            raise UserError(f"The label names of '{folder}' differ from those of the data before it ({_first_difference(label_names, names)}). Bring all data to one list.")
+        label_names = names
     for name in options.hold_out:
         if name not in found:
             raise UserError(unknown_name("held-out id", name, sorted(set(found))))
+    _check_not_empty([*requests, *anatomies])
+    return TrainingData(requests=tuple(requests), anatomies=tuple(anatomies), label_names=label_names, num_held_out=len(found) - len(requests) - len(anatomies))
+
+
+def open_training_set(options: TrainOptions, *, data: TrainingData | None = None, cache: CaseCache | None = None, team: Team | None = None) -> TrainingSet:
+    """Check every case and anatomy and make their samples available.
+
+    Args:
+        options: of the run.
+        data: what to open; None is find_data(options).
+        cache: where prepared cases are kept; None keeps them in memory.
+        team: processes that share the work of filling the cache.
+
+    Raises:
+        UserError: a case or an anatomy cannot be used, or the cache cannot be written.
+    """
+    data = data or find_data(options)
+    if cache and team:
+        for request in team.share(data.requests):
+            cache.ensure(request)
+        team.wait()
+    points = options.intensity_points
+    augmentation = PaperAugmentation(window_hu=(points[0][0], points[-1][0])) if options.augmentation == "paper" else None
     return TrainingSet(
-        cases=[CaseSource(files, label_names=label_names, spacing_mm=options.spacing_mm) for files in cases],
-        anatomies=[AnatomySource(path, num_labels=len(label_names) + 1) for path in anatomies],
-        label_names=label_names or (),
-        options=SynthesisOptions(spacing_mm=options.spacing_mm),
+        cases=[CaseSource(request, cache=cache, augmentation=augmentation) for request in data.requests],
+        anatomies=[AnatomySource(path, num_labels=len(data.label_names) + 1) for path in data.anatomies],
+        label_names=data.label_names,
+        options=replace(SynthesisOptions(), spacing_mm=options.spacing_mm, max_voxels=options.max_sample_voxels),
         real_fraction=options.real_fraction,
         seed=options.seed,
     )
-
-
-def read_decathlon(folder: Path, *, exclude: Sequence[str] = ()) -> tuple[list[CaseFiles], tuple[str, ...]]:
-    """The labelled cases of a folder in Medical Segmentation Decathlon or nnU-Net layout.
-
-    A case is named by its image file, or by the image's folder where several images share a file name.
-
-    Args:
-        folder: holds dataset.json.
-        exclude: names of cases to leave out.
-
-    Returns:
-        The cases in the order of the list, and the label names in label order, background left out.
-
-    Raises:
-        UserError: dataset.json is missing or malformed, or it lists a file that is not there.
-    """
-    path = _dataset_file(folder, "decathlon")
-    values = _read_json(path)
-    try:
-        pairs = [(folder / entry["image"], folder / entry["label"]) for entry in values["training"]] if "training" in values else _nnunet_pairs(folder, values)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"The training list of '{path}' is malformed ({error!r}). Each entry needs image and label, paths relative to the folder.") from error
-    for file in (file for pair in pairs for file in pair):
-        if not file.is_file():
-            raise UserError(f"'{path}' lists '{file.relative_to(folder)}', which is not there. Put the file back, or take its case out of the list.")
-    stems = [image.name.split(".")[0].removesuffix("_0000") for image, _ in pairs]
-    names = stems if len(set(stems)) == len(stems) else [image.parent.name for image, _ in pairs]
-    if len(set(names)) < len(names):
-        raise UserError(f"Several cases of '{path}' have the same name ({', '.join(sorted(names)[:4])}, ...). Give the image files different names.")
-    cases = [CaseFiles(name=name, image=image, label=label) for name, (image, label) in zip(names, pairs) if name not in exclude]
-    return cases, read_label_names(path)
-
-
-def read_label_names(path: Path) -> tuple[str, ...]:
-    """Label names of a dataset.json in label order, background left out.
-
-    Raises:
-        UserError: the file is malformed, or the labels are not numbered 0, 1, 2, ... with background first.
-    """
-    labels = _read_json(path).get("labels")
-    try:
-        # Decathlon: {"1": "liver"}; nnU-Net 2: {"liver": 1}
-        numbered = {int(key): str(value) for key, value in labels.items()} if all(str(key).isdigit() for key in labels) else {int(value): key for key, value in labels.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"'{path}' has no usable labels ({error!r}). Write them as {{\"0\": \"background\", \"1\": \"liver\", ...}}.") from error
-    if sorted(numbered) != list(range(len(numbered))) or len(numbered) < 2:
-        raise UserError(f"The labels of '{path}' are numbered {sorted(numbered)}. Number them 0, 1, 2, ... with background as 0.")
-    return tuple(numbered[number] for number in range(1, len(numbered)))
 
 
 def read_anatomies(folder: Path) -> tuple[Path, ...]:
@@ -220,76 +144,24 @@ def read_anatomies(folder: Path) -> tuple[Path, ...]:
     """
     found = tuple(sorted(path.parent for path in folder.glob(f"*/{MAP_NAME}")))
     if not found:
-        raise UserError(f"'{folder}' holds no anatomies. Give the folder whose sub-folders hold {MAP_NAME} and tissues.json.")
+        raise UserError(f"'{folder}' holds no anatomies. Give the folder whose sub-folders hold {MAP_NAME} and tissues.json, or another kind: {', '.join(KINDS)}.")
     return found
 
 
-def _trilinear(intensity: Tensor, index: Tensor) -> Tensor:
-    """Intensity at continuous source indices (3, D, H, W), the border repeated beyond it, (D, H, W)."""
-    grid = torch.stack([2 * index[axis] / max(intensity.shape[axis] - 1, 1) - 1 for axis in (2, 1, 0)], dim=-1)
-    return torch.nn.functional.grid_sample(intensity[None, None], grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0, 0]
+def _request(files: CaseFiles, cases: Cases, options: TrainOptions) -> CaseRequest:
+    """A case of the run."""
+    return CaseRequest(files=files, label_names=cases.label_names, spacing_mm=options.spacing_mm, unknown_value=cases.unknown_value)
 
 
-def _recontrasted(intensity: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Another scanner and contrast phase: shift, scale, gamma in the soft-tissue window, and a shift of each class."""
-    if chance(generator, 0.5):
-        shift_hu = torch.randn(256, generator=generator) * uniform(generator, 5, 30)
-        shift_hu[[0, UNKNOWN_LABEL]] = 0.0
-        intensity = intensity + shift_hu[labels.int()]
-    if chance(generator, 0.3):
-        low, high = GAMMA_WINDOW_HU
-        share = ((intensity - low) / (high - low)).clamp(0, 1)
-        intensity = intensity + (share ** uniform(generator, 0.88, 1.14) - share) * (high - low)
-    return (intensity - AIR_HU) * uniform(generator, 0.96, 1.04) + AIR_HU + uniform(generator, -15, 15)
+def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:
+    """The first label in which two lists differ."""
+    for value, (one, other) in enumerate(zip(first, second), start=1):
+        if one != other:
+            return f"label {value} is '{one}' and '{other}'"
+    return f"{len(first)} and {len(second)} labels"
 
 
-def _rescanned(intensity: Tensor, body: Tensor, *, spacing_mm: Triple_mm, generator: torch.Generator) -> Tensor:
-    """Sometimes lower resolution, more blur, more noise; a real scan already has its own."""
-    if chance(generator, 0.2):
-        intensity = lower_resolution(intensity, generator=generator)
-    if chance(generator, 0.35):
-        intensity = blur(intensity, spacing_mm=spacing_mm, generator=generator)
-    if chance(generator, 0.5):
-        add_noise(intensity, body, generator=generator)
-    return intensity
-
-
-def _holds(labels: Tensor, label_names: Sequence[str], words: Sequence[str]) -> Tensor:
-    """Which slices hold a label whose name contains one of the words, (D) bool."""
-    chosen = torch.zeros(256, dtype=torch.bool)
-    chosen[[number for number, name in enumerate(label_names, start=1) if any(word in name.lower() for word in words)]] = True
-    return chosen[labels.int()].any(dim=2).any(dim=1)
-
-
-def _check_labels(labels: np.ndarray, *, num_labels: int, name: str) -> None:
-    """Raise UserError on a voxel that is no label."""
-    found = np.unique(labels)
-    strange = [value for value in found.tolist() if not (value in range(num_labels) or value == UNKNOWN_LABEL)]
-    if strange:
-        raise UserError(f"The label of case '{name}' holds {strange}, but {DATASET_NAME} ends at {num_labels - 1}. Add the class there, or set those voxels to 0 or to 255 (unknown).")
-
-
-def _dataset_file(folder: Path, kind: str) -> Path:
-    """The dataset.json of a data folder; anatomies may share the one beside their folder."""
-    places = (folder, folder.parent) if kind == "anatomies" else (folder,)
-    for place in places:
-        if (place / DATASET_NAME).is_file():
-            return place / DATASET_NAME
-    raise UserError(f"'{folder}' has no {DATASET_NAME}, so its labels have no names. Give the folder that holds it, or write one in Decathlon style.")
-
-
-def _read_json(path: Path) -> dict:
-    """The object of a JSON file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"'{path}' is not JSON ({error}). Correct it in a text editor.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"'{path}' holds no JSON object. Write one in Decathlon style, with labels and training.")
-    return values
-
-
-def _nnunet_pairs(folder: Path, values: dict) -> list[tuple[Path, Path]]:
-    """Image and label of every case in nnU-Net's raw layout: imagesTr/NAME_0000.ENDING and labelsTr/NAME.ENDING."""
-    ending = values["file_ending"]
-    return [(folder / "imagesTr" / f"{path.name.removesuffix(ending)}_0000{ending}", path) for path in sorted((folder / "labelsTr").glob(f"*{ending}"))]
+def _check_not_empty(sources: Sequence) -> None:
+    """Raise UserError when there is no source."""
+    if not sources:
+        raise UserError("There is nothing to train on: every case and anatomy is held out, or the folders are empty. Give more --data or hold out less.")

@@ -17,7 +17,9 @@ from NMSWSegment.labels import coded_labels
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.model_card import PICTURE_NAME, model_card
-from NMSWSegment.training.train import TrainOptions, load_checkpoint, load_run_options
+from NMSWSegment.training.monai_metadata import METADATA_PATH, monai_metadata
+from NMSWSegment.training.options import TrainOptions
+from NMSWSegment.training.run_folder import load_checkpoint, load_run_options
 
 PARITY_TOLERANCE = 1e-3  # logits; tracing changes no operator, so that only the order of sums may differ
 PARITY_SEED = 0
@@ -44,7 +46,7 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
     options, checkpoint = load_run_options(run), load_checkpoint(run)
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
     net.load_state_dict({key: value.half().float() for key, value in checkpoint["net"].items()})
-    net.eval()
+    net.eval().slice_fusion()
     examples = parity_inputs(options, coarse_multiple=net.architecture.coarse_multiple)
     notes = _read_object(data_notes, advice="Write a JSON object with trained_on and attributions.") if data_notes else {}
     held_out = {}
@@ -69,16 +71,17 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
         "scores": held_out,
         "attributions": tuple(notes.get("attributions", ())),
     }
-    return write_bundle(net.coarse, net.local, output=output, examples=examples, manifest=manifest, picture=picture)
+    return write_bundle(net.coarse, net.local, output=output, examples=examples, manifest=manifest, picture=picture, for_monai=True)
 
 
-def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples: dict[str, list[Tensor]], manifest: dict, picture: Path | None = None) -> Path:
+def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples: dict[str, list[Tensor]], manifest: dict, picture: Path | None = None, for_monai: bool = False) -> Path:
     """Trace, store in fp16, read back, compare, and only then put the folder in place.
 
     Args:
         coarse, local: eager nets with weights already rounded to fp16.
         examples: inputs for "coarse" and "local", several sizes each where the size may vary.
         manifest: fields of BundleManifest without the hashes.
+        for_monai: also write what MONAI's bundle tools read.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
@@ -94,6 +97,9 @@ def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples:
         hashes = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
         complete = BundleManifest(**manifest, sha256=hashes)
         (draft / MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
+        if for_monai:
+            (draft / METADATA_PATH).parent.mkdir()
+            (draft / METADATA_PATH).write_text(json.dumps(monai_metadata(complete), indent=2) + "\n", encoding="utf-8")
         if picture:
             shutil.copyfile(picture, draft / PICTURE_NAME)
         (draft / "MODEL_CARD.md").write_text(model_card(complete, has_picture=picture is not None), encoding="utf-8")
@@ -148,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw export`."""
     bundle = export_bundle(arguments.run_folder, arguments.output, title=arguments.title, description=arguments.description, scores=tuple(arguments.scores), data_notes=arguments.data_notes, picture=arguments.picture)
-    megabytes = sum(path.stat().st_size for path in bundle.iterdir()) / 1e6
+    megabytes = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / 1e6
     print(f"Bundle written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
     return 0
 

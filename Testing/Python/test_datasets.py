@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,11 @@ import SimpleITK as sitk
 import torch
 
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training.datasets import CaseFiles, CaseSource, TrainingSet, open_training_set, read_decathlon, read_label_names
+from NMSWSegment.training.case_source import CaseSource
+from NMSWSegment.training.datasets import TrainingSet, open_training_set
+from NMSWSegment.training.layouts import CaseFiles, read_decathlon, read_label_names
+from NMSWSegment.training.options import TrainOptions
+from NMSWSegment.training.prepared_case import CaseRequest
 from NMSWSegment.training.synthesis import AnatomySource, SynthesisOptions
 
 OPTIONS = SynthesisOptions(spacing_mm=(6.0, 6.0, 6.0))
@@ -60,9 +63,13 @@ def a_folder(tmp_path) -> Path:
     return tmp_path
 
 
-def run_options(folder: Path, *, hold_out=(), data=None, real_fraction=0.5, seed=5) -> SimpleNamespace:
+def run_options(folder: Path, *, hold_out=(), data=None, real_fraction=0.5, seed=5) -> TrainOptions:
     data = data or (f"decathlon:{folder}", f"anatomies:{folder / 'anatomies'}")
-    return SimpleNamespace(data=data, hold_out=hold_out, spacing_mm=(6.0, 6.0, 6.0), real_fraction=real_fraction, seed=seed)
+    return TrainOptions(data=data, hold_out=hold_out, spacing_mm=(6.0, 6.0, 6.0), real_fraction=real_fraction, seed=seed)
+
+
+def a_request(folder: Path, *, label_names=("liver", "spleen")) -> CaseRequest:
+    return CaseRequest(files=read_decathlon(folder)[0][0], label_names=label_names, spacing_mm=OPTIONS.spacing_mm)
 
 
 def test_read_decathlon_names_cases_and_labels(a_folder):
@@ -100,7 +107,7 @@ def test_label_names_with_a_gap_ask_for_numbers(tmp_path):
 
 
 def test_case_source_sample_keeps_sides_and_contrast(a_folder):
-    source = CaseSource(read_decathlon(a_folder)[0][0], label_names=("liver", "spleen"), spacing_mm=OPTIONS.spacing_mm)
+    source = CaseSource(a_request(a_folder, label_names=("liver", "spleen")))
     checked = 0
     for seed in range(8):
         sample = source.draw(torch.Generator().manual_seed(seed), OPTIONS)
@@ -115,7 +122,7 @@ def test_case_source_sample_keeps_sides_and_contrast(a_folder):
 
 
 def test_case_source_same_generator_same_sample(a_folder):
-    source = CaseSource(read_decathlon(a_folder)[0][0], label_names=("liver", "spleen"), spacing_mm=OPTIONS.spacing_mm)
+    source = CaseSource(a_request(a_folder, label_names=("liver", "spleen")))
     first, again = (source.draw(torch.Generator().manual_seed(2), OPTIONS) for _ in range(2))
     assert torch.equal(first.intensity, again.intensity) and torch.equal(first.labels, again.labels)
 
@@ -123,12 +130,12 @@ def test_case_source_same_generator_same_sample(a_folder):
 def test_case_source_geometry_mismatch_says_to_resample(a_folder):
     write(a_folder / "cases" / "one" / "label.nii.gz", a_label_map(), spacing=5.0)
     with pytest.raises(UserError, match="Resample the label to the image"):
-        CaseSource(read_decathlon(a_folder)[0][0], label_names=("liver", "spleen"), spacing_mm=OPTIONS.spacing_mm)
+        CaseSource(a_request(a_folder, label_names=("liver", "spleen")))
 
 
 def test_case_source_label_outside_the_list_says_to_add_the_class(a_folder):
     with pytest.raises(UserError, match=r"holds \[2\].*Add the class there"):
-        CaseSource(read_decathlon(a_folder)[0][0], label_names=("liver",), spacing_mm=OPTIONS.spacing_mm)
+        CaseSource(a_request(a_folder, label_names=("liver",)))
 
 
 def test_case_source_unknown_voxels_stay_unknown(tmp_path):
@@ -136,7 +143,7 @@ def test_case_source_unknown_voxels_stay_unknown(tmp_path):
     labels[:, :11] = 255
     write(tmp_path / "ct.nii.gz", a_ct(a_label_map()))
     write(tmp_path / "label.nii.gz", labels)
-    source = CaseSource(CaseFiles("x", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), label_names=("liver", "spleen"), spacing_mm=OPTIONS.spacing_mm)
+    source = CaseSource(CaseRequest(CaseFiles("x", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), ("liver", "spleen"), OPTIONS.spacing_mm))
     sample = source.draw(torch.Generator().manual_seed(0), SynthesisOptions(spacing_mm=(6.0,) * 3, circular_share=0.0))
     assert 0.2 < float((sample.labels == 255).float().mean()) < 0.8
 

@@ -3,14 +3,19 @@
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import turned
 
 from NMSWSegment import phantoms
 from NMSWSegment.bundle import load_bundle
 from NMSWSegment.evaluation import evaluate as evaluate_module
-from NMSWSegment.evaluation.evaluate import evaluate
+from NMSWSegment.evaluation.cases import find_cases, score_labelmap
+from NMSWSegment.evaluation.evaluate import evaluate, write_csv
+from NMSWSegment.evaluation.plots import MISSED, WRONG, error_colors, paired_slices
+from NMSWSegment.labels import coded_labels
 from NMSWSegment.protocol import UserError
 from NMSWSegment.volume import Volume, write_volume
 
@@ -100,7 +105,7 @@ def test_verb_writes_what_it_prints(a_tiny_bundle, a_folder, capsys):
     assert scores["bundle"] == "tiny" and scores["sha256"] == load_bundle(a_tiny_bundle).sha256 and scores["policy"] == "top_k"
     assert list(scores["cases"]) == ["second"] and list(scores["cases"]["second"]) == ["0", "all"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[1].startswith("second  k=all of 24  mean DSC 1.000  ")
+    assert len(lines) == 2 and lines[1].startswith("second  k=all of 24  mean DSC 1.000  NSD 2 mm 1.000  ")
 
 
 @pytest.mark.parametrize(
@@ -121,3 +126,77 @@ def test_verb_data_with_the_labels_in_another_order_are_not_scored(a_tiny_bundle
     write_dataset(a_folder, ["spleen", "liver", "vertebrae"])
     with pytest.raises(UserError, match="spleen, liver, vertebrae.*liver, spleen, vertebrae.*to the bundle's list"):
         verb(a_folder, a_tiny_bundle)
+
+
+def test_surface_scores_stand_beside_the_dice(a_tiny_bundle, a_folder):
+    rows = evaluate(load_bundle(a_tiny_bundle), [case(a_folder)], ks=(0, None), threads=1)["cases"]["first"]
+    assert rows["all"]["nsd_2mm"] == rows["all"]["nsd_2voxels"] == {"liver": 1.0, "spleen": 1.0, "vertebrae": 1.0}
+    assert rows["all"]["hd95_mm"] == {"liver": 0.0, "spleen": 0.0, "vertebrae": 0.0} and rows["all"]["mean_hd95_mm"] == 0
+    # the coarse result is off by 2 mm more often than by two voxels of 6 mm
+    for structure in phantoms.ORGANS:
+        assert rows["0"]["nsd_2mm"][structure] < rows["0"]["nsd_2voxels"][structure] <= 1.0 and rows["0"]["hd95_mm"][structure] >= 6
+
+
+def test_structure_predicted_elsewhere_scores_0_with_its_distance(a_tiny_bundle, a_folder):
+    _, _, path = case(a_folder)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[2:4, 3:6, 4:8] = 2  # air, which nothing takes for a spleen
+    write_volume(Volume(labels, phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE)), path)
+    row = evaluate(load_bundle(a_tiny_bundle), [case(a_folder)], ks=(None,), threads=1)["cases"]["first"]["all"]
+    assert row["dsc"] == row["nsd_2mm"] == {"spleen": 0.0} and row["hd95_mm"]["spleen"] > 50
+
+
+def test_missed_structure_has_no_place_in_the_mean_of_hd95():
+    ijk_to_ras = phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE)
+    _, labels = phantoms.phantom(SHAPE, ijk_to_ras=ijk_to_ras)
+    manifest = SimpleNamespace(num_classes=4, spacing_mm=(6.0, 6.0, 6.0), labels=coded_labels(list(phantoms.ORGANS)))
+    scores = score_labelmap(Volume(np.where(labels == 2, 0, labels), ijk_to_ras), Volume(labels, ijk_to_ras), manifest=manifest)
+    assert scores["hd95_mm"] == {"liver": 0.0, "spleen": None, "vertebrae": 0.0} and scores["mean_hd95_mm"] == 0
+    assert scores["nsd_2mm"]["spleen"] == scores["dsc"]["spleen"] == 0
+
+
+def test_csv_holds_a_row_for_every_structure_and_inf_for_a_missed_one(tmp_path):
+    row = {"dsc": {"liver": 0.5, "spleen": 0.0}, "nsd_2mm": {"liver": 0.25, "spleen": 0.0}, "nsd_2voxels": {"liver": 1.0}, "hd95_mm": {"liver": 3.0, "spleen": None}}
+    write_csv({"cases": {"first": {"all": row}}}, tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text().splitlines() == ["case,k,structure,dsc,nsd_2mm,nsd_2voxels,hd95_mm", "first,all,liver,0.5,0.25,1.0,3.0", "first,all,spleen,0.0,0.0,,inf"]
+
+
+def test_ignore_label_of_nnunet_is_unknown(a_tiny_bundle, tmp_path):
+    ijk_to_ras = phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE)
+    volume, labels = phantoms.phantom(SHAPE, ijk_to_ras=ijk_to_ras)
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).mkdir()
+    write_volume(volume, tmp_path / "imagesTr" / "body_0000.nii.gz")
+    write_volume(Volume(np.where(labels == 2, 4, labels).astype(np.uint8), ijk_to_ras), tmp_path / "labelsTr" / "body.nii.gz")
+    names = {"background": 0, "liver": 1, "spleen": 2, "vertebrae": 3, "ignore": 4}
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": names, "file_ending": ".nii.gz", "numTraining": 1}))
+    bundle = load_bundle(a_tiny_bundle)
+    cases = find_cases([f"nnunet:{tmp_path}"], bundle.manifest)
+    assert evaluate(bundle, cases, ks=(None,), threads=1)["cases"]["body"]["all"]["dsc"] == {"liver": 1.0, "vertebrae": 1.0}
+
+
+def test_verb_draws_reference_and_result_of_every_k(a_tiny_bundle, a_folder):
+    assert verb(a_folder, a_tiny_bundle, "--cases", "first", "--k", "0,all", "--pictures", str(a_folder / "pictures")) == 0
+    assert sorted(path.name for path in (a_folder / "pictures").iterdir()) == ["first-k0.png", "first-kall.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (a_folder / "pictures").iterdir())
+
+
+def test_paired_slices_of_an_oblique_volume_show_the_same_places():
+    ijk_to_ras = turned((5.0, 4.0, 3.0), (20, 24, 30), mirror=(1, -1, 1), permutation=(1, 2, 0))
+    volume, labels = phantoms.phantom((20, 24, 30), ijk_to_ras=ijk_to_ras)
+    reference = Volume(labels, ijk_to_ras)
+    for view, (found, missing) in paired_slices(volume, reference, [reference, Volume(np.zeros_like(labels), ijk_to_ras)]):
+        np.testing.assert_array_equal(found, view.labels)
+        assert not missing.any() and view.labels.any()
+        for value, (_, _, hu) in enumerate(phantoms.ORGANS.values(), start=1):
+            inside = view.intensities[view.labels == value]
+            assert len(inside) == 0 or abs(np.median(inside) - hu) < 1
+
+
+def test_error_colors_leave_unknown_voxels_and_agreement_alone():
+    reference = np.array([[0, 1, 1, 255, 0, 2]])
+    found = np.array([[0, 1, 0, 1, 1, 1]])
+    colors = error_colors(found, reference)[0]
+    assert [tuple(color) == (0, 0, 0, 0) for color in colors] == [True, True, False, True, False, False]
+    np.testing.assert_allclose(colors[2], MISSED)
+    np.testing.assert_allclose(colors[[4, 5]], [WRONG, WRONG])

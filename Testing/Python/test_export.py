@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,23 @@ import pytest
 import torch
 
 pytest.importorskip("monai")
+pytest.importorskip("einops")  # MONAI's Swin-UNETR needs it
 
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
 from NMSWSegment import phantoms  # noqa: E402
 from NMSWSegment.bundle import load_bundle  # noqa: E402
-from NMSWSegment.engine import choose, coarse_pass, refine, segment_volume  # noqa: E402
-from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
+from NMSWSegment.engine import Warm, choose, coarse_pass, refine, segment_volume  # noqa: E402
+from NMSWSegment.nets.backbones import BACKBONES  # noqa: E402
+from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
 from NMSWSegment.runtime import Nets, open_nets  # noqa: E402
 from NMSWSegment.training import export as export_module  # noqa: E402
 from NMSWSegment.training.export import check_parity, export_bundle, write_bundle  # noqa: E402
-from NMSWSegment.training.train import load_checkpoint, train  # noqa: E402
+from NMSWSegment.training.options import OPTIONS_NAME  # noqa: E402
+from NMSWSegment.training.run_folder import CHECKPOINT_NAME, load_checkpoint  # noqa: E402
+from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions  # noqa: E402
+from NMSWSegment.training.train import train  # noqa: E402
 
 OPTIONS = SegmentOptions(num_patches=3, device="cpu", threads=1)
 
@@ -43,6 +49,26 @@ def a_bundle(a_run, tmp_path_factory) -> Path:
     return export_bundle(a_run, folder / "tiny-net", title="Tiny net", description="For tests.", scores=(scores,), data_notes=notes)
 
 
+def a_run_of(backbone: str, folder: Path) -> Path:
+    """A run folder with random weights; those of an e2enet are masked by channel, as after sparse training."""
+    torch.manual_seed(7)
+    net = NMSWNet(Architecture(num_classes=4, backbone=backbone))
+    torch.nn.init.normal_(net.class_weights)
+    if backbone == "e2enet":
+        FusionSparsity(net.local.backbone, torch.optim.AdamW(net.parameters()), options=SparsityOptions(iterations=10))
+    options = tiny_options(folder, backbone=backbone, patch_size=(32, 64, 32), coarse_factor=(2, 2, 2))
+    folder.mkdir(parents=True)
+    (folder / OPTIONS_NAME).write_text(json.dumps(asdict(options)))
+    torch.save({"net": net.state_dict(), "architecture": net.architecture.to_dict(), "label_names": ["liver", "spleen", "vertebrae"], "iteration": 1}, folder / CHECKPOINT_NAME)
+    return folder
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def a_bundle_of_each(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    return export_bundle(a_run_of(request.param, folder / "run"), folder / "bundle")
+
+
 @pytest.fixture
 def a_volume():
     shape = (30, 21, 41)
@@ -62,8 +88,9 @@ class Branching(torch.nn.Module):
         return 2 * self.head(x) if float(x.mean()) > 0.5 else self.head(x)
 
 
-def test_bundle_holds_archives_manifest_and_card_only(a_bundle):
-    assert sorted(path.name for path in a_bundle.iterdir()) == ["MODEL_CARD.md", "coarse.pt", "local.pt", "manifest.json"]
+def test_bundle_holds_archives_manifest_card_and_metadata_only(a_bundle):
+    files = sorted(path.relative_to(a_bundle).as_posix() for path in a_bundle.rglob("*") if path.is_file())
+    assert files == ["MODEL_CARD.md", "coarse.pt", "configs/metadata.json", "local.pt", "manifest.json"]
     assert sorted(load_bundle(a_bundle).manifest.sha256) == ["coarse.pt", "local.pt"]
 
 
@@ -88,6 +115,21 @@ def test_manifest_and_card_tell_nothing_about_the_computer(a_bundle, a_run):
         assert not [folder for folder in folders if folder in (a_bundle / name).read_text()]
     for name in ("coarse.pt", "local.pt"):
         assert not [folder for folder in folders if folder.encode() in (a_bundle / name).read_bytes()]
+
+
+def test_monai_reads_the_metadata(a_bundle):
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_meta(a_bundle / "configs" / "metadata.json")
+    metadata = parser["_meta_"]
+    mandatory = "version monai_version pytorch_version numpy_version required_packages_version task description authors copyright network_data_format".split()
+    assert not [key for key in mandatory if key not in metadata]
+    image, pred = metadata["network_data_format"]["inputs"]["image"], metadata["network_data_format"]["outputs"]["pred"]
+    assert (image["num_channels"], image["spatial_shape"], image["value_range"], image["is_patch_data"]) == (1, [16, 16, 16], [0, 1], True)
+    assert pred["channel_def"] == {"0": "background", "1": "liver", "2": "spleen", "3": "vertebrae"} and pred["num_channels"] == 4
+    net = torch.jit.load(str(a_bundle / "local.pt")).float()
+    assert net(torch.rand(1, 1, 16, 16, 16)).shape == (1, pred["num_channels"], *pred["spatial_shape"])
 
 
 def test_initial_run_is_named_without_its_folder(a_run):
@@ -122,6 +164,45 @@ def test_engine_runs_the_bundle_on_the_volumes_own_grid(a_bundle, a_volume):
     result = segment_volume(a_volume, load_bundle(a_bundle), options=OPTIONS)
     assert result.labelmap.array.shape == a_volume.shape and result.labelmap.array.max() <= 3
     assert len(result.patches) == 3 and result.report["bundle"]["name"] == "tiny-net"
+
+
+# Every backbone as local net, with random weights
+def trained_nets(run: Path) -> NMSWNet:
+    """The nets of a run as they were trained, in the precision that is stored."""
+    checkpoint = load_checkpoint(run)
+    net = NMSWNet(Architecture(**checkpoint["architecture"])).eval()
+    net.load_state_dict({key: value.half().float() for key, value in checkpoint["net"].items()})
+    return net
+
+
+def test_every_backbone_segments_like_its_eager_net(a_bundle_of_each):
+    shape = (47, 40, 41)  # more than one patch along each axis, at the volume's own spacing
+    volume = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((5.0, 7.0, 6.0), shape))[0]
+    bundle, net = load_bundle(a_bundle_of_each), trained_nets(a_bundle_of_each.parent / "run")
+    eager = Nets(manifest=bundle.manifest, coarse_net=net.coarse, local_net=net.local, device=torch.device("cpu"))
+    expected, found = (segment_volume(volume, bundle, options=OPTIONS, warm=warm) for warm in (Warm(nets=eager), None))
+    assert found.labelmap.array.shape == shape and len(found.patches) == 3
+    assert found.patches == expected.patches and len(np.unique(found.labelmap.array)) > 1
+    assert (found.labelmap.array != expected.labelmap.array).mean() < 2e-3  # where two classes are as good as equal
+
+
+def test_every_archive_takes_another_number_of_patches_than_it_was_made_with(a_bundle_of_each):
+    net = trained_nets(a_bundle_of_each.parent / "run").local
+    archived = torch.jit.load(str(a_bundle_of_each / "local.pt")).float()
+    x = torch.rand(3, 1, 32, 64, 32, generator=torch.Generator().manual_seed(8))  # 1 and 2 are part of every export
+    with torch.no_grad():
+        torch.testing.assert_close(archived(x), net(x), rtol=1e-4, atol=1e-4)  # the interpreter may fuse; sliced nets sum in another order
+
+
+def test_manifest_of_every_backbone_builds_its_net_again(a_bundle_of_each):
+    manifest = load_bundle(a_bundle_of_each).manifest
+    net = LocalNet(Architecture(**manifest.architecture)).eval()
+    archived = torch.jit.load(str(a_bundle_of_each / "local.pt")).float()
+    net.load_state_dict(archived.state_dict())
+    x = torch.rand(1, 1, 32, 64, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), archived(x), rtol=1e-5, atol=1e-5)
+    assert bool(manifest.architecture["fusion_channels"]) == (manifest.backbone == "e2enet")
 
 
 def test_existing_output_is_refused_and_kept(a_bundle, a_run):

@@ -1,12 +1,20 @@
 """The nets: sizes, parameter counts, and what happens with names that do not exist."""
 
+import json
+
 import pytest
 import torch
 
-from NMSWSegment.canonical import run_coarse
-from NMSWSegment.nets.backbones import coarse_backbone, local_backbone
-from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
-from NMSWSegment.protocol import UserError
+pytest.importorskip("monai")
+pytest.importorskip("einops")  # MONAI's Swin-UNETR needs it
+
+from NMSWSegment.canonical import run_coarse  # noqa: E402
+from NMSWSegment.nets.backbones import BACKBONES, PATCH_MULTIPLES, check_patch_size, coarse_backbone, local_backbone  # noqa: E402
+from NMSWSegment.nets.macs import count_macs, published_macs  # noqa: E402
+from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
+from NMSWSegment.protocol import UserError  # noqa: E402
+
+PAPER_PATCH, PAPER_COARSE = (1, 1, 128, 128, 128), (1, 1, 160, 160, 160)
 
 
 def num_parameters(net: torch.nn.Module) -> int:
@@ -32,12 +40,9 @@ def test_a_class_costs_one_row_of_each_head_and_one_class_weight():
 
 
 def test_paper_preset_has_the_published_widths():
-    # MONAI's UNet as published ends in the 20 classes and has 26,537,933 parameters. Ours ends in 16 features, then a 1 x 1
-    # head: its last block is narrower, and the rest is the same.
-    networks = pytest.importorskip("monai.networks.nets")
+    # As published the UNet ends in the 20 classes. Ours ends in 16 features, then a 1 x 1 head: its last block is narrower.
     with torch.device("meta"):
-        net = NMSWNet(Architecture(num_classes=20, preset="paper"))
-        published = networks.UNet(spatial_dims=3, in_channels=1, out_channels=20, channels=(32, 64, 128, 256, 320, 320), strides=(2,) * 5, num_res_units=2)
+        net, published = NMSWNet(Architecture(num_classes=20, preset="paper")), published_unet(20)
     assert num_parameters(published) == 26_537_933
     assert num_parameters(net.local) == 26_527_444
     assert num_parameters(net.coarse) == 26_527_444 + 17  # the importance head
@@ -92,17 +97,112 @@ def test_the_two_nets_share_no_weights(a_compact_net):
     assert not coarse & {parameter.data_ptr() for parameter in a_compact_net.local.parameters()}
 
 
-def test_architecture_comes_back_from_its_dict():
-    architecture = Architecture(num_classes=7, backbone="other", preset="paper")
-    assert Architecture(**architecture.to_dict()) == architecture
+@pytest.mark.parametrize("architecture", [Architecture(num_classes=7, backbone="mednext", preset="paper"), Architecture(num_classes=2, backbone="e2enet", fusion_channels=("101", "1"))])
+def test_architecture_comes_back_from_its_json(architecture):
+    assert Architecture(**json.loads(json.dumps(architecture.to_dict()))) == architecture
 
 
-def test_unknown_backbone_names_the_nearest():
-    with pytest.raises(UserError, match="Did you mean 'unet'"):
-        local_backbone("unett", preset="compact")
+def test_fusion_channels_of_another_backbone_are_refused():
+    with pytest.raises(UserError, match="Leave fusion_channels out"):
+        Architecture(num_classes=2, backbone="unet", fusion_channels=("101",))
 
 
-@pytest.mark.parametrize("build", [lambda preset: coarse_backbone(preset=preset), lambda preset: local_backbone("unet", preset=preset)])
+@pytest.mark.parametrize("build", [lambda name: local_backbone(name, preset="compact", out_channels=2), lambda name: Architecture(2, backbone=name), lambda name: check_patch_size(name, preset="compact", patch_size=(64, 64, 64))])
+def test_unknown_backbone_names_the_nearest(build):
+    with pytest.raises(UserError, match="Did you mean 'swin_unetr'"):
+        build("swin_unet")
+
+
+@pytest.mark.parametrize("build", [lambda preset: coarse_backbone(preset=preset), lambda preset: local_backbone("unet", preset=preset, out_channels=2), lambda preset: Architecture(2, preset=preset)])
 def test_unknown_preset_names_the_nearest(build):
     with pytest.raises(UserError, match="Did you mean 'compact'"):
         build("compct")
+
+
+@pytest.mark.parametrize(("name", "size"), [("unet", 1_546_021), ("mednext", 1_411_273), ("swin_unetr", 1_275_727), ("e2enet", 1_488_288)])
+def test_compact_local_nets_fit_into_a_packaged_bundle(name, size):
+    # 2 bytes a weight, with the coarse net of 25 classes, leave room below 8 MB
+    net = LocalNet(Architecture(num_classes=25, backbone=name))
+    assert num_parameters(net) == size
+    assert 2 * (size + 2_090_634) < 7.4e6  # half a megabyte for code, manifest and picture
+
+
+# The papers' nets with the classes as output, as published; ours differ for unet only, which ends in features and a head.
+def published_unet(num_classes: int) -> torch.nn.Module:
+    from monai.networks.nets import UNet
+
+    return UNet(spatial_dims=3, in_channels=1, out_channels=num_classes, channels=(32, 64, 128, 256, 320, 320), strides=(2,) * 5, num_res_units=2)
+
+
+@pytest.mark.parametrize(
+    ("build", "millions", "true_gmacs", "published_gmacs"),
+    [
+        (published_unet, 26.54, 73.1, 183.2),
+        (lambda num_classes: local_backbone("swin_unetr", preset="paper", out_channels=num_classes), 15.70, 200.4, 200.6),
+        (lambda num_classes: local_backbone("mednext", preset="paper", out_channels=num_classes), 17.53, 243.6, 255.8),
+    ],
+    ids=["unet", "swin_unetr", "mednext"],
+)
+def test_paper_nets_have_the_published_size_and_macs(build, millions, true_gmacs, published_gmacs):
+    with torch.device("meta"):
+        net = build(20)
+    assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
+    assert round(num_parameters(net) / 1e6, 2) == millions
+    assert round(count_macs(net, PAPER_PATCH) / 1e9, 1) == true_gmacs
+    assert round(published_macs(net, PAPER_PATCH) / 1e9, 1) == published_gmacs
+
+
+def test_our_local_nets_are_the_published_ones_but_for_the_end_of_the_unet():
+    with torch.device("meta"):
+        ours = {name: LocalNet(Architecture(num_classes=20, backbone=name, preset="paper")) for name in BACKBONES}
+        published = {name: local_backbone(name, preset="paper", out_channels=20) for name in BACKBONES}
+    assert num_parameters(ours["unet"]) == 26_527_444 and count_macs(ours["unet"], PAPER_PATCH) == 63_827_083_264
+    assert {name: num_parameters(net) for name, net in ours.items() if name != "unet"} == {name: num_parameters(net) for name, net in published.items() if name != "unet"}
+
+
+def test_counts_give_the_tables_of_the_paper():
+    # Table 2 at 480^3: the coarse net at 160^3 and k patches; TMACs with the three digits that are printed
+    with torch.device("meta"):
+        nets = {name: published_unet(20) if name == "unet" else local_backbone(name, preset="paper", out_channels=20) for name in ("unet", "swin_unetr", "mednext")}
+    assert round(count_macs(nets["unet"], PAPER_COARSE) / 1e9, 1) == 142.8
+    coarse = published_macs(nets["unet"], PAPER_COARSE)
+    for name, by_k in {"unet": (1.27, 5.85), "swin_unetr": (1.36, 6.37), "mednext": (1.64, 8.02)}.items():
+        patch = published_macs(nets[name], PAPER_PATCH)
+        for k, tmacs in zip((5, 30), by_k):
+            assert (coarse + k * patch) / 1e12 == pytest.approx(tmacs, rel=2e-3, abs=5e-3)
+
+
+def test_macs_of_three_layers_are_those_of_the_pencil():
+    net = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3, padding=1), torch.nn.InstanceNorm3d(2), torch.nn.ConvTranspose3d(2, 3, 2, stride=2))
+    voxels = 4 * 5 * 6
+    assert count_macs(net, (1, 1, 4, 5, 6)) == voxels * 27 * 2 + voxels * 8 * 2 * 3
+    assert published_macs(net, (1, 1, 4, 5, 6)) == voxels * 27 * 2 + voxels * 2 * 2 + 8 * voxels * 8 * 2 * 3
+    assert next(net.parameters()).device.type == "cpu" and not net[1]._forward_hooks  # the net is as before
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_smallest_patch_that_passes_the_check_runs_and_half_of_its_multiple_does_not(name):
+    torch.manual_seed(1)
+    net, multiple = LocalNet(Architecture(num_classes=3, backbone=name)), PATCH_MULTIPLES[name]["compact"]
+    patch_size = (multiple, multiple, 2 * multiple)
+    check_patch_size(name, preset="compact", patch_size=patch_size)
+    logits = net(torch.rand(1, 1, *patch_size))  # in training mode, which is the pickier one
+    assert logits.shape == (1, 3, *patch_size) and logits.isfinite().all()
+    assert [deep.shape[2:] for deep in net.deep_logits(torch.rand(1, 1, *patch_size))][0] == patch_size
+    with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
+        net(torch.rand(1, 1, multiple, multiple + multiple // 2, 2 * multiple))
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "patch_size", "fix"),
+    [
+        ("unet", "compact", (60, 64, 64), "multiple of 8.*Use 64 x 64 x 64"),
+        ("unet", "paper", (8, 40, 64), "multiple of 32.*Use 32 x 64 x 64"),
+        ("mednext", "compact", (16, 16, 16), "one of them more than 16. Use 32 x 32 x 32"),
+        ("swin_unetr", "compact", (48, 32, 32), "multiple of 32.*Use 64 x 32 x 32"),
+        ("e2enet", "compact", (0, 32, 32), "multiple of 16.*Use 16 x 32 x 32"),
+    ],
+)
+def test_patch_size_that_a_backbone_cannot_take_says_which_it_can(name, preset, patch_size, fix):
+    with pytest.raises(UserError, match=fix):
+        check_patch_size(name, preset=preset, patch_size=patch_size)

@@ -21,9 +21,15 @@ from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
 from NMSWSegment.runtime import Nets  # noqa: E402
 from NMSWSegment.selection import Selection  # noqa: E402
+from NMSWSegment.training import run_folder  # noqa: E402
+from NMSWSegment.training import step as step_module  # noqa: E402
 from NMSWSegment.training import train as train_module  # noqa: E402
-from NMSWSegment.training.datasets import TrainingSample  # noqa: E402
-from NMSWSegment.training.train import TrainOptions, load_checkpoint, load_run_options, prepare, train, training_losses  # noqa: E402
+from NMSWSegment.training.losses import segmentation_loss  # noqa: E402
+from NMSWSegment.training.options import TrainOptions  # noqa: E402
+from NMSWSegment.training.run_folder import TrainingState, load_checkpoint, load_run_options, save_checkpoint  # noqa: E402
+from NMSWSegment.training.step import local_losses, prepare, trained_parameters, training_losses, volume_losses  # noqa: E402
+from NMSWSegment.training.synthesis import TrainingSample  # noqa: E402
+from NMSWSegment.training.train import train  # noqa: E402
 from NMSWSegment.volume import Volume, read_volume  # noqa: E402
 
 LABELS = {"0": "background", "1": "liver", "2": "spleen", "3": "vertebrae"}
@@ -124,9 +130,9 @@ def manifest_of(options: TrainOptions, net: NMSWNet) -> BundleManifest:
 def spied_step(monkeypatch):
     """Run one step; returns the losses and what its aggregation was given and gave."""
 
-    def run(net: NMSWNet, options: TrainOptions) -> tuple[train_module.Losses, dict]:
+    def run(net: NMSWNet, options: TrainOptions) -> tuple[step_module.Losses, dict]:
         seen = {}
-        aggregate_on_patches = train_module._high_on_patches
+        aggregate_on_patches = step_module._high_on_patches
 
         def spy(coarse_logits, patch_logits, *, gates, **facts):
             high, is_first = aggregate_on_patches(coarse_logits, patch_logits, gates=gates, **facts)
@@ -134,7 +140,7 @@ def spied_step(monkeypatch):
             seen.update(facts, coarse_logits=coarse_logits, patch_logits=patch_logits, gates=gates, high=high, is_first=is_first)
             return high, is_first
 
-        monkeypatch.setattr(train_module, "_high_on_patches", spy)
+        monkeypatch.setattr(step_module, "_high_on_patches", spy)
         x, labels, grid = prepare(a_sample(), options)
         losses = training_losses(net, x, labels, grid=grid, options=options, tau=1.0, generator=torch.Generator().manual_seed(5))
         return losses, seen
@@ -282,18 +288,16 @@ def test_train_writes_options_checkpoint_and_tensorboard(a_run, data):
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
     net.load_state_dict(checkpoint["net"])
     assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
-    assert sorted(path.name.split(".")[0] for path in a_run.iterdir()) == ["checkpoint", "events", "options"]
+    assert sorted(path.name.split(".")[0] for path in a_run.iterdir()) == ["cache", "checkpoint", "events", "options"]
 
 
 def test_stopped_and_resumed_run_equals_one_that_was_not_stopped(a_run, data, tmp_path, monkeypatch):
-    save = train_module._save
-
     def save_and_die(*arguments, **facts):
-        save(*arguments, **facts)
+        save_checkpoint(*arguments, **facts)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr(train_module, "_save", save_and_die)
+        patches.setattr(train_module, "save_checkpoint", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             train(tiny_options(data), output=tmp_path / "run", num_workers=0, checkpoint_every=2)
     assert load_checkpoint(tmp_path / "run")["iteration"] == 2
@@ -301,7 +305,7 @@ def test_stopped_and_resumed_run_equals_one_that_was_not_stopped(a_run, data, tm
     found, expected = load_checkpoint(tmp_path / "run"), load_checkpoint(a_run)
     assert found["iteration"] == 4
     assert [key for key, value in expected["net"].items() if not torch.equal(found["net"][key], value)] == []
-    assert torch.equal(found["generator"], expected["generator"]) and found["schedule"]["last_epoch"] == expected["schedule"]["last_epoch"]
+    assert found["schedule"]["last_epoch"] == expected["schedule"]["last_epoch"]
 
 
 def test_run_killed_before_its_first_checkpoint_starts_over_on_resume(a_run, data, tmp_path):
@@ -323,7 +327,7 @@ def test_kill_while_saving_leaves_the_old_checkpoint(a_run, tmp_path, monkeypatc
     optimizer = torch.optim.AdamW(net.parameters())
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     with pytest.raises(KeyboardInterrupt):
-        train_module._save(tmp_path, net, optimizer, schedule, torch.Generator(), iteration=9, label_names=[])
+        save_checkpoint(tmp_path, TrainingState(net, optimizer, schedule, iteration=9), label_names=[])
     assert load_checkpoint(tmp_path)["iteration"] == 4
 
 
@@ -347,7 +351,7 @@ def test_resume_of_nothing_says_which_folder_to_give(data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "fix"),
     [
-        ({"data": ("decathlon:nowhere",)}, "Give the folder that holds it"),
+        ({"data": ("decathlon:nowhere",)}, "Check the path after 'decathlon:'"),
         ({"backbone": "unett"}, "Did you mean 'unet'"),
         ({"initial_run": "nowhere"}, "'nowhere' has no checkpoint.pt"),
     ],
@@ -377,7 +381,7 @@ def test_initial_run_gives_the_first_weights(a_run, data, tmp_path, monkeypatch)
         seen.append({key: value.clone() for key, value in net.state_dict().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "training_losses", stop_at_first)
+    monkeypatch.setattr(train_module, "volume_losses", stop_at_first)
     with pytest.raises(KeyboardInterrupt):
         train(tiny_options(data, initial_run=str(a_run)), output=tmp_path / "run", num_workers=0)
     expected = load_checkpoint(a_run)["net"]
@@ -395,7 +399,12 @@ def test_initial_run_of_other_classes_says_what_must_agree(a_run, data, tmp_path
 
 @pytest.mark.parametrize("iterations", [1, 5])
 def test_run_as_short_as_its_warm_up_does_not_divide_by_zero(data, tmp_path, monkeypatch, iterations):
-    monkeypatch.setattr(train_module, "_loader", lambda *_, **__: [])
+    def no_step(state, samples, **facts):
+        state.iteration += 1
+        state.schedule.step()
+        return torch.zeros(5)
+
+    monkeypatch.setattr(train_module, "train_step", no_step)
     train(tiny_options(data, iterations=iterations, warmup=0.2), output=tmp_path / "run", num_workers=0)
 
 
@@ -404,6 +413,141 @@ def test_damaged_checkpoint_says_so(tmp_path):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(UserError, match="cannot be read.*Start the run again"):
             load_checkpoint(tmp_path)
+
+
+# Baselines, batches, and what goes wrong.
+
+
+@pytest.mark.parametrize(("part", "moves"), [("coarse", {"coarse.backbone", "coarse.head"}), ("local", {"local.backbone", "local.head"})])
+def test_net_that_trains_alone_leaves_the_rest_as_it_was(data, tmp_path, part, moves):
+    train(tiny_options(data, train=part, iterations=2), output=tmp_path / "run", num_workers=0)
+    torch.manual_seed(3)
+    before, after = NMSWNet(Architecture(num_classes=4)).state_dict(), load_checkpoint(tmp_path / "run")["net"]
+    moved = {".".join(key.split(".")[:2]) for key, value in before.items() if not torch.equal(value, after[key])}
+    assert moved == moves
+
+
+def test_local_net_alone_sees_foreground_two_times_of_three(monkeypatch):
+    options, net = step_options(train="local", patch_size=(16, 16, 16), coarse_factor=(1, 1, 1), top_k_patches=1, random_patches=0), a_net()
+    x, labels, grid = prepare(a_sample(), options)
+    middles = []
+
+    def record(net, crops, options):
+        middles.append(float(crops[0, 0, 8, 8, 8]))
+        return (torch.zeros(1, 4, 16, 16, 16, requires_grad=True),)
+
+    monkeypatch.setattr(step_module, "_run_local", record)
+    x = torch.nn.functional.pad((labels > 0).logical_and(labels < 255).float(), [8] * 6)[None, None]  # 1 on the foreground
+    labels = torch.nn.functional.pad(labels, [8] * 6, value=255)
+    for seed in range(120):
+        local_losses(net, x, labels, options=options, generator=torch.Generator().manual_seed(seed))
+    assert 0.55 < np.mean(middles) < 0.78
+    assert trained_parameters(net, options) == list(net.local.parameters())
+
+
+def test_losses_of_one_net_alone_are_its_terms_of_eq_7(spied_step):
+    net = a_net()
+    both, _ = spied_step(net, step_options())
+    x, labels, grid = prepare(a_sample(), step_options())
+    alone = volume_losses(net, x, labels, grid=grid, options=step_options(train="coarse"), tau=1.0, generator=torch.Generator())
+    torch.testing.assert_close(alone.total, both.coarse)
+    assert float(alone.patch) == float(alone.high) == 0
+
+
+def test_deep_supervision_is_the_weighted_mean_of_its_resolutions():
+    labels = a_sample().labels[None, :16, :16, :32]
+    deep = tuple(torch.randn(1, 4, *(side // 2**depth for side in (16, 16, 32)), generator=torch.Generator().manual_seed(depth)) for depth in range(3))
+    losses = [segmentation_loss(logits, labels[:, (step := 2**depth) // 2 :: step, step // 2 :: step, step // 2 :: step]) for depth, logits in enumerate(deep)]
+    torch.testing.assert_close(step_module._mean_patch_loss(deep, labels), (losses[0] + losses[1] / 2 + losses[2] / 4) / 1.75)
+
+
+def test_sparse_e2enet_trains_resumes_and_stays_sparse(data, tmp_path, monkeypatch):
+    options = tiny_options(data, backbone="e2enet", sparsity=0.8, patch_size=(32, 16, 16), iterations=3)
+    train(options, output=tmp_path / "straight", num_workers=0)
+
+    def save_and_die(*arguments, **facts):
+        save_checkpoint(*arguments, **facts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(train_module, "save_checkpoint", save_and_die)
+        train(options, output=tmp_path / "stopped", num_workers=0, checkpoint_every=2)
+    train(options, output=tmp_path / "stopped", num_workers=0, resume=True)
+    found, expected = load_checkpoint(tmp_path / "stopped"), load_checkpoint(tmp_path / "straight")
+    assert all(torch.equal(found["net"][key], value) for key, value in expected["net"].items())
+    masks = expected["sparsity"]["masks"]
+    assert 0.15 < sum(float(mask.float().mean()) for mask in masks.values()) / len(masks) < 0.25
+    assert all(torch.equal(found["sparsity"]["masks"][name], mask) for name, mask in masks.items())
+
+
+def test_gradient_of_a_batch_is_the_mean_over_its_volumes(data, tmp_path, monkeypatch):
+    seen = []
+
+    def record(state, samples, *, options, **facts):
+        monkeypatch.setattr(state.optimizer, "step", lambda: None)  # the same weights for all volumes
+        state.optimizer.zero_grad()
+        values = step(state, samples, options=options, **facts)
+        seen.append(torch.cat([parameter.grad.flatten() for parameter in state.net.parameters()]))
+        return values
+
+    step = train_module.train_step
+    monkeypatch.setattr(train_module, "train_step", record)
+    constant = {"tau_start": 1.0, "tau_end": 1.0, "gradient_clip": 1e9}
+    train(tiny_options(data, iterations=2, **constant), output=tmp_path / "single", num_workers=0)
+    train(tiny_options(data, iterations=1, batch_size=2, **constant), output=tmp_path / "pair", num_workers=0)
+    torch.testing.assert_close(seen[2], (seen[0] + seen[1]) / 2, rtol=1e-3, atol=1e-6 * float(seen[2].abs().max()) + 1e-7)
+
+
+def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(data, tmp_path, monkeypatch, caplog):
+    calls, weights = [], []
+
+    def sometimes_nan(net, *arguments, **facts):
+        calls.append(1)
+        weights.append(net.local.head.weight.detach().clone())
+        losses = volume_losses(net, *arguments, **facts)
+        return replace(losses, total=losses.total * float("nan")) if len(calls) == 2 else losses
+
+    monkeypatch.setattr(train_module, "volume_losses", sometimes_nan)
+    train(tiny_options(data, iterations=3), output=tmp_path / "run", num_workers=0)
+    assert "not finite; this step is left out" in caplog.text
+    assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+    assert all(torch.isfinite(value).all() for value in load_checkpoint(tmp_path / "run")["net"].values())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")])
+def test_full_disk_keeps_the_old_checkpoint_and_says_how_to_go_on(a_run, tmp_path, monkeypatch, error):
+    def full(values, path):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    (tmp_path / "checkpoint.pt").write_bytes((a_run / "checkpoint.pt").read_bytes())
+    monkeypatch.setattr(torch, "save", full)
+    net = NMSWNet(Architecture(num_classes=4))
+    optimizer = torch.optim.AdamW(net.parameters())
+    with pytest.raises(UserError, match="Make room on the disk, then go on with --resume"):
+        save_checkpoint(tmp_path, TrainingState(net, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)), label_names=[])
+    assert load_checkpoint(tmp_path)["iteration"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_run_folder_that_cannot_be_made_says_so(data, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written.*Make room"):
+        run_folder.create_run(tmp_path / "file" / "run", tiny_options(data))
+
+
+def test_patch_size_that_the_backbone_cannot_take_says_which_it_can(data, tmp_path):
+    with pytest.raises(UserError, match="20 x 16 x 36 voxels do not suit.*multiple of 8.*Use 24 x 16 x 40"):
+        train(tiny_options(data, patch_size=(20, 16, 36)), output=tmp_path / "run", num_workers=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sample_of_one_patch_is_no_problem_for_the_coarse_net():
+    options, net = step_options(patch_size=(16, 16, 16), coarse_factor=(2, 2, 2)), a_net()
+    sample = replace(a_sample(), intensity=a_sample().intensity[:12, :12, :12], labels=a_sample().labels[:12, :12, :12])
+    x, labels, grid = prepare(sample, options)
+    losses = training_losses(net, x, labels, grid=grid, options=options, tau=1.0, generator=torch.Generator().manual_seed(0))
+    assert grid.num_candidates == 1 and torch.isfinite(losses.total)
 
 
 # Options.
@@ -422,6 +566,12 @@ def test_options_come_back_from_json_unchanged(data):
         ({"precision": "fp16"}, "Choose from: fp32, bf16"),
         ({"iterations": 0}, "must be at least 1"),
         ({"top_k_patches": 0, "random_patches": 0}, "must be at least 1"),
+        ({"batch_size": 0}, "must be at least 1"),
+        ({"augmentation": "none"}, "Choose from: scan, paper"),
+        ({"train": "locl"}, "Did you mean 'local'"),
+        ({"sparsity": 0.8}, "only e2enet can be sparse"),
+        ({"overlap": 0.45}, "Use overlap 0.5 with an even patch_size"),
+        ({"spacing_mm": (0.0, 1.0, 1.0)}, "must be positive"),
     ],
 )
 def test_impossible_option_says_what_to_change(change, fix):
@@ -446,6 +596,24 @@ def test_flags_have_the_defaults_of_the_options(monkeypatch, tmp_path):
     assert train_module.run(parser.parse_args(words + more)) == 0
     assert called["options"] == TrainOptions(data=("decathlon:a", "anatomies:b"), hold_out=("one", "two"), spacing_mm=(5.0, 2.0, 1.0), iterations=7, learning_rate=0.01)
     assert called["resume"] and called["num_workers"] == 3
+
+
+def test_recipe_sets_options_that_flags_override(monkeypatch, tmp_path):
+    parser = argparse.ArgumentParser()
+    train_module.add_arguments(parser)
+    called = {}
+    monkeypatch.setattr(train_module, "train", lambda options, **facts: called.update(options=options))
+    words = ["--data", "word:a", "--output", str(tmp_path), "--device", "cpu", "--recipe", "paper-word"]
+    train_module.run(parser.parse_args(words))
+    paper = called["options"]
+    assert (paper.preset, paper.spacing_mm, paper.patch_size, paper.coarse_factor, paper.augmentation) == ("paper", (3.0, 1.0, 1.0), (128, 128, 128), (3, 3, 3), "paper")
+    assert paper.intensity_points == ((-250.0, 0.0), (500.0, 1.0))
+    train_module.run(parser.parse_args([*words, "--patch-size", "96", "96", "64", "--window", "-250", "1100"]))
+    assert called["options"] == replace(paper, patch_size=(96, 96, 64), intensity_points=((-250.0, 0.0), (1100.0, 1.0)))
+    with pytest.raises(UserError, match="Did you mean 'paper-word'"):
+        train_module.run(parser.parse_args([*words[:-1], "paper-wrd"]))
+    with pytest.raises(UserError, match="lower bound first"):
+        train_module.run(parser.parse_args([*words, "--window", "500", "-250"]))
 
 
 def test_sample_on_disk_reads_like_training_data(data):

@@ -1,0 +1,113 @@
+"""Labelled cases to score against, and the scores of one labelmap."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from NMSWSegment.bundle import BundleManifest
+from NMSWSegment.evaluation.metrics import dice_per_class, model_steps, surface_scores
+from NMSWSegment.protocol import UserError
+from NMSWSegment.training.layouts import read_cases
+from NMSWSegment.training.losses import UNKNOWN_LABEL
+from NMSWSegment.training.prepared_case import GEOMETRY_TOLERANCE_MM
+from NMSWSegment.volume import Volume, read_volume
+
+METRICS = ("dsc", "nsd_2mm", "nsd_2voxels", "hd95_mm")
+
+
+class LabelledCase(NamedTuple):
+    """A volume and its reference on disk."""
+
+    name: str
+    image: Path
+    label: Path
+    """A labelmap."""
+    unknown_value: int = UNKNOWN_LABEL
+    """Label on disk of voxels whose class nobody knows."""
+
+
+def find_cases(data: Sequence[str], manifest: BundleManifest, *, wanted: str = "") -> list[LabelledCase]:
+    """The labelled cases of some folders.
+
+    Args:
+        data: KIND:FOLDER each.
+        wanted: names with commas between them; empty for all.
+
+    Raises:
+        UserError: a folder cannot be used, its label list is not the bundle's, a wanted case is not there, or two cases share a name.
+    """
+    cases: list[LabelledCase] = []
+    for argument in data:
+        found = read_cases(argument)
+        if list(found.label_names) != manifest.label_names:
+            raise UserError(
+                f"'{argument}' has the labels {', '.join(found.label_names)}, but bundle '{manifest.name}' has {', '.join(manifest.label_names)}. "
+                "Bring the data to the bundle's list: the same names in the same order."
+            )
+        cases += [LabelledCase(*files, unknown_value=found.unknown_value) for files in found.files]
+    names = [case.name for case in cases]
+    if len(set(names)) < len(names):
+        raise UserError(f"Several cases of {', '.join(data)} have the same name. Give the folders one after the other.")
+    chosen = [name for name in wanted.split(",") if name]
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        raise UserError(f"No case '{unknown[0]}' in {', '.join(data)}. There are: {', '.join(names)}.")
+    return [case for case in cases if not chosen or case.name in chosen]
+
+
+def read_case(case: LabelledCase | tuple[str, Path, Path], manifest: BundleManifest) -> tuple[Volume, Volume]:
+    """The volume of a case and its reference labels, unknown voxels 255.
+
+    Raises:
+        UserError: the label does not lie on the volume's grid, or holds a value that the bundle does not have.
+    """
+    name, image_path, label_path, unknown_value = LabelledCase(*case)
+    if label_path.is_dir():
+        raise UserError(f"The label of case '{name}' is a folder of masks. Combine them to one labelmap with the bundle's label values first.")
+    volume, reference = read_volume(image_path), read_volume(label_path)
+    if volume.shape != reference.shape or not np.allclose(volume.ijk_to_ras, reference.ijk_to_ras, atol=GEOMETRY_TOLERANCE_MM):
+        raise UserError(f"Case '{name}': the label (shape {reference.shape}) and the volume ({volume.shape}, KJI) lie on different grids. Resample the label to the volume's grid.")
+    reference = replace(reference, array=np.where(reference.array == unknown_value, UNKNOWN_LABEL, reference.array))
+    strange = sorted(set(np.unique(reference.array).tolist()) - {*range(manifest.num_classes), UNKNOWN_LABEL})
+    if strange:
+        raise UserError(f"Case '{name}' holds the label value {strange[0]}, but the bundle has the labels 1 to {manifest.num_classes - 1}. Set such voxels to 0, or to 255 (unknown).")
+    return volume, reference
+
+
+def score_labelmap(labelmap: Volume, reference: Volume, *, manifest: BundleManifest) -> dict:
+    """All metrics, JSON-ready.
+
+    Returns:
+        {"mean": mean DSC, "mean_nsd_2mm", "mean_nsd_2voxels", "mean_hd95_mm", and for every metric {structure: value}}. A structure that the
+        case does not hold is left out. HD95 of a structure that was missed altogether is None, and is not part of the mean; a mean of
+        nothing is None.
+    """
+    num_classes = manifest.num_classes
+    surfaces = surface_scores(
+        labelmap.array, reference.array, num_classes=num_classes, spacing_mm=reference.spacing_mm, spacing_voxels=model_steps(reference.ijk_to_ras, model_spacing_mm=manifest.spacing_mm)
+    )
+    dice = dice_per_class(labelmap.array, reference.array, num_classes=num_classes)
+    columns = dict(zip(METRICS, (dice, surfaces.nsd_mm, surfaces.nsd_voxels, surfaces.hd95_mm)))
+    scores = {"mean" if metric == "dsc" else f"mean_{metric}": _mean(values[1:]) for metric, values in columns.items()}
+    for metric, values in columns.items():
+        scores[metric] = {label.name: _rounded(values[label.value]) for label in manifest.labels if not np.isnan(values[label.value])}
+    return scores
+
+
+def was_held_out(case_name: str, manifest: BundleManifest) -> bool:
+    """Whether the manifest says that a case was left out of training."""
+    return case_name in manifest.training.get("options", {}).get("hold_out", ())
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Mean of the finite values; None where there is none."""
+    finite = values[np.isfinite(values)]
+    return round(float(finite.mean()), 4) if len(finite) else None
+
+
+def _rounded(value: float) -> float | None:
+    """Four digits; None for infinity, which JSON does not have."""
+    return round(float(value), 4) if np.isfinite(value) else None

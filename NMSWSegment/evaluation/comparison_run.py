@@ -1,0 +1,127 @@
+"""The measurements of a comparison: one record a bundle, case and method, written as it comes, so that a stopped run goes on."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from NMSWSegment.bundle import Bundle
+from NMSWSegment.evaluation.cases import LabelledCase, read_case, score_labelmap, was_held_out
+from NMSWSegment.evaluation.costs import bundle_costs
+from NMSWSegment.evaluation.measurement import in_own_process, json_text, machine_facts, measure, today
+from NMSWSegment.evaluation.methods import Method
+from NMSWSegment.frame import canonical_frame
+from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.output_file import replaced_file
+from NMSWSegment.protocol import UserError
+from NMSWSegment.volume import Volume, read_volume
+
+RESULTS_NAME = "results.json"
+LABELMAPS_FOLDER = "labelmaps"
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What the figures of a comparison depend on."""
+
+    bundles: dict[str, str]
+    """Name -> SHA-256."""
+    data: tuple[str, ...]
+    cases: dict[str, tuple[str, ...]]
+    """Bundle -> its cases."""
+    methods: tuple[str, ...]
+    device: str
+    threads: int | None
+    held_out: bool
+    """Each bundle runs only on cases that its training left out, and all bundles make one table."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One bundle on one case."""
+
+    bundle: Bundle
+    source: str
+    """Name or folder that the bundle was loaded from."""
+    case: LabelledCase
+
+
+def run_comparison(jobs: Sequence[Job], methods: Sequence[Method], *, options: CompareOptions, folder: Path, tell: Callable[[str, float], None]) -> dict:
+    """Measure what is missing in the folder's results and return all of them.
+
+    Args:
+        tell: called with what comes next and the share that is done.
+
+    Returns:
+        {"options", "machine", "date", "records"}, as in results.json.
+
+    Raises:
+        UserError: the folder holds the results of other options or of another computer, or a method failed in a way a person can fix.
+    """
+    results = open_results(folder, options=options, device=options.device, threads=options.threads)
+    done = {(record["bundle"], record["case"], record["method"]) for record in results["records"]}
+    num_steps = len(jobs) * len(methods)
+    for number, job in enumerate(jobs):
+        missing = [method for method in methods if (job.bundle.manifest.name, job.case.name, method.name) not in done]
+        if not missing:
+            continue
+        volume, reference = read_case(job.case, job.bundle.manifest)
+        for method in missing:
+            tell(f"{job.case.name}, {job.bundle.manifest.name}: {method.title}", (number * len(methods) + methods.index(method)) / num_steps)
+            results["records"].append(measured_record(job, method, volume=volume, reference=reference, options=options, folder=folder))
+            write_results(results, folder)
+    return results
+
+
+def measured_record(job: Job, method: Method, *, volume: Volume, reference: Volume, options: CompareOptions, folder: Path) -> dict:
+    """Everything about one method on one case, JSON-ready."""
+    manifest = job.bundle.manifest
+    path = labelmap_path(folder, bundle=manifest.name, case=job.case.name, method=method.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = in_own_process(measure, method, bundle=job.source, image=job.case.image, labelmap=path, device=options.device, threads=options.threads)
+    frame = canonical_frame(volume.shape, volume.ijk_to_ras, spacing_mm=manifest.spacing_mm)
+    costs = bundle_costs(manifest, CandidateGrid.covering(frame.shape, patch_size=manifest.patch_size, overlap=manifest.overlap))
+    record = {"bundle": manifest.name, "case": job.case.name, "held_out": was_held_out(job.case.name, manifest), "method": method.name, "title": method.title}
+    record |= {
+        "macs": costs.true.total(facts["windows"], uses_coarse=method.uses_coarse) if costs else None,
+        "paper_macs": costs.paper.total(facts["windows"], uses_coarse=method.uses_coarse) if costs else None,
+    }
+    return record | facts | {"scores": score_labelmap(read_volume(path), reference, manifest=manifest)}
+
+
+def open_results(folder: Path, *, options: object, device: str, threads: int | None) -> dict:
+    """The results so far, or empty ones.
+
+    Args:
+        options: a dataclass; all of it decides whether figures belong together.
+
+    Raises:
+        UserError: the file is damaged, or its figures belong to other options or to another computer.
+    """
+    path = folder / RESULTS_NAME
+    now = {"options": json.loads(json.dumps(asdict(options))), "machine": machine_facts(device=device, threads=threads)}
+    if not path.exists():
+        return now | {"date": today(), "records": []}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        before = {part: results[part] for part in (*now, "records", "date")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is no file of 'nmsw compare'. Give another --output, or remove it.") from error
+    for part, values in now.items():
+        for key, value in values.items():
+            if before[part].get(key) != value:
+                raise UserError(f"'{folder}' holds a comparison with {key} = {before[part].get(key)}, now it is {value}. Use the same {key} to go on with it, or another --output.")
+    return before
+
+
+def labelmap_path(folder: Path, *, bundle: str, case: str, method: str) -> Path:
+    """Where the labelmap of a record lies."""
+    return folder / LABELMAPS_FOLDER / bundle / case / f"{method}.nii.gz"
+
+
+
+
+def write_results(results: dict, folder: Path) -> None:
+    """Write the results file in one step, so that a stop at any time leaves it whole."""
+    with replaced_file(folder / RESULTS_NAME) as temporary:
+        temporary.write_text(json_text(results), encoding="utf-8")

@@ -1,0 +1,118 @@
+"""`nmsw compare --speed`: seconds, MACs and memory with random weights, the setting of the paper's Table 2."""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from NMSWSegment.evaluation.comparison_page import machine_paragraph
+from NMSWSegment.evaluation.comparison_run import open_results, write_results
+from NMSWSegment.evaluation.measurement import in_own_process
+from NMSWSegment.evaluation.speed_measurement import METHODS, SpeedOptions, measure_speed, speed_macs
+from NMSWSegment.evaluation.tables import markdown
+from NMSWSegment.memory import available_memory_bytes
+from NMSWSegment.nets.backbones import BACKBONES, NUM_FEATURES
+from NMSWSegment.protocol import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `nmsw compare --speed`."""
+    group = parser.add_argument_group("speed without data")
+    group.add_argument("--speed", action="store_true", help="random weights on a random volume: seconds, MACs and memory only")
+    group.add_argument("--shape", nargs=3, type=int, default=(480, 480, 480), metavar="N", help="voxels, slices first (default: 480 480 480)")
+    group.add_argument("--classes", type=int, default=20, metavar="N", help="classes with background (default: %(default)s)")
+    group.add_argument("--preset", default="paper", choices=tuple(NUM_FEATURES), help="size of the nets (default: %(default)s)")
+    group.add_argument("--backbone", default="unet", choices=BACKBONES, help="local net (default: %(default)s)")
+    group.add_argument("--windows", type=int, default=3, metavar="N", help="windows of each method that are measured; the others are extrapolated (default: %(default)s)")
+
+
+def run_speed(arguments: argparse.Namespace, *, tell: Callable[[str, float], None]) -> tuple[str, list[str], str]:
+    """The page, no pictures, and a sentence."""
+    options = SpeedOptions(
+        shape=tuple(arguments.shape),
+        classes=arguments.classes,
+        preset=arguments.preset,
+        backbone=arguments.backbone,
+        windows=arguments.windows,
+        device=arguments.device,
+        threads=arguments.threads,
+    )
+    folder: Path = arguments.output
+    results = open_results(folder, options=options, device=options.device, threads=options.threads)
+    done = {record["method"] for record in results["records"]}
+    for number, method in enumerate(METHODS):
+        if method in done:
+            continue
+        tell(f"{options.backbone}: {_title(method)}", number / len(METHODS))
+        _check_memory(method, options)
+        record = in_own_process(measure_speed, method, options)
+        macs, paper_macs = speed_macs(method, options, windows=record["windows"])
+        results["records"].append(record | {"macs": macs, "paper_macs": paper_macs})
+        write_results(results, folder)
+    return speed_page(results, options), [], speed_sentence(results["records"])
+
+
+def speed_page(results: dict, options: SpeedOptions) -> str:
+    """The Markdown page."""
+    size = " x ".join(map(str, options.shape))
+    parts = [
+        f"### Speed: {options.backbone}, preset {options.preset}, {size} voxels, {options.classes} classes\n",
+        machine_paragraph(results),
+        "Random weights; the coarse logits that are up-sampled are those of an ellipsoid phantom, as smooth as a trained net's. Stitching, up-sampling and memory are "
+        "measured with all windows; seconds marked * extrapolate the local net, by the median of all measured windows. TMACs (paper) count the published nets in "
+        "the paper's way.\n",
+        speed_table(results["records"]),
+        f"**{speed_sentence(results['records'])}**\n",
+    ]
+    return "\n".join(parts)
+
+
+def speed_table(records: list[dict]) -> str:
+    """A row a method."""
+    totals = total_seconds(records)
+    lines = []
+    for record in records:
+        stages, total = record["seconds"], totals[record["method"]]
+        mark = "*" if len(record["seconds_per_patch"]) < record["windows"] else ""
+        before = sum(stages.get(stage, 0.0) for stage in ("coarse", "upsample", "select"))
+        memory = [f"{value / 1e9:.1f}" if value is not None else "-" for value in (record["peak_memory_bytes"], record["gpu_memory_bytes"])]
+        seconds = [f"{total:.1f}{mark}", f"{before:.1f}", f"{total - before - stages['aggregate']:.1f}{mark}", f"{stages['aggregate']:.1f}"]
+        relative = f"{100 * total / totals['sw_0.50']:.1f} %" if "sw_0.50" in totals else "-"
+        counts = [str(record["windows"]), str(len(record["seconds_per_patch"]))]
+        lines.append([_title(record["method"]), *counts, *seconds, f"{record['macs'] / 1e12:.3f}", f"{record['paper_macs'] / 1e12:.2f}", *memory, relative])
+    header = ("method", "windows", "measured", "seconds", "coarse", "patches", "stitching", "TMACs", "TMACs (paper)", "peak GB", "GPU GB", "time of SW 0.5")
+    return markdown(header, lines)
+
+
+def total_seconds(records: list[dict]) -> dict[str, float]:
+    """Seconds by method. All methods share the net, so that the median over all measured windows stands for each of them."""
+    per_patch_s = statistics.median(seconds for record in records for seconds in record["seconds_per_patch"])
+    return {record["method"]: sum(record["seconds"].values()) + record["windows"] * per_patch_s for record in records}
+
+
+def speed_sentence(records: list[dict]) -> str:
+    """What k = 5 saves, in plain words."""
+    totals = total_seconds(records)
+    if not {"sw_0.50", "nmsw_5"} <= totals.keys():
+        return "There is no sentence without both the sliding window and k = 5."
+    return f"On this computer k = 5 takes {_duration(totals['nmsw_5'])} where a sliding window takes {_duration(totals['sw_0.50'])}: {100 * totals['nmsw_5'] / totals['sw_0.50']:.1f} % of its time."
+
+
+def _check_memory(method: str, options: SpeedOptions) -> None:
+    """Raise UserError where the C float volumes of a sliding window do not fit: the system would end other programs, too."""
+    needed = 4 * (options.classes + 4) * float(np.prod(options.shape)) + 2e9
+    available = available_memory_bytes()
+    if method.startswith("sw") and available is not None and needed > available:
+        raise UserError(f"The sliding window needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free. Use a smaller --shape, fewer --classes, or close other programs.")
+
+
+def _title(method: str) -> str:
+    """'NMSW, k = 5'."""
+    return "sliding window, overlap 0.5" if method.startswith("sw") else f"NMSW, k = {method.partition('_')[2]}"
+
+
+def _duration(seconds: float) -> str:
+    """'42 s', '6.5 min'."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

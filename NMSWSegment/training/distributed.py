@@ -1,0 +1,119 @@
+"""Several processes, one run: who is who, and the sums over all of them.
+
+Started by torchrun or by srun, every process (rank) holds the same nets, works on its share of an iteration's volumes, and the
+gradients are added up before the step, so that the weights stay the same everywhere. Alone, all of this does nothing.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from NMSWSegment.protocol import UserError
+
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for the others; the first use of a large data set is read and cached by all of them, some slower."""
+_FIRST_PORT, _NUM_PORTS = 20000, 20000
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among all processes of the run."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Only the first one writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence) -> Sequence:
+        """What this process takes of a list; all processes together take everything once."""
+        return items[self.rank :: self.size]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes; a missing one counts as 0."""
+        if self.size == 1:
+            return
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # one message instead of hundreds
+        torch.distributed.all_reduce(flat)
+        for parameter, gradient, values in zip(parameters, gradients, flat.split([g.numel() for g in gradients])):
+            parameter.grad = gradient.copy_(values.view_as(gradient))
+
+    def sum_values(self, values: Tensor) -> Tensor:
+        """The sum of a small tensor over all processes."""
+        total = values.detach().clone()
+        if self.size > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+
+@contextmanager
+def joined_team(device: str) -> Iterator[Team]:
+    """The team of this run, left when the block ends.
+
+    Args:
+        device: cpu, cuda or cuda:N; with several processes on a computer, 'cuda' is the GPU of this process's number there.
+
+    Raises:
+        UserError: the processes cannot find each other, or there are more of them than GPUs.
+    """
+    rank, size, local_rank = process_place(os.environ)
+    own = torch.device(device)
+    if own.type == "cuda" and own.index is None:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"Process {local_rank} has no GPU of its own: this computer shows {torch.cuda.device_count()}. Start as many processes as GPUs, or use --device cpu.")
+        own = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own)
+    if size == 1:
+        yield Team(device=own)
+        return
+    for name, value in rendezvous(os.environ).items():
+        os.environ.setdefault(name, value)
+    try:
+        torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"The {size} processes cannot find each other ({error}). Check MASTER_ADDR and MASTER_PORT, or start them with torchrun or srun.") from error
+    try:
+        yield Team(device=own, rank=rank, size=size)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def process_place(environment: dict[str, str]) -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this computer, from torchrun's or srun's variables; (0, 1, 0) without.
+
+    Only a step of srun counts: a batch script itself also sees SLURM_NTASKS, but is one process.
+    """
+    for rank, size, local_rank in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+        if rank in environment and size in environment:
+            return int(environment[rank]), int(environment[size]), int(environment.get(local_rank, 0))
+    return 0, 1, 0
+
+
+def rendezvous(environment: dict[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT of a step of srun: the first computer of the step, a port that follows from the job's id."""
+    if "SLURM_STEP_NODELIST" not in environment:
+        return {}
+    port = _FIRST_PORT + int(environment.get("SLURM_JOB_ID", 0)) % _NUM_PORTS
+    return {"MASTER_ADDR": _first_host(environment["SLURM_STEP_NODELIST"]), "MASTER_PORT": str(port)}
+
+
+def _first_host(nodelist: str) -> str:
+    """'node[01-03,07],gpu5' -> 'node01'."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodelist)
+    return match.group(1) + (match.group(2) or "") + match.group(3)

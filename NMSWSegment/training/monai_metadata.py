@@ -1,0 +1,67 @@
+"""configs/metadata.json of a bundle, in the format that MONAI's bundle tools read (MONAI Bundle Specification).
+
+It tells about the local net, which takes one patch. The nets themselves stay where they are: MONAI's tools that start a net
+(run, verify_net_in_out, ckpt_export) look for models/ and a network definition, which these bundles do not have.
+"""
+
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from NMSWSegment import __version__
+from NMSWSegment.bundle import BundleManifest
+
+METADATA_PATH = "configs/metadata.json"
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+MODEL_VERSION = "1.0.0"
+
+
+def monai_metadata(manifest: BundleManifest) -> dict:
+    """The metadata of a bundle, JSON-ready; spatial shapes in array order (D, H, W)."""
+    return {
+        "schema": SCHEMA,
+        "version": MODEL_VERSION,
+        "changelog": {MODEL_VERSION: f"exported with NMSWSegment {__version__}"},
+        "monai_version": version("monai"),
+        "pytorch_version": torch.__version__.partition("+")[0],
+        "numpy_version": np.__version__,
+        "required_packages_version": {"SimpleITK": version("SimpleITK")},
+        "name": manifest.title,
+        "task": f"Segmentation of {len(manifest.labels)} structures in {manifest.modality}",
+        "description": manifest.description,
+        "authors": "see MODEL_CARD.md",
+        "data_source": "; ".join(manifest.attributions),
+        "copyright": manifest.licence,
+        "intended_use": "Research. Not for clinical use.",
+        "network_data_format": {"inputs": {"image": _image_format(manifest)}, "outputs": {"pred": _logits_format(manifest)}},
+    }
+
+
+def _image_format(manifest: BundleManifest) -> dict:
+    """What the local net takes."""
+    return {
+        "type": "image",
+        "format": "hounsfield" if manifest.modality == "CT" else "magnitude",
+        "modality": manifest.modality,
+        "num_channels": 1,
+        "spatial_shape": list(manifest.patch_size),
+        "dtype": "float32",
+        "value_range": [0, 1],
+        "is_patch_data": True,
+        "channel_def": {"0": "image"},
+    }
+
+
+def _logits_format(manifest: BundleManifest) -> dict:
+    """What the local net gives: logits, the largest of which is the label."""
+    return {
+        "type": "image",
+        "format": "labels",
+        "num_channels": manifest.num_classes,
+        "spatial_shape": list(manifest.patch_size),
+        "dtype": "float32",
+        "value_range": [],
+        "is_patch_data": True,
+        "channel_def": {str(value): name for value, name in enumerate(["background", *manifest.label_names])},
+    }

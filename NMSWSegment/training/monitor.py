@@ -1,0 +1,114 @@
+"""What a running training shows: lines on the terminal, and curves and pictures in TensorBoard."""
+
+import logging
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from NMSWSegment.aggregation import CoarseUpsampler, mixing_weights
+from NMSWSegment.canonical import coarse_input, run_coarse
+from NMSWSegment.colors import rank_color
+from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.labels import coded_labels
+from NMSWSegment.nets.nmsw_net import NMSWNet
+from NMSWSegment.selection import select
+from NMSWSegment.training.options import TrainOptions
+from NMSWSegment.training.run_folder import TrainingState
+from NMSWSegment.training.step import Losses, prepare
+from NMSWSegment.training.synthesis import TrainingSample
+
+logger = logging.getLogger(__name__)
+
+OVERLAY_PATCHES = 5
+OVERLAY_SHARE = 0.45
+"""Of a class's color over the intensity."""
+
+
+class Monitor:
+    """Writes the progress of one run; only the first process has one."""
+
+    def __init__(self, output: Path, *, options: TrainOptions, label_names: list[str], first_iteration: int) -> None:
+        """Args: output: the run folder; first_iteration: steps that an earlier process made, to take the time of this one's."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge: what a killed run wrote after its last checkpoint would otherwise stand there twice
+        self._writer = SummaryWriter(str(output), purge_step=first_iteration or None)
+        self._options, self._names = options, ["background", *label_names]
+        self._colors = np.array([(0, 0, 0), *(label.color for label in coded_labels(label_names))], dtype=np.float32) / 255
+        self._first, self._started = first_iteration, time.monotonic()
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._writer.close()
+
+    def log(self, state: TrainingState, losses: Tensor, *, tau: float) -> None:
+        """One line and one set of points.
+
+        Args:
+            losses: mean over the volumes of the step, in the order of Losses' fields.
+        """
+        iteration = state.iteration
+        values = {field.name: float(value) for field, value in zip(fields(Losses), losses)}
+        seconds = (time.monotonic() - self._started) / (iteration - self._first)
+        for name, value in values.items():
+            self._writer.add_scalar(f"loss/{name}", value, iteration)
+        self._writer.add_scalar("tau", tau, iteration)
+        self._writer.add_scalar("learning_rate", state.optimizer.param_groups[0]["lr"], iteration)
+        self._writer.add_scalar("seconds_per_iteration", seconds, iteration)
+        weights = mixing_weights(state.net.class_weights.detach()).tolist()
+        self._writer.add_scalar("class_weight/mean", float(np.mean(weights)), iteration)
+        for name, weight in zip(self._names, weights):
+            self._writer.add_scalar(f"class_weight/{name}", weight, iteration)
+        if state.sparsity:
+            self._writer.add_scalar("fusion_density", state.sparsity.density, iteration)
+        text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        logger.info("%6d  %s  tau %.2f  %.2f s", iteration, text, tau, seconds)
+
+    def show_selection(self, state: TrainingState, sample: TrainingSample) -> None:
+        """A coronal slice of one sample, always the same: coarse result, and the patches that would be run now, by rank."""
+        device = state.net.class_weights.device
+        x, labels, grid = prepare(sample, self._options)
+        coarse_labels, chosen = _coarse_view(state.net, x.to(device), grid=grid, options=self._options)
+        picture = selection_picture(x[0, 0].numpy(), coarse_labels.cpu().numpy(), chosen, grid=grid, row=_fullest_row(labels), colors=self._colors)
+        self._writer.add_image("selection", picture, state.iteration, dataformats="HWC")
+
+
+def selection_picture(x: np.ndarray, labels: np.ndarray, chosen: tuple[int, ...], *, grid: CandidateGrid, row: int, colors: np.ndarray) -> np.ndarray:
+    """A coronal slice in radiological view (patient right at the left edge, superior at the top), (rows, columns, 3) in [0, 1].
+
+    Args:
+        x: (D, H, W) in [0, 1].
+        labels: (D, H, W) of the coarse net.
+        chosen: candidates, best first; outlined where they lie, whatever their anterior position, from yellow to violet.
+        row: index along anterior.
+        colors: of every class, (C, 3) in [0, 1].
+    """
+    picture = np.repeat(x[:, row, :, None], 3, axis=2)
+    plane = labels[:, row]
+    picture[plane > 0] = (1 - OVERLAY_SHARE) * picture[plane > 0] + OVERLAY_SHARE * colors[plane[plane > 0]]
+    for rank, index in reversed(list(enumerate(chosen, start=1))):  # the best one last, on top
+        rows, _, columns = grid.slices(index)
+        color = rank_color(rank, count=len(chosen))
+        picture[[rows.start, rows.stop - 1], columns] = color
+        picture[rows, [columns.start, columns.stop - 1]] = color
+    return picture[::-1, ::-1]  # S-A-R: superior to the top, right to the left
+
+
+@torch.no_grad()
+def _coarse_view(net: NMSWNet, x: Tensor, *, grid: CandidateGrid, options: TrainOptions) -> tuple[Tensor, tuple[int, ...]]:
+    """Labels of the coarse net (D, H, W) and the candidates that inference would take now."""
+    net.eval()
+    coarse_logits, importance_map = run_coarse(net.coarse, coarse_input(x, coarse_factor=options.coarse_factor), multiple=net.architecture.coarse_multiple)
+    net.train()
+    selection = select(coarse_logits[0], importance_map[0, 0], grid=grid, num_patches=OVERLAY_PATCHES, policy="greedy")
+    return CoarseUpsampler(coarse_logits[0], shape=grid.padded_shape).labels(), selection.indices
+
+
+def _fullest_row(labels: Tensor) -> int:
+    """The coronal slice with the most different classes, then the most labelled voxels."""
+    num_classes = [len(plane.unique()) for plane in labels.unbind(1)]
+    return int(torch.tensor(num_classes).mul(labels.shape[0] * labels.shape[2]).add(((labels > 0) & (labels < 255)).sum((0, 2))).argmax())

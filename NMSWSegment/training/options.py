@@ -1,0 +1,167 @@
+"""What decides a training run: the options with their checks, the recipes, and their flags.
+
+Everything here is stored in the run folder and must be the same on resume; how a run is carried out (device, workers, folders)
+is not an option.
+"""
+
+import argparse
+from dataclasses import dataclass, fields
+
+from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.nets.backbones import known_preset
+from NMSWSegment.protocol import UserError, reject_unknown_keys, unknown_name
+
+OPTIONS_NAME = "options.json"
+CT_INTENSITY_POINTS = ((-1000.0, 0.0), (-200.0, 0.2), (300.0, 0.85), (1500.0, 1.0))
+PAPER_INTENSITY_POINTS = ((-250.0, 0.0), (500.0, 1.0))
+SPARSE_BACKBONE = "e2enet"
+_FLAG_NAMES = {"spacing_mm": "spacing"}
+_TRIPLE_AXES = ("S", "A", "R")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides a run; stored in the run folder and compared on resume."""
+
+    data: tuple[str, ...]
+    """KIND:FOLDER; the kinds are those of layouts.read_cases, and anatomies (CT synthesized on the fly)."""
+    subset: str = ""
+    """Of totalsegmentator: organ, vertebrae, total, or class names with commas."""
+    hold_out: tuple[str, ...] = ()
+    """Ids of cases and anatomies that take no part in training."""
+    backbone: str = "unet"
+    """Of the local net."""
+    preset: str = "compact"
+    """Size of the nets: compact or paper."""
+    train: str = "both"
+    """both nets together; coarse or local alone, for baselines."""
+    sparsity: float = 0.0
+    """Share of fusion weights that e2enet leaves out (S of the paper), 0 for none."""
+    spacing_mm: tuple[float, float, float] = (3.0, 3.0, 3.0)
+    """Model spacing in mm, KJI."""
+    intensity_points: tuple[tuple[float, float], ...] = CT_INTENSITY_POINTS
+    """See BundleManifest.intensity_points."""
+    patch_size: tuple[int, int, int] = (64, 64, 64)
+    """Voxels of a patch, KJI."""
+    overlap: float = 0.5
+    """Share of a patch that the next candidate repeats."""
+    coarse_factor: tuple[int, int, int] = (2, 2, 2)
+    """Voxels that the coarse net sees as one, KJI."""
+    augmentation: str = "scan"
+    """scan: random scan ranges, warps, contrast and scanners (as the packaged model); paper: the paper's list, on whole volumes."""
+    max_sample_voxels: int = 160 * 128 * 160
+    """Largest sample of the augmentation scan; raise it for a fine spacing."""
+    iterations: int = 150_000
+    """Optimizer steps. The paper: 300 epochs of 500."""
+    batch_size: int = 1
+    """Volumes of one step, shared out over all processes."""
+    learning_rate: float = 3e-4
+    """Highest one."""
+    weight_decay: float = 1e-5
+    """Of AdamW."""
+    warmup: float = 0.2
+    """Share of the iterations over which the learning rate rises; a cosine brings it down."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient."""
+    top_k_patches: int = 3
+    """Patches a volume that are drawn by importance."""
+    random_patches: int = 1
+    """Patches a volume that are drawn evenly."""
+    estimator: str = "gate"
+    """gate: the gradient of the selection is the patch's benefit; scale: through the patch's intensity, as published."""
+    tau_start: float = 2.0
+    """Temperature of the differentiable top-k at the beginning."""
+    tau_end: float = 0.33
+    """The same at the end; it falls exponentially."""
+    entropy_weight: float = 1e-4
+    """lambda of Eq. 7."""
+    real_fraction: float = 0.35
+    """Share of samples drawn from labelled CT where both kinds of data are given."""
+    precision: str = "fp32"
+    """fp32 or bf16 (autocast)."""
+    seed: int = 0
+    """Of weights, samples and patches."""
+    initial_run: str = ""
+    """Run folder whose weights to start from."""
+
+    def __post_init__(self) -> None:
+        known_preset(self.preset)
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(unknown_name(name, getattr(self, name), known))
+        if self.iterations < 1 or self.top_k_patches + self.random_patches < 1 or self.batch_size < 1:
+            raise UserError("iterations, batch_size and top_k_patches + random_patches must be at least 1.")
+        if min(self.spacing_mm) <= 0 or min(self.coarse_factor) < 1 or min(self.patch_size) < 1 or self.max_sample_voxels < 1:
+            raise UserError(f"spacing {self.spacing_mm}, patch_size {self.patch_size}, coarse_factor {self.coarse_factor} and max_sample_voxels {self.max_sample_voxels} must be positive.")
+        if not 0 <= self.sparsity < 1 or (self.sparsity and self.backbone != SPARSE_BACKBONE):
+            raise UserError(f"sparsity is {self.sparsity} with backbone {self.backbone}. It is a share from 0 to below 1, and only {SPARSE_BACKBONE} can be sparse.")
+        try:
+            CandidateGrid.covering(self.patch_size, patch_size=self.patch_size, overlap=self.overlap)
+        except ValueError as error:
+            raise UserError(f"The candidate grid is not possible: {error}. Use overlap 0.5 with an even patch_size.") from error
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "TrainOptions":
+        """Options from the JSON of a run folder."""
+        reject_unknown_keys(cls, values, where=OPTIONS_NAME)
+        return cls(**{key: _tupled(value) for key, value in values.items()})
+
+
+CHOICES = {"estimator": ("gate", "scale"), "precision": ("fp32", "bf16"), "augmentation": ("scan", "paper"), "train": ("both", "coarse", "local")}
+_PAPER = {"preset": "paper", "patch_size": (128, 128, 128), "intensity_points": PAPER_INTENSITY_POINTS, "augmentation": "paper"}
+RECIPES = {
+    "compact": {},
+    "paper-word": _PAPER | {"spacing_mm": (3.0, 1.0, 1.0), "coarse_factor": (3, 3, 3)},
+    "paper-totalsegmentator": _PAPER | {"spacing_mm": (1.5, 1.5, 1.5), "coarse_factor": (4, 3, 3)},
+}
+"""Options that go together, by name; a flag that is given overrides the recipe. Source: paper section 4 (its 3 x 3 x 4 is H W D)."""
+
+
+def add_option_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per option; what is not given is left out, so that the recipe decides."""
+    group = parser.add_argument_group("what is trained (the same on --resume)")
+    group.add_argument("--recipe", default="compact", metavar="NAME", help=f"options that go together: {', '.join(RECIPES)} (default: %(default)s)")
+    group.add_argument("--data", action="append", required=True, metavar="KIND:FOLDER", help="decathlon, nnunet, word, totalsegmentator or anatomies; repeat to mix")
+    group.add_argument("--hold-out", type=_comma_list, default=argparse.SUPPRESS, metavar="ID,...", help="cases and anatomies to leave out")
+    group.add_argument("--window", type=float, nargs=2, default=argparse.SUPPRESS, metavar=("LOW", "HIGH"), help="intensity window of the nets in HU (default: a piecewise line for CT)")
+    for field in fields(TrainOptions):
+        flag = "--" + _FLAG_NAMES.get(field.name, field.name).replace("_", "-")
+        default = {"dest": field.name, "default": argparse.SUPPRESS, "help": f"default: {field.default}"}
+        if field.type in (tuple[float, float, float], tuple[int, int, int]):
+            group.add_argument(flag, type=field.type.__args__[0], nargs=3, metavar=_TRIPLE_AXES, **default)
+        elif field.type in (int, float, str):
+            group.add_argument(flag, type=field.type, choices=CHOICES.get(field.name), **default)
+
+
+def options_from_arguments(arguments: argparse.Namespace) -> TrainOptions:
+    """The recipe's options with what the flags say.
+
+    Raises:
+        UserError: the recipe or a value is not possible.
+    """
+    if arguments.recipe not in RECIPES:
+        raise UserError(unknown_name("recipe", arguments.recipe, list(RECIPES)))
+    names = {field.name for field in fields(TrainOptions)}
+    values = RECIPES[arguments.recipe] | {name: _tupled(value) for name, value in vars(arguments).items() if name in names}
+    if "window" in arguments:
+        low, high = arguments.window
+        if not low < high:
+            raise UserError(f"--window is {low:g} {high:g}. Give the lower bound first.")
+        values["intensity_points"] = ((low, 0.0), (high, 1.0))
+    return TrainOptions(**values)
+
+
+def changed_options(old: TrainOptions, new: TrainOptions) -> str:
+    """'seed was 3, is 4' for every difference; empty when there is none."""
+    changed = [field.name for field in fields(TrainOptions) if getattr(old, field.name) != getattr(new, field.name)]
+    return ", ".join(f"{name} was {getattr(old, name)!r}, is {getattr(new, name)!r}" for name in changed)
+
+
+def _comma_list(text: str) -> tuple[str, ...]:
+    """The words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _tupled(value: object) -> object:
+    """Lists as tuples, at any depth."""
+    return tuple(_tupled(item) for item in value) if isinstance(value, (list, tuple)) else value

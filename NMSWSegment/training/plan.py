@@ -1,0 +1,126 @@
+"""What a run would do, before it does it: cases, classes, grid, nets, memory, time, files. Writes nothing."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from NMSWSegment.frame import canonical_frame
+from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.training.datasets import TrainingData, find_data, open_training_set
+from NMSWSegment.training.distributed import Team, joined_team
+from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions
+from NMSWSegment.training.prepared_case import Header, check_headers
+from NMSWSegment.training.run_folder import CHECKPOINT_NAME, TrainingState
+from NMSWSegment.training.train import new_state, temperature, train_step
+
+TIMED_ITERATIONS = 2
+CASES_TIMED = 2
+_NAMES_SHOWN = 8
+_BYTES_PER_PARAMETER = 12  # float32: weight and the two moments of AdamW
+_BYTES_PER_VOXEL = 3  # int16 intensity, uint8 label
+
+
+def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str) -> Iterator[str]:
+    """The plan, line by line, the slow part (two timed iterations) last.
+
+    Args:
+        output, cache, device: as in train.train; nothing is written there.
+
+    Raises:
+        UserError: whatever would stop the run: data, headers that do not fit, nets that do not take the patch.
+    """
+    data = find_data(options)
+    headers = [check_headers(request) for request in data.requests]
+    with joined_team(device) as team:
+        state = new_state(options, num_classes=len(data.label_names) + 1, team=team)
+        yield from _data_lines(data, headers, options)
+        coarse, local = (sum(parameter.numel() for parameter in net.parameters()) for net in (state.net.coarse, state.net.local))
+        yield f"Nets        {options.backbone} ({options.preset}), trains: {options.train}; coarse {coarse / 1e6:.2f} M, local {local / 1e6:.2f} M parameters"
+        yield f"Run         {options.iterations} iterations, batch size {options.batch_size}, processes {team.size}, on {team.device.type}, {options.precision}, augmentation {options.augmentation}"
+        yield from _file_lines(output, cache, headers, num_parameters=coarse + local)
+        yield f"Timing      {TIMED_ITERATIONS} iterations on the first cases ..."
+        seconds, draw_seconds = _timed(state, data, options=options, team=team)
+        yield f"Time        {seconds:.2f} s an iteration: {_duration(seconds * options.iterations)} for all, if samples do not keep it waiting"
+        yield f"            {draw_seconds:.2f} s to draw a process's samples of one iteration: {max(1, math.ceil(draw_seconds / seconds))} workers keep up"
+        yield f"Memory      {_gigabytes(_peak_bytes(team.device))} at most so far{' on the GPU' if team.device.type == 'cuda' else ' in this process; every worker takes its own'}"
+        yield "Nothing was written. Voxels were read of the first cases only; label values of the others are checked when the run starts."
+
+
+def _data_lines(data: TrainingData, headers: Sequence[Header], options: TrainOptions) -> Iterator[str]:
+    """Cases, classes, grid."""
+    names = [request.files.name for request in data.requests]
+    yield f"Cases       {len(names)} labelled CT ({_few(names)}), {len(data.anatomies)} anatomies, {data.num_held_out} held out"
+    yield f"Classes     {len(data.label_names)}: {', '.join(data.label_names)}"
+    yield f"Grid        patches of {_times(options.patch_size)} voxels of {_times(options.spacing_mm)} mm, overlap {options.overlap:g}, coarse factor {_times(options.coarse_factor)}"
+    if not headers:
+        return
+    shapes = [canonical_frame(header.shape, header.ijk_to_lps, spacing_mm=options.spacing_mm).shape for header in headers]  # LPS or RAS: as many voxels
+    counts = [CandidateGrid.covering(shape, patch_size=options.patch_size, overlap=options.overlap).num_candidates for shape in shapes]
+    yield f"Candidates  {min(counts)} / {np.median(counts):g} / {max(counts)} a volume (fewest, median, most)"
+    small = [name for name, shape in zip(names, shapes) if any(length < size for length, size in zip(shape, options.patch_size))]
+    if small:
+        yield f"Warning     {len(small)} cases are smaller than a patch along some axis and are padded: {_few(small)}"
+    if options.augmentation == "scan" and max(math.prod(shape) for shape in shapes) > options.max_sample_voxels:
+        yield f"Warning     samples hold at most {options.max_sample_voxels} voxels, fewer than the largest case ({max(math.prod(shape) for shape in shapes)}); raise --max-sample-voxels or use --augmentation paper"
+
+
+def _file_lines(output: Path, cache: Path, headers: Sequence[Header], *, num_parameters: int) -> Iterator[str]:
+    """What will be written where, and how large."""
+    checkpoint_bytes = num_parameters * _BYTES_PER_PARAMETER
+    yield f"Writes      {output / OPTIONS_NAME}, {output / CHECKPOINT_NAME} ({_gigabytes(checkpoint_bytes)}, twice while it is replaced), TensorBoard files"
+    if headers:
+        yield f"            {cache}: about {_gigabytes(sum(math.prod(header.shape) for header in headers) * _BYTES_PER_VOXEL)} of prepared cases, twice that where fine slices are averaged"
+
+
+def _timed(state: TrainingState, data: TrainingData, *, options: TrainOptions, team: Team) -> tuple[float, float]:
+    """Seconds of an iteration and of drawing its samples; of the last one, because the first warms up."""
+    few = replace(data, requests=data.requests[:CASES_TIMED], anatomies=data.anatomies[:CASES_TIMED])
+    training_set = open_training_set(options, data=few)
+    for iteration in range(TIMED_ITERATIONS):
+        started = time.perf_counter()
+        numbers = team.share(range(iteration * options.batch_size, (iteration + 1) * options.batch_size))
+        samples = [(number, training_set[number]) for number in numbers]
+        drawn = time.perf_counter()
+        float(train_step(state, iter(samples), options=options, tau=temperature(0, options), team=team).sum())  # waits for the GPU
+        stepped = time.perf_counter()
+    return stepped - drawn, drawn - started
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most memory that was in use: of the GPU, or of this process; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f", ... {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def _times(values: Sequence[float]) -> str:
+    """'64 x 64 x 32'."""
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def _gigabytes(num_bytes: int) -> str:
+    """'1.53 GB'; what is not known says so."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes else "not known on this system,"
+
+
+def _duration(seconds: float) -> str:
+    """'3 h 25 min' or '12 min'."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{max(minutes, 1)} min"

@@ -1,0 +1,119 @@
+"""Several processes, and processes that are killed: the same run as one that nothing happens to. Real processes, the real command."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("monai")
+pytest.importorskip("tensorboard")
+
+from test_train import a_data_folder, tiny_options  # noqa: E402
+
+from NMSWSegment.protocol import UserError  # noqa: E402
+from NMSWSegment.training.distributed import Team, joined_team, process_place, rendezvous  # noqa: E402
+from NMSWSegment.training.run_folder import load_checkpoint  # noqa: E402
+from NMSWSegment.training.train import new_state, train  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = "--spacing 6 6 6 --patch-size 16 16 16 --coarse-factor 1 1 1 --top-k-patches 1 --random-patches 1 --seed 3 --device cpu --threads 1 --log-every 1 --show-every 0"
+
+
+def a_process(data: Path, output: Path, flags: str, **environment: str) -> subprocess.Popen:
+    """`nmsw train` on its own."""
+    words = [sys.executable, "-m", "NMSWSegment", "train", "--data", f"decathlon:{data}", "--output", str(output), *FLAGS.split(), *flags.split()]
+    places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    return subprocess.Popen(words, env=os.environ | places | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def curves(run: Path) -> dict[str, list[float]]:
+    """Every loss in the TensorBoard files of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run)).Reload()
+    return {tag: [point.value for point in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag.startswith("loss/")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return a_data_folder(tmp_path_factory.mktemp("data"))
+
+
+def test_two_processes_give_losses_and_weights_of_one(data, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = "--iterations 3 --batch-size 3 --workers 0"  # three volumes: the first process has two of them
+    processes = [a_process(data, tmp_path / "two", flags, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT=port) for rank in (0, 1)]
+    train(tiny_options(data, iterations=3, batch_size=3), output=tmp_path / "one", num_workers=0, log_every=1, show_every=0)
+    for process in processes:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    found, expected = curves(tmp_path / "two"), curves(tmp_path / "one")
+    assert set(found) == {f"loss/{name}" for name in ("coarse", "high", "patch", "entropy", "total")} and len(found["loss/total"]) == 3
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5)
+    weights, wanted = (load_checkpoint(tmp_path / name)["net"] for name in ("two", "one"))
+    differences = torch.cat([(weights[key] - value).abs().flatten() for key, value in wanted.items()])
+    # sums run in another order; Adam divides by the gradient's size, so where it is nearly 0 a weight may differ by a part of a step (3e-4)
+    assert differences.max() < 1e-4 and differences.mean() < 1e-7
+    assert len(list((tmp_path / "two").glob("events*"))) == 1  # only the first process writes
+
+
+def test_run_killed_and_resumed_equals_one_that_was_not(data, tmp_path):
+    process = a_process(data, tmp_path / "killed", "--iterations 5 --checkpoint-every 1 --workers 1")
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    process.communicate(timeout=300)
+    stopped_at = load_checkpoint(tmp_path / "killed")["iteration"]
+    assert 1 <= stopped_at < 5 and process.returncode != 0
+    options = tiny_options(data, iterations=5)
+    train(options, output=tmp_path / "killed", num_workers=0, log_every=1, show_every=0, resume=True)
+    train(options, output=tmp_path / "straight", num_workers=0, log_every=1, show_every=0)
+    found, expected = load_checkpoint(tmp_path / "killed"), load_checkpoint(tmp_path / "straight")
+    assert found["iteration"] == expected["iteration"] == 5
+    assert [key for key, value in expected["net"].items() if not torch.equal(found["net"][key], value)] == []
+    moments = [(found["optimizer"]["state"][key]["exp_avg_sq"], state["exp_avg_sq"]) for key, state in expected["optimizer"]["state"].items()]
+    assert all(torch.equal(one, other) for one, other in moments)
+
+
+def test_place_comes_from_torchrun_or_srun_and_not_from_a_batch_script():
+    assert process_place({}) == (0, 1, 0)
+    assert process_place({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (5, 8, 1)
+    srun = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+    assert process_place(srun) == (3, 4, 1)
+    assert process_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("node[01-03,07],gpu5", "node01"), ("gpu5", "gpu5"), ("a7,b2", "a7"), ("rack1-[9,11]-ib", "rack1-9-ib")])
+def test_srun_meets_on_its_first_computer(nodes, first):
+    assert rendezvous({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "70001"}) == {"MASTER_ADDR": first, "MASTER_PORT": "30001"}
+    assert rendezvous({}) == {}
+
+
+def test_team_shares_everything_once():
+    teams = [Team(device=torch.device("cpu"), rank=rank, size=3) for rank in range(3)]
+    assert [list(team.share(range(7))) for team in teams] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_more_processes_than_volumes_says_what_to_give(data):
+    with pytest.raises(UserError, match="3 processes for batch_size 2. Give --batch-size 3 or more"):
+        new_state(tiny_options(data, batch_size=2), num_classes=4, team=Team(device=torch.device("cpu"), size=3))
+
+
+def test_process_without_a_gpu_of_its_own_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="as many processes as GPUs"), joined_team("cuda"):
+        pass

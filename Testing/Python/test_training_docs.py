@@ -1,0 +1,90 @@
+"""docs/training.md: every command runs, on small folders of exactly the layouts that are downloaded, through to a segmentation."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("monai")
+pytest.importorskip("tensorboard")
+
+from training_folders import read_array, write_totalsegmentator, write_word  # noqa: E402
+
+from NMSWSegment.command_line import _parser, main  # noqa: E402
+from NMSWSegment.training.run_folder import load_checkpoint  # noqa: E402
+from NMSWSegment.training.totalsegmentator import ORGANS  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = "--preset compact --augmentation scan --spacing 6 6 6 --patch-size 16 16 16 --coarse-factor 1 1 1 --top-k-patches 1 --random-patches 1 --precision fp32"
+SMALL += " --iterations 2 --workers 0 --device cpu --log-every 1 --show-every 2"
+LAUNCHERS = ("torchrun", "srun")
+
+
+def commands(section: str) -> list[str]:
+    """The lines of the code blocks under a heading of the document; blocks of another language are no commands."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    part = re.search(rf"^## {section}$(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL).group(1)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", part, flags=re.MULTILINE | re.DOTALL)
+    return [line for language, block in blocks if not language for line in block.splitlines()]
+
+
+def run(line: str) -> None:
+    """One command of the document in the current folder, with small nets and few iterations."""
+    words = shlex.split(line)
+    if words[0] == "tensorboard":
+        assert list(Path(words[words.index("--logdir") + 1]).glob("events*"))
+        return
+    assert words[0] == "nmsw", line
+    small = shlex.split(SMALL) if words[1] == "train" else []
+    assert main([*words[1:], *small]) == 0, line
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in, and an empty place for installed models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NMSW_BUNDLES", str(tmp_path / "installed"))
+    return tmp_path
+
+
+def test_totalsegmentator_commands_end_in_a_segmentation(here, capsys):
+    write_totalsegmentator(here / "Totalsegmentator_dataset_v201", splits={"s0001": "train", "s0002": "train", "s0003": "test"}, classes=tuple(ORGANS))
+    lines = commands("TotalSegmentator")
+    assert [line.split()[1] for line in lines] == ["train", "train", "--logdir", "train", "export", "segment"]
+    run(lines[0])
+    assert "2 labelled CT (s0001, s0002)" in capsys.readouterr().out and not (here / "runs").exists()
+    for line in lines[1:]:
+        run(line)
+    assert load_checkpoint(here / "runs" / "organ")["label_names"] == ORGANS
+    assert len(list((here / "cache").iterdir())) == 2 and not (here / "runs" / "organ" / "cache").exists()
+    assert (here / "organs.seg.nrrd").is_file()
+
+
+def test_word_commands_end_in_a_segmentation_that_can_be_installed(here, capsys):
+    write_word(here / "WORD-V0.1.0", splits={"word_0001": "Tr", "word_0002": "Tr", "word_0003": "Val"})
+    for line in commands("WORD"):
+        run(line)
+    labels = read_array(here / "word.nii.gz")
+    assert labels.shape == (26, 20, 24) and labels.dtype == np.uint8 and labels.max() <= 16
+    for line in commands("Into the panel"):
+        run(line.replace("organ-unet", "word-unet"))
+    assert "word-unet" in capsys.readouterr().out
+
+
+def test_launchers_start_commands_that_exist():
+    lines = commands("Several GPUs and computers")
+    assert [line.split()[0] for line in lines] == list(LAUNCHERS)
+    for line in lines:
+        words = shlex.split(line)
+        arguments = words[words.index("train") :]
+        assert _parser(arguments).parse_args(arguments).batch_size in (4, 8)
+        assert "-m NMSWSegment train" in line or "nmsw train" in line
+
+
+def test_every_command_of_the_document_is_in_a_section_that_is_run():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert {section for section in sections if commands(section)} == {"Install", "TotalSegmentator", "WORD", "Into the panel", "Several GPUs and computers"}
+    assert commands("Install") == ['pip install "NMSWSegment[train]"']
