@@ -638,8 +638,9 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from NMSWSegment.slicer_overlays import hide_importance, set_patches_visible, show_importance
 
         set_patches_visible(slicer.mrmlScene, node.showPatches)
-        if node.showImportance and self.segmenter.importance is not None:
-            show_importance(self.segmenter.importance, parent_node=node.inputVolume)
+        importance = self.segmenter.importance_of(node.inputVolume)
+        if node.showImportance and importance is not None:
+            show_importance(importance, parent_node=node.inputVolume)
         else:
             hide_importance(slicer.mrmlScene)
 

@@ -81,7 +81,7 @@ def show_importance(importance: Volume, *, parent_node: "slicer.vtkMRMLScalarVol
     """Lay the importance map over the slice views, in place of what is there.
 
     Args:
-        importance: 0 to 1 on coarse voxels, (d, h, w) float32.
+        importance: 0 to 1 on coarse voxels, (d, h, w) float32, in the coordinates of the volume node.
         parent_node: the volume that it belongs to; the map follows its parent transform.
     """
     scene = parent_node.GetScene()
@@ -92,7 +92,7 @@ def show_importance(importance: Volume, *, parent_node: "slicer.vtkMRMLScalarVol
     voxels.SetDimensions(*reversed(importance.shape))
     voxels.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(importance.array, dtype=np.float32).ravel(), deep=True))
     node.SetAndObserveImageData(voxels)
-    node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(np.linalg.inv(node_to_world_matrix(parent_node)) @ importance.ijk_to_ras))  # world -> node
+    node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(importance.ijk_to_ras))
     node.SetAndObserveTransformNodeID(parent_node.GetTransformNodeID())
     node.CreateDefaultDisplayNodes()
     display = node.GetDisplayNode()

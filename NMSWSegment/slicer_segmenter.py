@@ -19,6 +19,7 @@ import slicer
 from NMSWSegment.bundle import Bundle, load_bundle
 from NMSWSegment.protocol import SegmentOptions, UserError
 from NMSWSegment.slicer_bridge import volume_from_node
+from NMSWSegment.slicer_nodes import node_to_world_matrix
 from NMSWSegment.slicer_overlays import remove_coarse_result, remove_node, show_coarse_result
 from NMSWSegment.slicer_result import apply_result, new_segmentation_node, segments_state
 from NMSWSegment.slicer_worker import Worker
@@ -62,8 +63,7 @@ class Segmenter:
         self._job: _Job | None = None
         self._run_count = 0
         self._own_states: dict[str, tuple] = {}
-        self.importance: Volume | None = None
-        """Importance map of the last run, 0 to 1 on coarse voxels."""
+        self._importance: tuple[str, Volume] | None = None
 
     @property
     def is_running(self) -> bool:
@@ -74,6 +74,10 @@ class Segmenter:
     def worker(self) -> Worker:
         """The process beside the application."""
         return self._worker
+
+    def importance_of(self, volume_node: "slicer.vtkMRMLScalarVolumeNode") -> Volume | None:
+        """Importance map of the last run, 0 to 1 on coarse voxels, in the coordinates of the node; None if that was another volume."""
+        return self._importance[1] if self._importance and self._importance[0] == volume_node.GetID() else None
 
     def start(
         self,
@@ -127,7 +131,7 @@ class Segmenter:
         if self._worker.is_alive:
             self._worker.send({"request": "forget"})
             self._worker.holds = None
-        self.importance = None
+        self._importance = None
         self._own_states.clear()
 
     def measure(self, *, bundle: str, device: str, threads: int | None) -> None:
@@ -185,10 +189,11 @@ class Segmenter:
     def _show_coarse(self, event: dict) -> None:
         """The coarse result in a node of its own; the previous result is hidden meanwhile."""
         job = self._job
-        importance = event["importance"]
-        self.importance = Volume(array=np.load(job.folder / importance["file"]), ijk_to_ras=np.array(importance["ijk_to_ras"]), name=job.volume_node.GetName())
-        if not job.request["coarse_first"] or job.volume_node.GetScene() is None:
+        if job.volume_node.GetScene() is None:
             return
+        facts = event["importance"]
+        ijk_to_node = np.linalg.inv(node_to_world_matrix(job.volume_node)) @ np.array(facts["ijk_to_ras"])  # world -> node
+        self._importance = job.volume_node.GetID(), Volume(array=np.load(job.folder / facts["file"]), ijk_to_ras=ijk_to_node)
         labelmap = Volume(array=np.load(job.folder / event["labelmap"]), ijk_to_ras=job.ijk_to_ras)
         job.coarse_node = show_coarse_result(labelmap, labels=job.bundle.manifest.labels, reference_node=job.volume_node)
         if job.segmentation_node is not None and job.segmentation_node.GetDisplayVisibility():

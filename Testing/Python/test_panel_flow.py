@@ -16,6 +16,7 @@ from standins.application import Application  # noqa: E402
 
 from NMSWSegment.bundle import USER_FOLDER_VARIABLE, install_bundle  # noqa: E402
 from NMSWSegment.phantoms import ORGANS, phantom, upright_ijk_to_ras  # noqa: E402
+from NMSWSegment.slicer_bridge import volume_from_node  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(no_vtk_errors.__name__)
 
@@ -489,7 +490,10 @@ def test_overlays_follow_their_boxes(app, widget):
     widget.ui.showPatchesCheckBox.click()
     assert not any(node.GetDisplayVisibility() for node in outlines(app.scene))
     widget.ui.showImportanceCheckBox.click()
-    assert "NMSW importance" in node_names(app.scene, "vtkMRMLScalarVolumeNode")
+    shown = volume_from_node(app.scene.GetFirstNodeByName("NMSW importance"))
+    axes = shown.ijk_to_ras[:3, :3]
+    np.testing.assert_allclose(axes / np.linalg.norm(axes, axis=0), np.eye(3), atol=1e-6)  # the model looks along the world axes
+    assert 0 <= shown.array.min() < shown.array.max() == 1
     widget.ui.showImportanceCheckBox.click()
     assert node_names(app.scene, "vtkMRMLScalarVolumeNode") == ["Phantom"]
     surfaces = slicer.vtkSegmentationConverter.GetSegmentationClosedSurfaceRepresentationName()
