@@ -36,7 +36,7 @@ from NMSWSegment.slicer_words import (
     work_text,
 )
 
-try:
+if hasattr(slicer, "app"):
     import ctk
     import qt
     from slicer.i18n import tr as _
@@ -47,7 +47,7 @@ try:
         ScriptedLoadableModuleTest,
         ScriptedLoadableModuleWidget,
     )
-except ImportError:
+else:
     # slicer-core has the nodes but not the application: the logic works, there is no panel.
     class ScriptedLoadableModule:
         """Stands where the application has its base class."""
