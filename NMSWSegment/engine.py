@@ -116,15 +116,15 @@ def segment_volume(
         nets, coarse = warm.nets, warm.coarse
         if coarse_ready:
             report(Progress("preview", PATCHES_FROM, "Writing the coarse labels to the volume's grid"))
-            with _timed(timings, "preview"):
+            with timed(timings, "preview"):
                 preview = coarse_result(coarse, keep=keep, in_roi=in_roi, name=volume.name)
             coarse_ready(preview)
-        with _timed(timings, "select"):
+        with timed(timings, "select"):
             selection = choose(coarse, options=options, focus_classes=keep if options.structures else ())
         num_reused = sum(index in warm.patches for index in selection.indices)
         labels = refine(coarse, selection, nets, patches=warm.patches, report=report, timings=timings)
         report(Progress("restore", PATCHES_TO, "Writing labels to the volume's grid"))
-        with _timed(timings, "restore"):
+        with timed(timings, "restore"):
             labelmap = _restored(labels, coarse.frame, keep=keep, in_roi=in_roi, name=volume.name)
     patches = patch_boxes(selection, grid=coarse.grid, frame=coarse.frame)
     facts = {
@@ -149,12 +149,12 @@ def coarse_pass(volume: Volume, nets: Nets, *, report: Report = ignore_progress,
     """Canonical frame and coarse net: what every k of the same volume shares."""
     timings = {} if timings is None else timings
     report(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
-    with _timed(timings, "canonical"):
+    with timed(timings, "canonical"):
         x, frame, grid = to_canonical(volume, nets.manifest)
     report(Progress("coarse", 0.12, "Coarse pass over the whole volume"))
-    with _timed(timings, "coarse"):
+    with timed(timings, "coarse"):
         coarse_logits, importance_map = nets.coarse(coarse_input(x, coarse_factor=nets.manifest.coarse_factor))
-    with _timed(timings, "upsample"):
+    with timed(timings, "upsample"):
         coarse_labels = CoarseUpsampler(coarse_logits, shape=grid.padded_shape).labels()
     return CoarsePass(x=x, frame=frame, grid=grid, coarse_logits=coarse_logits, importance_map=importance_map, coarse_labels=coarse_labels)
 
@@ -198,17 +198,27 @@ def refine(
     patches = PatchCache(max_bytes=0) if patches is None else patches
     order = sorted(selection.indices)
     report(Progress("patches", PATCHES_FROM, f"Refining {len(order)} of {coarse.grid.num_candidates} patches", total=len(order)))
-    with _timed(timings, "aggregate"):
+    with timed(timings, "aggregate"):
         class_weights = torch.tensor(nets.manifest.class_weights)
         aggregator = StreamingAggregator(
             coarse.coarse_logits, indices=selection.indices, grid=coarse.grid, class_weights=class_weights, coarse_labels=coarse.coarse_labels
         )
     for done, (index, logits) in enumerate(_patch_logits(coarse, order, nets, patches=patches, timings=timings), start=1):
-        with _timed(timings, "aggregate"):
+        with timed(timings, "aggregate"):
             aggregator.add(index, logits)
         fraction = PATCHES_FROM + (PATCHES_TO - PATCHES_FROM) * done / len(order)
         report(Progress("patches", fraction, f"Patch {done} of {len(order)}", done=done, total=len(order)))
     return aggregator.finish()
+
+
+@contextmanager
+def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of the block to a stage."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started
 
 
 def patch_boxes(selection: Selection, *, grid: CandidateGrid, frame: CanonicalFrame) -> tuple[PatchBox, ...]:
@@ -241,7 +251,7 @@ def _warm_up(warm: Warm, volume: Volume, bundle: Bundle, *, device: str, report:
     """Open the nets and run the coarse pass, unless an earlier run did."""
     if warm.nets is None:
         report(Progress("load", 0.0, f"Loading model {bundle.manifest.name}"))
-        with _timed(timings, "load"):
+        with timed(timings, "load"):
             warm.nets = open_nets(bundle, device=device)
     if warm.coarse is None:
         warm.coarse = coarse_pass(volume, warm.nets, report=report, timings=timings)
@@ -251,7 +261,7 @@ def _voxels_in_roi(volume: Volume, *, options: SegmentOptions, timings: dict[str
     """Voxels of the volume to keep, (K, J, I) bool; None where there is no region of interest."""
     if options.roi_to_ras is None:
         return None
-    with _timed(timings, "roi"):
+    with timed(timings, "roi"):
         return voxels_in_roi(volume.shape, ijk_to_ras=volume.ijk_to_ras, roi_to_ras=options.roi_to_ras)
 
 
@@ -263,7 +273,7 @@ def _patch_logits(coarse: CoarsePass, order: list[int], nets: Nets, *, patches: 
         if index in missing:
             batch = missing[: nets.batch_size]
             missing = missing[nets.batch_size :]
-            with _timed(timings, "patches"):
+            with timed(timings, "patches"):
                 logits = nets.local(torch.stack([coarse.x[0, 0][coarse.grid.slices(other)] for other in batch]))
             for other, patch in zip(batch, logits):
                 patches.put(other, patch, wanted=order)
@@ -284,13 +294,3 @@ def _kept(labels: Tensor, keep: tuple[int, ...]) -> Tensor:
     table = torch.zeros(256, dtype=torch.uint8)
     table[list(keep)] = torch.tensor(keep, dtype=torch.uint8)
     return table[labels.long()]
-
-
-@contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the wall time of the block to a stage."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started

@@ -5,8 +5,7 @@ in what goes through the local net and how it is put together.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from NMSWSegment.aggregation import patch_window
 from NMSWSegment.bundle import Bundle, BundleManifest
 from NMSWSegment.canonical import restore_labelmap, to_canonical
-from NMSWSegment.engine import CoarsePass, SegmentResult, Warm, coarse_pass, patch_boxes, refine, segment_volume
+from NMSWSegment.engine import CoarsePass, SegmentResult, Warm, coarse_pass, patch_boxes, refine, segment_volume, timed
 from NMSWSegment.frame import CanonicalFrame
 from NMSWSegment.grid import CandidateGrid
 from NMSWSegment.protocol import PatchBox, Progress, Report, SegmentOptions, ignore_progress
@@ -204,16 +203,6 @@ def grown_box(mask: Tensor, *, least: tuple[int, int, int]) -> tuple[slice, slic
         start = min(max((first + last + 1 - extent) // 2, 0), length - extent)
         box.append(slice(start, start + extent))
     return tuple(box)
-
-
-@contextmanager
-def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the wall time of the block to a stage."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started
 
 
 def _refined(coarse: CoarsePass, ranked: Tensor, work: Work) -> Answer:

@@ -17,8 +17,7 @@ import torch
 
 import NMSWSegment
 from NMSWSegment.bundle import load_bundle
-from NMSWSegment.engine import Warm
-from NMSWSegment.evaluation.baselines import timed
+from NMSWSegment.engine import Warm, timed
 from NMSWSegment.evaluation.methods import Method
 from NMSWSegment.protocol import SegmentOptions, UserError
 from NMSWSegment.runtime import available_devices, resolve_device, thread_count

@@ -15,8 +15,8 @@ from NMSWSegment import phantoms
 from NMSWSegment.aggregation import CoarseUpsampler
 from NMSWSegment.bundle import BundleManifest
 from NMSWSegment.canonical import coarse_input
-from NMSWSegment.engine import CoarsePass, choose, refine
-from NMSWSegment.evaluation.baselines import Work, slide, timed
+from NMSWSegment.engine import CoarsePass, choose, refine, timed
+from NMSWSegment.evaluation.baselines import Work, slide
 from NMSWSegment.evaluation.costs import coarse_shape, run_costs
 from NMSWSegment.evaluation.measurement import peak_memory_bytes
 from NMSWSegment.frame import canonical_frame

@@ -15,9 +15,9 @@ from NMSWSegment.training.augment import PaperAugmentation
 from NMSWSegment.training.case_cache import CaseCache
 from NMSWSegment.training.case_source import CaseSource
 from NMSWSegment.training.distributed import Team
-from NMSWSegment.training.layouts import KINDS, CaseFiles, Cases, dataset_file, read_cases, read_decathlon, read_label_names  # noqa: F401 evaluation reads cases through here
+from NMSWSegment.training.layouts import KINDS, CaseFiles, Cases, dataset_file, read_cases, read_label_names
 from NMSWSegment.training.options import TrainOptions
-from NMSWSegment.training.prepared_case import GEOMETRY_TOLERANCE_MM, CaseRequest  # noqa: F401
+from NMSWSegment.training.prepared_case import CaseRequest
 from NMSWSegment.training.synthesis import MAP_NAME, AnatomySource, SynthesisOptions, TrainingSample
 from NMSWSegment.training.warp import chance
 

@@ -10,8 +10,8 @@ import pytest
 import SimpleITK as sitk
 
 from NMSWSegment.bundle import Code, Label
-from NMSWSegment.display_slice import display_slices
 from NMSWSegment.colors import rank_color
+from NMSWSegment.display_slice import display_slices
 from NMSWSegment.outputs import label_statistics, require_matplotlib, write_patches, write_preview, write_statistics
 from NMSWSegment.protocol import UserError
 from NMSWSegment.volume import Volume

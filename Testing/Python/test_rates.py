@@ -7,6 +7,7 @@ from NMSWSegment.engine import segment_volume
 from NMSWSegment.protocol import SegmentOptions
 from NMSWSegment.rates import Rate, Rates
 
+
 def a_report(**changes) -> dict:
     """Four patches, one of them reused, in 2000 canonical voxels of a volume of 24000; no preview."""
     timings = {"read": 9.0, "load": 8.0, "canonical": 0.5, "coarse": 1.0, "select": 0.25, "upsample": 0.75, "aggregate": 0.4, "patches": 6.0, "restore": 1.2}
