@@ -40,7 +40,7 @@ def comparison_page(groups: dict[str, list[dict]], *, results: dict, ks: Sequenc
         rows = {name: row for name, row in every.items() if not (ablations and name.startswith(ABLATION_ONLY))}
         k = sorted(ks)[len(ks) // 2] if ks else 0
         parts += [f"### {title}\n", _seen_sentence(records), f"**{plain_sentence(rows)}**\n", main_table(rows, reference=reference)]
-        parts += ["Where NMSW loses: " + (" ".join(losses(rows)) or "no other method here is at least as accurate in no more time.") + "\n"]
+        parts += ["Where NMSW loses: " + (" ".join(losses(rows)) or "no other method here is at least as accurate in clearly less time (5 %).") + "\n"]
         prefix = "" if len(groups) == 1 else f"{number}-"
         parts += [f"![{CAPTIONS[name.removeprefix(prefix)]}]({name})\n" for name in pictures if name.startswith(prefix) and name.removeprefix(prefix) in CAPTIONS]
         parts += ["Seconds by stage, warm:\n", stage_table(rows)]
