@@ -90,6 +90,18 @@ if "worker" in sys.orig_argv:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
+def start_first_run(app):
+    """Open the panel over a phantom, click Segment, and wait for the first of eight patches; the widget."""
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.numPatches = "tiny", "cpu", 8
+    app.process_events()
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, PATIENCE_S)
+    return widget
+
+
 def segment(app, widget) -> None:
     """Click Segment and wait for the end."""
     widget.ui.segmentButton.click()
@@ -257,13 +269,7 @@ def test_cancel_answers_within_a_second_and_keeps_the_result_before(app, own_fol
 
 def test_cancel_of_a_first_run_leaves_no_node(app, own_folder, tmp_path, monkeypatch):
     slow_down(monkeypatch, tmp_path, 0.2)
-    add_phantom(app.scene)
-    widget = app.open_panel("NMSWSegment")
-    node = widget.logic.getParameterNode()
-    node.model, node.device, node.numPatches = "tiny", "cpu", 8
-    app.process_events()
-    widget.ui.segmentButton.click()
-    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, PATIENCE_S)
+    widget = start_first_run(app)
     widget.ui.segmentButton.click()
     app.wait_until(lambda: not widget.segmenter.is_running, 10)
 
@@ -277,13 +283,7 @@ def test_cancel_of_a_first_run_leaves_no_node(app, own_folder, tmp_path, monkeyp
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
 def test_killed_process_is_told_and_the_next_run_works(app, own_folder, tmp_path, monkeypatch, victim):
     slow_down(monkeypatch, tmp_path, 0.3)
-    add_phantom(app.scene)
-    widget = app.open_panel("NMSWSegment")
-    node = widget.logic.getParameterNode()
-    node.model, node.device, node.numPatches = "tiny", "cpu", 8
-    app.process_events()
-    widget.ui.segmentButton.click()
-    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, PATIENCE_S)
+    widget = start_first_run(app)
     pid = widget.segmenter.worker.pid
     os.kill(pid if victim == "worker" else widget.segmenter.worker._process.processId(), signal.SIGKILL)
     app.wait_until(lambda: not widget.segmenter.is_running, 10)
@@ -292,20 +292,14 @@ def test_killed_process_is_told_and_the_next_run_works(app, own_folder, tmp_path
     assert node_names(app.scene, "vtkMRMLSegmentationNode") == []
     app.wait_until(lambda: not is_alive(pid), 10)
     assert temporary_files() == []
-    node.numPatches = 1
+    widget.logic.getParameterNode().numPatches = 1
     segment(app, widget)
     assert segment_ids(result_of(widget)) == ["liver", "spleen", "vertebrae"]
 
 
 def test_closing_the_scene_in_a_run_gives_it_up(app, own_folder, tmp_path, monkeypatch):
     slow_down(monkeypatch, tmp_path, 0.3)
-    add_phantom(app.scene)
-    widget = app.open_panel("NMSWSegment")
-    node = widget.logic.getParameterNode()
-    node.model, node.device, node.numPatches = "tiny", "cpu", 8
-    app.process_events()
-    widget.ui.segmentButton.click()
-    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, PATIENCE_S)
+    widget = start_first_run(app)
 
     app.close_scene()
     app.process_events(seconds=1.5)
