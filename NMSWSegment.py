@@ -172,6 +172,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._timers = ()
         self._run = Run()
         self._isFilling = False
+        self._manifests = {}
         self._manifest = None
         self._lastReport = None
         self._status = ""
@@ -315,10 +316,11 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Fill the list of models; a bundle that cannot be read is named in the log."""
         chosen = self._parameterNode.model if self._parameterNode else SegmentOptions.bundle
         self._isFilling = True
+        self._manifests.clear()
         self.ui.modelComboBox.clear()
         for name in list_bundles():
             try:
-                manifest = load_bundle(name).manifest
+                manifest = self._manifests[name] = load_bundle(name).manifest
             except UserError as error:
                 self._log(str(error))
                 continue
@@ -356,7 +358,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self._isFilling:
             return
         name = self.ui.modelComboBox.currentData
-        self._manifest = load_bundle(name).manifest if name else None
+        self._manifest = self._manifests.get(name)
         self.ui.modelSummaryLabel.text = model_summary(self._manifest) if self._manifest else ""
         self.ui.modelComboBox.toolTip = model_tooltip(self._manifest) if self._manifest else ""
         self.ui.removeModelButton.enabled = name in list_bundles(user_bundles_folder())
@@ -609,7 +611,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         rate = self._rate()
         seconds = None if rate is None else panel.seconds(work, rate)
         self.ui.modelComboBox.toolTip = model_tooltip(self._manifest, seconds=seconds)
-        return work_text(patches=work.patches, candidates=work.candidates, seconds=seconds, memory_bytes=work.memory_bytes)
+        return work_text(work, seconds=seconds)
 
     def _showRunState(self, status: str) -> None:
         """Turn the button into Cancel and back; the choices rest while a run goes on."""

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 import numpy as np
 import slicer
 import vtk
-from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
+from vtk.util.numpy_support import vtk_to_numpy
 
 from NMSWSegment.bundle import Label
 from NMSWSegment.labels import MAX_LABELS
 from NMSWSegment.panel import Geometry, Inputs
 from NMSWSegment.protocol import UserError
-from NMSWSegment.slicer_nodes import ijk_to_node_matrix, node_to_world_matrix, place_beside
+from NMSWSegment.slicer_nodes import ijk_to_node_matrix, image_data, node_to_world_matrix, place_beside
 from NMSWSegment.volume import Volume
 
 VOLUMES_ROLE = "NMSW.Volumes"
 """Node reference from a segmentation to its table of volumes."""
-_LABELMAP = "Binary labelmap"
+LABELMAP_REPRESENTATION = "Binary labelmap"
 SAME_GRID_ATOL_MM = 1e-3
 """How far a voxel center may be off before two grids are different; a hundredth of the finest CT voxel."""
 
@@ -93,7 +93,7 @@ def import_labelmap(
     segmentation_node.CreateDefaultDisplayNodes()
     segmentation = segmentation_node.GetSegmentation()
     remove_segments(segmentation)
-    segmentation.SetSourceRepresentationName(_LABELMAP)
+    segmentation.SetSourceRepresentationName(LABELMAP_REPRESENTATION)
     for name, segment in segments.items():
         segmentation.AddSegment(segment, name)
     # The segments are in the coordinates of the volume node, so the same parent transform puts both in the same place,
@@ -201,10 +201,8 @@ def _voxels_by_name(labelmap: Volume, *, labels: Sequence[Label]) -> dict[str, i
 
 def _shared_labelmap(labelmap: Volume, *, ijk_to_node: np.ndarray) -> "slicer.vtkOrientedImageData":
     """The labelmap that all segments share, as Slicer's own reader makes it; a copy of the voxels."""
-    shared = slicer.vtkOrientedImageData()
-    shared.SetDimensions(*reversed(labelmap.shape))
+    shared = image_data(labelmap.array.astype(np.uint8, copy=False))
     shared.SetImageToWorldMatrix(slicer.util.vtkMatrixFromArray(ijk_to_node))
-    shared.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(labelmap.array, dtype=np.uint8).ravel(), deep=True))
     return shared
 
 
@@ -215,5 +213,5 @@ def _segment(label: Label, shared: "slicer.vtkOrientedImageData") -> "slicer.vtk
     segment.SetColor(*(channel / 255 for channel in label.color))
     segment.SetLabelValue(label.value)
     segment.SetTag(slicer.vtkSegment.GetTerminologyEntryTagName(), label.terminology)
-    segment.AddRepresentation(_LABELMAP, shared)
+    segment.AddRepresentation(LABELMAP_REPRESENTATION, shared)
     return segment

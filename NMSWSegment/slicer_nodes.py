@@ -1,8 +1,9 @@
-"""Small facts about MRML nodes that the bridge and the overlays share: matrices and places in the subject hierarchy."""
+"""Small facts about MRML nodes that the bridge and the overlays share: matrices, voxels, places in the subject hierarchy."""
 
 import numpy as np
 import slicer
 import vtk
+from vtk.util.numpy_support import numpy_to_vtk
 
 
 def ijk_to_node_matrix(node: "slicer.vtkMRMLVolumeNode") -> np.ndarray:
@@ -19,6 +20,19 @@ def node_to_world_matrix(node: "slicer.vtkMRMLTransformableNode") -> np.ndarray:
     if transform is not None:
         transform.GetMatrixTransformToWorld(matrix)
     return slicer.util.arrayFromVTKMatrix(matrix)
+
+
+def nodes_of_class(scene: "slicer.vtkMRMLScene", class_name: str) -> list["slicer.vtkMRMLNode"]:
+    """All nodes of a class; slicer.util.getNodesByClass looks into the application's scene, whichever it is given."""
+    return [scene.GetNthNodeByClass(index, class_name) for index in range(scene.GetNumberOfNodesByClass(class_name))]
+
+
+def image_data(array: np.ndarray) -> "slicer.vtkOrientedImageData":
+    """A copy of the voxels (K, J, I), of spacing 1 at the origin."""
+    image = slicer.vtkOrientedImageData()
+    image.SetDimensions(*reversed(array.shape))  # arrays are KJI, VTK counts IJK
+    image.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(array).ravel(), deep=True))
+    return image
 
 
 def hierarchy_parent(hierarchy: "slicer.vtkMRMLSubjectHierarchyNode", node: "slicer.vtkMRMLNode") -> int:

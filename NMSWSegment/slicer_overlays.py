@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import slicer
-from vtk.util.numpy_support import numpy_to_vtk
 
 from NMSWSegment.bundle import Label
 from NMSWSegment.colors import rank_color
 from NMSWSegment.protocol import PatchBox
 from NMSWSegment.slicer_bridge import import_labelmap, remove_segments
-from NMSWSegment.slicer_nodes import hierarchy_parent, node_to_world_matrix, place_beside
+from NMSWSegment.slicer_nodes import hierarchy_parent, image_data, node_to_world_matrix, nodes_of_class, place_beside
 from NMSWSegment.volume import Volume
 
 PATCH_FOLDER_NAME = "NMSW patches"
@@ -88,10 +87,7 @@ def show_importance(importance: Volume, *, parent_node: "slicer.vtkMRMLScalarVol
     hide_importance(scene)
     node = scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", IMPORTANCE_NAME)
     node.SetAttribute(IMPORTANCE_ATTRIBUTE, "1")
-    voxels = slicer.vtkOrientedImageData()
-    voxels.SetDimensions(*reversed(importance.shape))
-    voxels.GetPointData().SetScalars(numpy_to_vtk(np.ascontiguousarray(importance.array, dtype=np.float32).ravel(), deep=True))
-    node.SetAndObserveImageData(voxels)
+    node.SetAndObserveImageData(image_data(importance.array))
     node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(importance.ijk_to_ras))
     node.SetAndObserveTransformNodeID(parent_node.GetTransformNodeID())
     node.CreateDefaultDisplayNodes()
@@ -102,7 +98,7 @@ def show_importance(importance: Volume, *, parent_node: "slicer.vtkMRMLScalarVol
     display.SetThreshold(LEAST_SHOWN_IMPORTANCE, 1)
     display.ApplyThresholdOn()
     place_beside(node, parent_node)
-    for composite in _composites(scene):
+    for composite in nodes_of_class(scene, "vtkMRMLSliceCompositeNode"):
         composite.SetAttribute(f"{IMPORTANCE_ATTRIBUTE}.Before", f"{composite.GetForegroundOpacity()} {composite.GetForegroundVolumeID() or ''}")
         composite.SetForegroundVolumeID(node.GetID())
         composite.SetForegroundOpacity(IMPORTANCE_OPACITY)
@@ -111,15 +107,14 @@ def show_importance(importance: Volume, *, parent_node: "slicer.vtkMRMLScalarVol
 
 def hide_importance(scene: "slicer.vtkMRMLScene") -> None:
     """Remove the importance map; the slice views show what they showed before it."""
-    for composite in _composites(scene):
+    for composite in nodes_of_class(scene, "vtkMRMLSliceCompositeNode"):
         opacity, _, volume_id = (composite.GetAttribute(f"{IMPORTANCE_ATTRIBUTE}.Before") or "").partition(" ")
         shown = scene.GetNodeByID(composite.GetForegroundVolumeID() or "")
         if opacity and (shown is None or shown.GetAttribute(IMPORTANCE_ATTRIBUTE)):
             composite.SetForegroundVolumeID(volume_id or None)
             composite.SetForegroundOpacity(float(opacity))
         composite.RemoveAttribute(f"{IMPORTANCE_ATTRIBUTE}.Before")
-    for index in reversed(range(scene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode"))):
-        node = scene.GetNthNodeByClass(index, "vtkMRMLScalarVolumeNode")
+    for node in nodes_of_class(scene, "vtkMRMLScalarVolumeNode"):
         if node.GetAttribute(IMPORTANCE_ATTRIBUTE):
             remove_node(node)
 
@@ -164,13 +159,7 @@ def remove_node(node: "slicer.vtkMRMLNode") -> None:
 
 def _patch_nodes(scene: "slicer.vtkMRMLScene") -> list["slicer.vtkMRMLMarkupsROINode"]:
     """Our outlines, not a person's own regions of interest."""
-    nodes = [scene.GetNthNodeByClass(index, "vtkMRMLMarkupsROINode") for index in range(scene.GetNumberOfNodesByClass("vtkMRMLMarkupsROINode"))]
-    return [node for node in nodes if node.GetAttribute(PATCH_ATTRIBUTE)]
-
-
-def _composites(scene: "slicer.vtkMRMLScene") -> list["slicer.vtkMRMLSliceCompositeNode"]:
-    """What the slice views show."""
-    return [scene.GetNthNodeByClass(index, "vtkMRMLSliceCompositeNode") for index in range(scene.GetNumberOfNodesByClass("vtkMRMLSliceCompositeNode"))]
+    return [node for node in nodes_of_class(scene, "vtkMRMLMarkupsROINode") if node.GetAttribute(PATCH_ATTRIBUTE)]
 
 
 def _add_patch_node(

@@ -8,11 +8,9 @@ import slicer
 
 from NMSWSegment.bundle import Label
 from NMSWSegment.protocol import PatchBox, UserError
-from NMSWSegment.slicer_bridge import import_labelmap, write_volumes_table
+from NMSWSegment.slicer_bridge import LABELMAP_REPRESENTATION, import_labelmap, write_volumes_table
 from NMSWSegment.slicer_overlays import show_patches
 from NMSWSegment.volume import Volume
-
-_LABELMAP = "Binary labelmap"
 
 
 def apply_result(
@@ -66,7 +64,7 @@ def segments_state(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> tuple
     """Changes when a person edits, renames, recolors, adds or removes a segment; not when surfaces or views change."""
     segmentation = segmentation_node.GetSegmentation()
     segments = [segmentation.GetNthSegment(index) for index in range(segmentation.GetNumberOfSegments())]
-    return tuple((segment.GetName(), segment.GetColor(), _modified_time(segment.GetRepresentation(_LABELMAP))) for segment in segments)
+    return tuple((segment.GetName(), segment.GetColor(), _modified_time(segment.GetRepresentation(LABELMAP_REPRESENTATION))) for segment in segments)
 
 
 def _modified_time(labelmap: "slicer.vtkOrientedImageData | None") -> int | None:

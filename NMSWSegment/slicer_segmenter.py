@@ -52,8 +52,8 @@ class _Job:
 class Segmenter:
     """Starts runs, and turns the events of the worker into nodes before it passes them on.
 
-    At the end of a run exactly one of the events done, cancelled, error and died comes. "done" carries the nodes:
-    segmentation, volume; and seconds.
+    At the end of a run exactly one of the events done, cancelled, error and died comes. "done" carries the node,
+    segmentation, and seconds.
     """
 
     def __init__(self, *, on_event: Callable[[dict], None], on_log: Callable[[str], None]) -> None:
@@ -87,7 +87,7 @@ class Segmenter:
         *,
         output_name: str,
         coarse_first: bool = True,
-        ) -> int:
+    ) -> int:
         """Start a run and return its id.
 
         Args:
@@ -217,7 +217,7 @@ class Segmenter:
                 remove_node(created)
             raise
         self._own_states[job.segmentation_node.GetID()] = segments_state(job.segmentation_node)
-        return {"segmentation": job.segmentation_node, "volume": job.volume_node, "seconds": seconds}
+        return {"segmentation": job.segmentation_node, "seconds": seconds}
 
     def _end_job(self) -> None:
         """Drop what only the run needed."""

@@ -1,7 +1,7 @@
 """What the panel says, in the language of the application: values in, sentences out."""
 
 from NMSWSegment.bundle import BundleManifest
-from NMSWSegment.panel import Finding, Problem
+from NMSWSegment.panel import Finding, Problem, Work
 
 try:
     from slicer.i18n import tr as _
@@ -41,18 +41,19 @@ def done_text(report: dict, *, device: str, seconds: float) -> str:
     return text
 
 
-def work_text(*, patches: int | None, candidates: int, seconds: float | None, memory_bytes: int) -> str:
-    """The line under the slider; patches None is Auto before its first run."""
-    if patches is None:
-        text = _("As many of {candidates} patches as pay").format(candidates=candidates)
-    elif patches == 0:
+def work_text(work: Work, *, seconds: float | None) -> str:
+    """The line under the slider."""
+    if work.patches is None:
+        text = _("As many of {candidates} patches as pay").format(candidates=work.candidates)
+    elif work.patches == 0:
         text = _("No patch: the coarse result alone")
     else:
-        share = 100 * patches / candidates
-        text = _("{patches} of {candidates} patches, {share:.0f} % of the work of a sliding window").format(patches=patches, candidates=candidates, share=share)
+        text = _("{patches} of {candidates} patches, {share:.0f} % of the work of a sliding window").format(
+            patches=work.patches, candidates=work.candidates, share=100 * work.share
+        )
     if seconds is not None:
         text += ", " + (_("about {seconds:.0f} s").format(seconds=seconds) if seconds >= 1 else _("less than a second"))
-    return text + ", " + _("{memory:.1f} GB of memory").format(memory=memory_bytes / 1e9) + "."
+    return text + ", " + _("{memory:.1f} GB of memory").format(memory=work.memory_bytes / 1e9) + "."
 
 
 def finding_text(finding: Finding) -> str:

@@ -5,7 +5,6 @@ key "event"; an end of the process that nobody asked for is the event "died".
 """
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -26,8 +25,6 @@ STOP_MS = 1000
 FOLDER_PREFIX = "NMSWSegment-"
 LOG_LINES = 40
 """Last lines of the worker's standard error that are told when it dies."""
-
-_logger = logging.getLogger(__name__)
 
 
 class Worker:

@@ -19,12 +19,13 @@ from NMSWSegment.frame import CanonicalFrame
 from NMSWSegment.grid import CandidateGrid
 from NMSWSegment.protocol import PatchBox, Progress, Report, SegmentOptions, ignore_progress
 from NMSWSegment.runtime import Nets, memory_explained, open_nets, reproducible
-from NMSWSegment.selection import FOREGROUND_THRESHOLD, Selection, candidate_importance, pool_mean
+from NMSWSegment.selection import Selection, candidate_importance, shows_foreground
 from NMSWSegment.volume import Volume
 
 LOCAL_ONLY = 10.0
 """c of Eq. 6 with which the patches replace the coarse answer: sigmoid(10) = 0.99995, the largest that the formula allows."""
 RANDOM_SEED = 0
+
 
 @dataclass
 class Answer:
@@ -185,7 +186,7 @@ def as_segment(volume: Volume, bundle: Bundle, *, method: Callable[[Volume, Work
 def footprint_foreground(coarse_logits: Tensor, *, grid: CandidateGrid) -> Tensor:
     """Candidates that show foreground anywhere in their footprint, as in selection.select, (N,) bool."""
     presence = 1 - torch.softmax(coarse_logits.double(), dim=0)[0]
-    return pool_mean((presence >= FOREGROUND_THRESHOLD).double(), grid=grid) > 0
+    return shows_foreground(presence, grid=grid)
 
 
 def one_voxel_foreground(coarse_logits: Tensor, *, grid: CandidateGrid) -> Tensor:

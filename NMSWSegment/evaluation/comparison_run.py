@@ -119,8 +119,6 @@ def labelmap_path(folder: Path, *, bundle: str, case: str, method: str) -> Path:
     return folder / LABELMAPS_FOLDER / bundle / case / f"{method}.nii.gz"
 
 
-
-
 def write_results(results: dict, folder: Path) -> None:
     """Write the results file in one step, so that a stop at any time leaves it whole."""
     with replaced_file(folder / RESULTS_NAME) as temporary:

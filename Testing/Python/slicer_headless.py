@@ -18,6 +18,9 @@ OBLIQUE_IJK_TO_RAS = np.array(
      [0.0, 0.0, 0.0, 1.0]]
 )
 
+# 40 degrees around z and a shift; no symmetry that would hide a swapped axis
+RIGID = np.array([[np.cos(0.7), -np.sin(0.7), 0, 12.0], [np.sin(0.7), np.cos(0.7), 0, -5.0], [0, 0, 1, 33.0], [0, 0, 0, 1]])
+
 
 def new_scene() -> "slicer.vtkMRMLScene":
     """An empty scene in which volume, segmentation, markups and transform nodes work.

@@ -90,14 +90,20 @@ if "worker" in sys.orig_argv:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def start_first_run(app):
-    """Open the panel over a phantom, click Segment, and wait for the first of eight patches; the widget."""
+def click_first_run(app):
+    """Open the panel over a phantom and click Segment for eight patches; the widget."""
     add_phantom(app.scene)
     widget = app.open_panel("NMSWSegment")
     node = widget.logic.getParameterNode()
     node.model, node.device, node.numPatches = "tiny", "cpu", 8
     app.process_events()
     widget.ui.segmentButton.click()
+    return widget
+
+
+def start_first_run(app):
+    """The same, and wait for the first patch."""
+    widget = click_first_run(app)
     app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, PATIENCE_S)
     return widget
 
@@ -317,12 +323,7 @@ def test_closing_the_scene_in_a_run_gives_it_up(app, own_folder, tmp_path, monke
 
 def test_quitting_in_a_run_leaves_no_process_and_no_file(app, own_folder, tmp_path, monkeypatch):
     slow_down(monkeypatch, tmp_path, 5)
-    add_phantom(app.scene)
-    widget = app.open_panel("NMSWSegment")
-    node = widget.logic.getParameterNode()
-    node.model, node.device, node.numPatches = "tiny", "cpu", 8
-    app.process_events()
-    widget.ui.segmentButton.click()
+    widget = click_first_run(app)
     app.wait_until(lambda: widget.segmenter.worker.pid is not None and "patches" in widget.ui.statusLabel.text.lower(), PATIENCE_S)
     pid = widget.segmenter.worker.pid
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from slicer_headless import (
     OBLIQUE_IJK_TO_RAS,
+    RIGID,
     add_transform,
     add_volume,
     as_array,
@@ -32,8 +33,6 @@ from NMSWSegment.slicer_overlays import (
 from NMSWSegment.volume import Volume
 
 pytestmark = pytest.mark.usefixtures(no_vtk_errors.__name__)
-
-RIGID = np.array([[np.cos(0.7), -np.sin(0.7), 0, 12.0], [np.sin(0.7), np.cos(0.7), 0, -5.0], [0, 0, 1, 33.0], [0, 0, 0, 1]])
 
 
 @pytest.fixture
