@@ -120,6 +120,12 @@ def ends_in_head(name: str) -> bool:
     return name != "unet"
 
 
+def memory_format(name: str) -> torch.memory_format:
+    """The order in memory in which a local net of this backbone trains fastest on the CPU (measured, bf16, patches of 64): channels
+    last is a fifth faster for the UNet and Swin-UNETR, a quarter slower for E2ENet and nearly half for MedNeXt."""
+    return torch.channels_last_3d if known_backbone(name) in ("unet", "swin_unetr") else torch.contiguous_format
+
+
 def check_patch_size(name: str, *, preset: str, patch_size: tuple[int, int, int]) -> None:
     """Check that a backbone takes patches of a size.
 

@@ -163,7 +163,8 @@ def _public_options(options: TrainOptions) -> dict:
     """The run's options without the folders of the computer it ran on."""
     values = asdict(options)
     values["data"] = [entry.split(":", 1)[0] for entry in options.data]
-    values["initial_run"] = Path(options.initial_run).name
+    for name in ("initial_run", "coarse_run"):
+        values[name] = Path(getattr(options, name)).name
     return json.loads(json.dumps(values))
 
 

@@ -34,9 +34,11 @@ class TrainOptions:
     preset: str = "compact"
     """Size of the nets: compact or paper."""
     train: str = "both"
-    """both nets together; coarse or local alone, for baselines."""
+    """both nets together; patches: the local net and the class weights, upon the coarse net of coarse_run as it is; coarse or local alone, for baselines."""
     sparsity: float = 0.0
     """Share of fusion weights that e2enet leaves out (S of the paper), 0 for none."""
+    sparsity_update_every: int = 1200
+    """Optimizer steps between two changes of what a sparse e2enet leaves out; the paper's, for its long runs."""
     spacing_mm: tuple[float, float, float] = (3.0, 3.0, 3.0)
     """Model spacing in mm, KJI."""
     intensity_points: tuple[tuple[float, float], ...] = CT_INTENSITY_POINTS
@@ -83,6 +85,8 @@ class TrainOptions:
     """Of weights, samples and patches."""
     initial_run: str = ""
     """Run folder whose weights to start from."""
+    coarse_run: str = ""
+    """Run folder whose coarse net train = patches uses; its local net may have another backbone."""
 
     def __post_init__(self) -> None:
         known_preset(self.preset)
@@ -93,6 +97,8 @@ class TrainOptions:
             raise UserError("iterations, batch_size and top_k_patches + random_patches must be at least 1.")
         if min(self.spacing_mm) <= 0 or min(self.coarse_factor) < 1 or min(self.patch_size) < 1 or self.max_sample_voxels < 1:
             raise UserError(f"spacing {self.spacing_mm}, patch_size {self.patch_size}, coarse_factor {self.coarse_factor} and max_sample_voxels {self.max_sample_voxels} must be positive.")
+        if (self.train == "patches") != bool(self.coarse_run):
+            raise UserError(f"train is '{self.train}' and coarse_run is '{self.coarse_run}'. Give --train patches together with --coarse-run RUN, the folder of a run that trained a coarse net, or neither.")
         if not 0 <= self.sparsity < 1 or (self.sparsity and self.backbone != SPARSE_BACKBONE):
             raise UserError(f"sparsity is {self.sparsity} with backbone {self.backbone}. It is a share from 0 to below 1, and only {SPARSE_BACKBONE} can be sparse.")
         try:
@@ -107,7 +113,7 @@ class TrainOptions:
         return cls(**{key: _tupled(value) for key, value in values.items()})
 
 
-CHOICES = {"estimator": ("gate", "scale"), "precision": ("fp32", "bf16"), "augmentation": ("scan", "paper"), "train": ("both", "coarse", "local")}
+CHOICES = {"estimator": ("gate", "scale"), "precision": ("fp32", "bf16"), "augmentation": ("scan", "paper"), "train": ("both", "patches", "coarse", "local")}
 _PAPER = {"preset": "paper", "patch_size": (128, 128, 128), "intensity_points": PAPER_INTENSITY_POINTS, "augmentation": "paper"}
 RECIPES = {
     "compact": {},

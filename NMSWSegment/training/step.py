@@ -49,7 +49,10 @@ def prepare(sample: TrainingSample, options: TrainOptions) -> tuple[Tensor, Tens
 
 
 def volume_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateGrid, options: TrainOptions, tau: float, generator: torch.Generator) -> Losses:
-    """The losses of one volume for what the run trains: both nets, or one of them; arguments as in training_losses."""
+    """The losses of one volume for what the run trains; arguments as in training_losses.
+
+    Of train = patches they are those of both nets: the coarse net is frozen, so that its terms have no gradient.
+    """
     if options.train == "coarse":
         return coarse_losses(net, x, labels, options=options)
     if options.train == "local":
@@ -102,10 +105,10 @@ def local_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, options: TrainOptio
 
 def trained_parameters(net: NMSWNet, options: TrainOptions) -> list[torch.nn.Parameter]:
     """What the run trains; everything else is frozen, so that weight decay does not move it."""
-    chosen = {"both": [net], "coarse": [net.coarse.backbone, net.coarse.head], "local": [net.local]}[options.train]
+    chosen = {"both": [net], "patches": [net.local, net.class_weights], "coarse": [net.coarse.backbone, net.coarse.head], "local": [net.local]}[options.train]
     net.requires_grad_(False)
-    for module in chosen:
-        module.requires_grad_(True)
+    for part in chosen:
+        part.requires_grad_(True)
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 

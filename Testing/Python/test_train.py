@@ -393,7 +393,7 @@ def test_initial_run_of_other_classes_says_what_must_agree(a_run, data, tmp_path
     values = json.loads((other / "dataset.json").read_text())
     values["labels"]["4"] = "aorta"
     (other / "dataset.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="initial_run.*same classes, backbone and preset"):
+    with pytest.raises(UserError, match="initial_run.*same classes and preset, and the same backbone"):
         train(tiny_options(other, initial_run=str(a_run)), output=tmp_path / "run", num_workers=0)
 
 
@@ -425,6 +425,45 @@ def test_net_that_trains_alone_leaves_the_rest_as_it_was(data, tmp_path, part, m
     before, after = NMSWNet(Architecture(num_classes=4)).state_dict(), load_checkpoint(tmp_path / "run")["net"]
     moved = {".".join(key.split(".")[:2]) for key, value in before.items() if not torch.equal(value, after[key])}
     assert moved == moves
+
+
+def test_patches_train_upon_the_coarse_net_of_another_run_which_stays_as_it_is(a_run, data, tmp_path):
+    options = tiny_options(data, train="patches", coarse_run=str(a_run), backbone="e2enet", patch_size=(32, 16, 16), iterations=2)
+    train(options, output=tmp_path / "run", num_workers=0)
+    torch.manual_seed(3)
+    new = NMSWNet(Architecture(num_classes=4, backbone="e2enet")).state_dict()
+    coarse, after = load_checkpoint(a_run)["net"], load_checkpoint(tmp_path / "run")["net"]
+    for key, value in after.items():
+        if key.startswith("coarse."):
+            assert torch.equal(value, coarse[key]), key
+    moved = {key.split(".")[0] for key, value in new.items() if not key.startswith("coarse.") and not torch.equal(value, after[key])}
+    assert moved == {"local", "class_weights"}
+
+
+def test_losses_upon_a_frozen_coarse_net_have_the_same_gradient_for_all_else():
+    x, labels, grid = prepare(a_sample(), step_options())
+    gradients = []
+    for options in (step_options(), step_options(train="patches", coarse_run="some")):
+        net = a_net()
+        trained_parameters(net, options)
+        volume_losses(net, x, labels, grid=grid, options=options, tau=1.0, generator=torch.Generator().manual_seed(1)).total.backward()
+        gradients.append({name: parameter.grad for name, parameter in net.named_parameters()})
+    both, patches = gradients
+    assert {name for name, gradient in patches.items() if gradient is not None} == {name for name in both if not name.startswith("coarse.")}
+    assert all(torch.equal(gradient, both[name]) for name, gradient in patches.items() if gradient is not None)
+
+
+@pytest.mark.parametrize("changes", [{"train": "patches"}, {"coarse_run": "some"}, {"train": "local", "coarse_run": "some"}])
+def test_frozen_coarse_net_and_its_run_are_given_together(changes):
+    with pytest.raises(UserError, match="Give --train patches together with --coarse-run RUN"):
+        step_options(**changes)
+
+
+def test_coarse_run_of_another_preset_says_what_must_agree(a_run, data, tmp_path):
+    options = tiny_options(data, train="patches", coarse_run=str(a_run), preset="paper", patch_size=(64, 32, 32))
+    with pytest.raises(UserError, match="coarse_run.*It needs the same classes and preset.$"):
+        train(options, output=tmp_path / "run", num_workers=0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_local_net_alone_sees_foreground_two_times_of_three(monkeypatch):
@@ -478,6 +517,25 @@ def test_sparse_e2enet_trains_resumes_and_stays_sparse(data, tmp_path, monkeypat
     masks = expected["sparsity"]["masks"]
     assert 0.15 < sum(float(mask.float().mean()) for mask in masks.values()) / len(masks) < 0.25
     assert all(torch.equal(found["sparsity"]["masks"][name], mask) for name, mask in masks.items())
+
+
+def test_run_that_starts_from_a_sparse_one_keeps_its_masks(data, tmp_path):
+    options = tiny_options(data, backbone="e2enet", sparsity=0.8, patch_size=(32, 16, 16), iterations=1)
+    train(options, output=tmp_path / "first", num_workers=0)
+    train(replace(options, seed=4, initial_run=str(tmp_path / "first")), output=tmp_path / "second", num_workers=0)
+    first, second = (load_checkpoint(tmp_path / name)["sparsity"]["masks"] for name in ("first", "second"))
+    assert all(torch.equal(second[name], mask) for name, mask in first.items())
+    with pytest.raises(UserError, match="has sparsity 0.8, this run 0.5. Give the same --sparsity"):
+        train(replace(options, sparsity=0.5, initial_run=str(tmp_path / "first")), output=tmp_path / "third", num_workers=0)
+
+
+def test_masks_move_as_often_as_the_options_say(data, tmp_path):
+    options = tiny_options(data, backbone="e2enet", sparsity=0.5, patch_size=(32, 16, 16), iterations=2)
+    masks = []
+    for every in (1, 2):
+        train(replace(options, sparsity_update_every=every), output=tmp_path / str(every), num_workers=0)
+        masks.append(load_checkpoint(tmp_path / str(every))["sparsity"]["masks"])
+    assert any(not torch.equal(masks[0][name], mask) for name, mask in masks[1].items())
 
 
 def test_gradient_of_a_batch_is_the_mean_over_its_volumes(data, tmp_path, monkeypatch):
