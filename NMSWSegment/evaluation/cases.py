@@ -1,9 +1,6 @@
 """Labelled cases to score against, and the scores of one labelmap."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -11,70 +8,51 @@ from NMSWSegment.bundle import BundleManifest
 from NMSWSegment.evaluation.metrics import dice_per_class, model_steps, surface_scores
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.layouts import read_cases
-from NMSWSegment.training.losses import UNKNOWN_LABEL
-from NMSWSegment.training.prepared_case import GEOMETRY_TOLERANCE_MM
+from NMSWSegment.training.prepared_case import CaseRequest, check_headers, read_labels
 from NMSWSegment.volume import Volume, read_volume
 
 METRICS = ("dsc", "nsd_2mm", "nsd_2voxels", "hd95_mm")
 
 
-class LabelledCase(NamedTuple):
-    """A volume and its reference on disk."""
-
-    name: str
-    image: Path
-    label: Path
-    """A labelmap."""
-    unknown_value: int = UNKNOWN_LABEL
-    """Label on disk of voxels whose class nobody knows."""
-
-
-def find_cases(data: Sequence[str], manifest: BundleManifest, *, wanted: str = "") -> list[LabelledCase]:
+def find_cases(data: Sequence[str], manifest: BundleManifest, *, wanted: str = "", split: str = "train") -> list[CaseRequest]:
     """The labelled cases of some folders.
 
     Args:
-        data: KIND:FOLDER each.
+        data: KIND:FOLDER each; of a totalsegmentator folder the bundle's classes are taken.
         wanted: names with commas between them; empty for all.
+        split: train, val or test; a decathlon folder has labels for train only.
 
     Raises:
         UserError: a folder cannot be used, its label list is not the bundle's, a wanted case is not there, or two cases share a name.
     """
-    cases: list[LabelledCase] = []
+    cases: list[CaseRequest] = []
     for argument in data:
-        found = read_cases(argument)
+        found = read_cases(argument, subset=",".join(manifest.label_names) if argument.startswith("totalsegmentator:") else "", split=split)
         if list(found.label_names) != manifest.label_names:
             raise UserError(
                 f"'{argument}' has the labels {', '.join(found.label_names)}, but bundle '{manifest.name}' has {', '.join(manifest.label_names)}. "
                 "Bring the data to the bundle's list: the same names in the same order."
             )
-        cases += [LabelledCase(*files, unknown_value=found.unknown_value) for files in found.files]
-    names = [case.name for case in cases]
+        cases += [CaseRequest(files=files, label_names=found.label_names, spacing_mm=manifest.spacing_mm, unknown_value=found.unknown_value) for files in found.files]
+    names = [case.files.name for case in cases]
     if len(set(names)) < len(names):
         raise UserError(f"Several cases of {', '.join(data)} have the same name. Give the folders one after the other.")
     chosen = [name for name in wanted.split(",") if name]
     unknown = [name for name in chosen if name not in names]
     if unknown:
         raise UserError(f"No case '{unknown[0]}' in {', '.join(data)}. There are: {', '.join(names)}.")
-    return [case for case in cases if not chosen or case.name in chosen]
+    return [case for case in cases if not chosen or case.files.name in chosen]
 
 
-def read_case(case: LabelledCase | tuple[str, Path, Path], manifest: BundleManifest) -> tuple[Volume, Volume]:
+def read_case(case: CaseRequest) -> tuple[Volume, Volume]:
     """The volume of a case and its reference labels, unknown voxels 255.
 
     Raises:
-        UserError: the label does not lie on the volume's grid, or holds a value that the bundle does not have.
+        UserError: a file is missing or damaged, the label does not lie on the volume's grid, or holds a value that is not in the list.
     """
-    name, image_path, label_path, unknown_value = LabelledCase(*case)
-    if label_path.is_dir():
-        raise UserError(f"The label of case '{name}' is a folder of masks. Combine them to one labelmap with the bundle's label values first.")
-    volume, reference = read_volume(image_path), read_volume(label_path)
-    if volume.shape != reference.shape or not np.allclose(volume.ijk_to_ras, reference.ijk_to_ras, atol=GEOMETRY_TOLERANCE_MM):
-        raise UserError(f"Case '{name}': the label (shape {reference.shape}) and the volume ({volume.shape}, KJI) lie on different grids. Resample the label to the volume's grid.")
-    reference = replace(reference, array=np.where(reference.array == unknown_value, UNKNOWN_LABEL, reference.array))
-    strange = sorted(set(np.unique(reference.array).tolist()) - {*range(manifest.num_classes), UNKNOWN_LABEL})
-    if strange:
-        raise UserError(f"Case '{name}' holds the label value {strange[0]}, but the bundle has the labels 1 to {manifest.num_classes - 1}. Set such voxels to 0, or to 255 (unknown).")
-    return volume, reference
+    check_headers(case)
+    volume = read_volume(case.files.image)
+    return volume, Volume(array=read_labels(case), ijk_to_ras=volume.ijk_to_ras)
 
 
 def score_labelmap(labelmap: Volume, reference: Volume, *, manifest: BundleManifest) -> dict:

@@ -21,6 +21,7 @@ from NMSWSegment.evaluation.tables import csv_text, plain_sentence, structures_c
 from NMSWSegment.output_file import replaced_file
 from NMSWSegment.outputs import require_matplotlib
 from NMSWSegment.protocol import PatchBox, UserError, unknown_name
+from NMSWSegment.training.layouts import KINDS, SPLITS
 from NMSWSegment.volume import read_volume
 
 ABLATIONS = {"policy": ("top_k", "greedy", "random_fair"), "class_weights": ("greedy", "no_weights"), "pooling": ("top_k", "one_voxel")}
@@ -31,7 +32,8 @@ PICTURES = ("pareto.png", "dsc_by_k.png", "errors.png")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `nmsw compare`."""
     parser.add_argument("--bundle", nargs="+", default=["torso-unet"], metavar="NAME", help="names or folders of bundles (default: torso-unet)")
-    parser.add_argument("--data", action="append", default=[], metavar="KIND:FOLDER", help="labelled cases: decathlon, nnunet or word; repeat")
+    parser.add_argument("--data", action="append", default=[], metavar="KIND:FOLDER", help=f"labelled cases: {', '.join(KINDS)}; repeat")
+    parser.add_argument("--split", choices=tuple(SPLITS), default="train", help="of the data; a decathlon folder has labels for train only (default: %(default)s)")
     parser.add_argument("--cases", default="", metavar="ID,...", help="only these cases (default: all labelled ones)")
     parser.add_argument("--held-out", action="store_true", help="each bundle runs only on the cases that its training held out; all bundles make one table")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="tables, pictures and labelmaps; a stopped comparison goes on there")
@@ -101,7 +103,7 @@ def _compare(arguments: argparse.Namespace, *, tell: Callable[[str, float], None
     options = CompareOptions(
         bundles={job.bundle.manifest.name: job.bundle.sha256 for job in jobs},
         data=tuple(arguments.data),
-        cases={name: tuple(job.case.name for job in jobs if job.bundle.manifest.name == name) for name in dict.fromkeys(job.bundle.manifest.name for job in jobs)},
+        cases={name: tuple(job.case.files.name for job in jobs if job.bundle.manifest.name == name) for name in dict.fromkeys(job.bundle.manifest.name for job in jobs)},
         methods=tuple(method.name for method in methods),
         device=arguments.device,
         threads=arguments.threads,
@@ -136,8 +138,8 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
         bundle = load_bundle(source)
         if any(job.bundle.manifest.name == bundle.manifest.name for job in jobs):
             raise UserError(f"Two bundles are named '{bundle.manifest.name}'. Export one of them under another name.")
-        cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases)
-        cases = [case for case in cases if not arguments.held_out or was_held_out(case.name, bundle.manifest)]
+        cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases, split=arguments.split)
+        cases = [case for case in cases if not arguments.held_out or was_held_out(case.files.name, bundle.manifest)]
         if not cases:
             raise UserError(f"The training of bundle '{bundle.manifest.name}' held out none of the cases. Leave --held-out away, or give the cases that it held out.")
         jobs += [Job(bundle=bundle, source=str(source), case=case) for case in cases]
@@ -158,8 +160,8 @@ def _write_files(records: Sequence[dict], *, jobs: Sequence[Job], ks: Sequence[i
 def _write_error_picture(records: Sequence[dict], *, jobs: Sequence[Job], ks: Sequence[int], path: Path) -> None:
     """Where some methods err on the first case, and the patches they chose."""
     first = records[0]
-    job = next(job for job in jobs if (job.bundle.manifest.name, job.case.name) == (first["bundle"], first["case"]))
-    volume, reference = read_case(job.case, job.bundle.manifest)
+    job = next(job for job in jobs if (job.bundle.manifest.name, job.case.files.name) == (first["bundle"], first["case"]))
+    volume, reference = read_case(job.case)
     k = sorted(ks)[len(ks) // 2] if ks else 0
     results = []
     for record in records:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from NMSWSegment.bundle import Bundle
-from NMSWSegment.evaluation.cases import LabelledCase, read_case, score_labelmap, was_held_out
+from NMSWSegment.evaluation.cases import read_case, score_labelmap, was_held_out
 from NMSWSegment.evaluation.costs import bundle_costs
 from NMSWSegment.evaluation.measurement import in_own_process, json_text, machine_facts, measure, today
 from NMSWSegment.evaluation.methods import Method
@@ -14,6 +14,7 @@ from NMSWSegment.frame import canonical_frame
 from NMSWSegment.grid import CandidateGrid
 from NMSWSegment.output_file import replaced_file
 from NMSWSegment.protocol import UserError
+from NMSWSegment.training.prepared_case import CaseRequest
 from NMSWSegment.volume import Volume, read_volume
 
 RESULTS_NAME = "results.json"
@@ -43,7 +44,7 @@ class Job:
     bundle: Bundle
     source: str
     """Name or folder that the bundle was loaded from."""
-    case: LabelledCase
+    case: CaseRequest
 
 
 def run_comparison(jobs: Sequence[Job], methods: Sequence[Method], *, options: CompareOptions, folder: Path, tell: Callable[[str, float], None]) -> dict:
@@ -62,12 +63,12 @@ def run_comparison(jobs: Sequence[Job], methods: Sequence[Method], *, options: C
     done = {(record["bundle"], record["case"], record["method"]) for record in results["records"]}
     num_steps = len(jobs) * len(methods)
     for number, job in enumerate(jobs):
-        missing = [method for method in methods if (job.bundle.manifest.name, job.case.name, method.name) not in done]
+        missing = [method for method in methods if (job.bundle.manifest.name, job.case.files.name, method.name) not in done]
         if not missing:
             continue
-        volume, reference = read_case(job.case, job.bundle.manifest)
+        volume, reference = read_case(job.case)
         for method in missing:
-            tell(f"{job.case.name}, {job.bundle.manifest.name}: {method.title}", (number * len(methods) + methods.index(method)) / num_steps)
+            tell(f"{job.case.files.name}, {job.bundle.manifest.name}: {method.title}", (number * len(methods) + methods.index(method)) / num_steps)
             results["records"].append(measured_record(job, method, volume=volume, reference=reference, options=options, folder=folder))
             write_results(results, folder)
     return results
@@ -76,12 +77,12 @@ def run_comparison(jobs: Sequence[Job], methods: Sequence[Method], *, options: C
 def measured_record(job: Job, method: Method, *, volume: Volume, reference: Volume, options: CompareOptions, folder: Path) -> dict:
     """Everything about one method on one case, JSON-ready."""
     manifest = job.bundle.manifest
-    path = labelmap_path(folder, bundle=manifest.name, case=job.case.name, method=method.name)
+    path = labelmap_path(folder, bundle=manifest.name, case=job.case.files.name, method=method.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = in_own_process(measure, method, bundle=job.source, image=job.case.image, labelmap=path, device=options.device, threads=options.threads)
+    facts = in_own_process(measure, method, bundle=job.source, image=job.case.files.image, labelmap=path, device=options.device, threads=options.threads)
     frame = canonical_frame(volume.shape, volume.ijk_to_ras, spacing_mm=manifest.spacing_mm)
     costs = bundle_costs(manifest, CandidateGrid.covering(frame.shape, patch_size=manifest.patch_size, overlap=manifest.overlap))
-    record = {"bundle": manifest.name, "case": job.case.name, "held_out": was_held_out(job.case.name, manifest), "method": method.name, "title": method.title}
+    record = {"bundle": manifest.name, "case": job.case.files.name, "held_out": was_held_out(job.case.files.name, manifest), "method": method.name, "title": method.title}
     record |= {
         "macs": costs.true.total(facts["windows"], uses_coarse=method.uses_coarse) if costs else None,
         "paper_macs": costs.paper.total(facts["windows"], uses_coarse=method.uses_coarse) if costs else None,

@@ -14,13 +14,15 @@ from NMSWSegment.evaluation.plots import write_side_by_side
 from NMSWSegment.output_file import check_output_path, replaced_file
 from NMSWSegment.outputs import require_matplotlib
 from NMSWSegment.protocol import SegmentOptions, UserError
+from NMSWSegment.training.layouts import KINDS, SPLITS
+from NMSWSegment.training.prepared_case import CaseRequest
 
 CSV_HEADER = ("case", "k", "structure", *METRICS)
 
 
 def evaluate(
     bundle: Bundle,
-    cases: Sequence[tuple[str, Path, Path]],
+    cases: Sequence[CaseRequest],
     *,
     ks: Sequence[int | None],
     policy: str = "greedy",
@@ -31,7 +33,7 @@ def evaluate(
     """DSC, NSD and HD95 per structure, case and k.
 
     Args:
-        cases: (name, image path, label path); label values are the bundle's.
+        cases: of find_cases; label values are the bundle's.
         ks: numbers of patches; None is all.
         pictures: folder for CASE-kN.png, reference and result side by side.
 
@@ -40,12 +42,12 @@ def evaluate(
         of score_labelmap; a structure that the case does not hold is left out.
 
     Raises:
-        UserError: a label does not lie on its volume's grid, or holds a value that the bundle does not have.
+        UserError: a case cannot be used, see read_case.
     """
     scores: dict = {}
     for case in cases:
-        name = case[0]
-        volume, reference = read_case(case, bundle.manifest)
+        name = case.files.name
+        volume, reference = read_case(case)
         scores[name] = {}
         for k in ks:
             started = time.perf_counter()
@@ -78,7 +80,8 @@ def write_csv(scores: dict, path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `nmsw evaluate`."""
     parser.add_argument("bundle", metavar="BUNDLE", help="name or folder of a bundle")
-    parser.add_argument("--data", required=True, action="append", metavar="KIND:FOLDER", help="labelled cases: decathlon, nnunet or word; repeat")
+    parser.add_argument("--data", required=True, action="append", metavar="KIND:FOLDER", help=f"labelled cases: {', '.join(KINDS)}; repeat")
+    parser.add_argument("--split", choices=tuple(SPLITS), default="train", help="of the data; a decathlon folder has labels for train only (default: %(default)s)")
     parser.add_argument("--cases", default="", metavar="ID,...", help="only these cases (default: all labelled ones)")
     parser.add_argument("--k", default="0,5,10,all", metavar="N,...", help="numbers of patches (default: %(default)s)")
     parser.add_argument("--policy", default="greedy", choices=("greedy", "top_k", "random"))
@@ -98,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         require_matplotlib()
         make_folder(arguments.pictures)
     bundle = load_bundle(arguments.bundle)
-    cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases)
+    cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases, split=arguments.split)
     ks = patch_counts(arguments.k)
     scores = evaluate(bundle, cases, ks=ks, policy=arguments.policy, device=arguments.device, threads=arguments.threads, pictures=arguments.pictures)
     for name, by_k in scores["cases"].items():

@@ -82,7 +82,7 @@ def test_label_outside_the_list_and_missing_label_say_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"case 'a' holds \[3\].*ends at 2.*Add the class there"):
         prepare_case(CaseRequest(cases.files[0], ("liver", "spleen"), (6.0, 6.0, 6.0)))
     cases.files[0].label.unlink()
-    with pytest.raises(UserError, match="no label file.*--hold-out"):
+    with pytest.raises(UserError, match="no label file.*leave the case out"):
         prepare_case(CaseRequest(cases.files[0], cases.label_names, (6.0, 6.0, 6.0)))
     with pytest.raises(UserError, match="--hold-out"):
         CaseCache(tmp_path / "cache").entry(CaseRequest(cases.files[0], cases.label_names, (6.0, 6.0, 6.0)))

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import turned
+from training_folders import a_case, write_totalsegmentator
 
 from NMSWSegment import phantoms
 from NMSWSegment.bundle import load_bundle
 from NMSWSegment.evaluation import evaluate as evaluate_module
-from NMSWSegment.evaluation.cases import find_cases, score_labelmap
+from NMSWSegment.evaluation.cases import find_cases, read_case, score_labelmap
 from NMSWSegment.evaluation.evaluate import evaluate, write_csv
 from NMSWSegment.evaluation.plots import MISSED, WRONG, error_colors, paired_slices
 from NMSWSegment.labels import coded_labels
 from NMSWSegment.protocol import UserError
+from NMSWSegment.training.layouts import CaseFiles
+from NMSWSegment.training.prepared_case import CaseRequest
 from NMSWSegment.volume import Volume, write_volume
 
 SHAPE = (30, 24, 34)
@@ -42,8 +45,9 @@ def write_dataset(folder: Path, names: list[str]) -> None:
     (folder / "dataset.json").write_text(json.dumps({"labels": labels, "training": training}))
 
 
-def case(folder: Path, name: str = "first") -> tuple[str, Path, Path]:
-    return name, folder / name / "ct.nii.gz", folder / name / "label.nii.gz"
+def case(folder: Path, name: str = "first") -> CaseRequest:
+    files = CaseFiles(name, folder / name / "ct.nii.gz", folder / name / "label.nii.gz")
+    return CaseRequest(files=files, label_names=tuple(phantoms.ORGANS), spacing_mm=(6.0, 6.0, 6.0))
 
 
 def verb(folder: Path, bundle: Path, *more: str) -> int:
@@ -68,7 +72,7 @@ def test_structure_that_the_case_does_not_hold_is_left_out(a_tiny_bundle, a_fold
 
 
 def test_unknown_voxels_do_not_count(a_tiny_bundle, a_folder):
-    _, _, path = case(a_folder)
+    path = case(a_folder).files.label
     _, labels = phantoms.phantom(SHAPE, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE))
     labels[labels == 2] = 255
     write_volume(Volume(labels, phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE)), path)
@@ -78,7 +82,7 @@ def test_unknown_voxels_do_not_count(a_tiny_bundle, a_folder):
 
 def test_label_of_another_shape_says_to_resample(a_tiny_bundle, a_folder):
     write_volume(Volume(np.eye(3, dtype=np.uint8)[None].repeat(4, 0), np.eye(4)), a_folder / "first" / "label.nii.gz")
-    with pytest.raises(UserError, match="'first'.*Resample the label to the volume's grid"):
+    with pytest.raises(UserError, match="'first' do not lie on the same grid.*Resample the label to the image"):
         evaluate(load_bundle(a_tiny_bundle), [case(a_folder)], ks=(0,), threads=1)
 
 
@@ -86,7 +90,7 @@ def test_mirrored_label_of_the_same_shape_is_not_scored_as_if_it_fitted(a_tiny_b
     _, labels = phantoms.phantom(SHAPE, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE))
     mirrored = phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE) * np.array([[-1], [1], [1], [1]])
     write_volume(Volume(np.ascontiguousarray(labels[..., ::-1]), mirrored), a_folder / "first" / "label.nii.gz")
-    with pytest.raises(UserError, match="'first'.*Resample the label to the volume's grid"):
+    with pytest.raises(UserError, match="'first' do not lie on the same grid.*Resample the label to the image"):
         evaluate(load_bundle(a_tiny_bundle), [case(a_folder)], ks=(0,), threads=1)
 
 
@@ -94,7 +98,7 @@ def test_label_value_that_the_bundle_does_not_have_is_named(a_tiny_bundle, a_fol
     ijk_to_ras = phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE)
     _, labels = phantoms.phantom(SHAPE, ijk_to_ras=ijk_to_ras)
     write_volume(Volume(np.where(labels == 3, 7, labels).astype(np.uint8), ijk_to_ras), a_folder / "first" / "label.nii.gz")
-    with pytest.raises(UserError, match="label value 7.*labels 1 to 3"):
+    with pytest.raises(UserError, match="'first' holds .7., but the list of labels ends at 3"):
         evaluate(load_bundle(a_tiny_bundle), [case(a_folder)], ks=(0,), threads=1)
 
 
@@ -138,7 +142,7 @@ def test_surface_scores_stand_beside_the_dice(a_tiny_bundle, a_folder):
 
 
 def test_structure_predicted_elsewhere_scores_0_with_its_distance(a_tiny_bundle, a_folder):
-    _, _, path = case(a_folder)
+    path = case(a_folder).files.label
     labels = np.zeros(SHAPE, np.uint8)
     labels[2:4, 3:6, 4:8] = 2  # air, which nothing takes for a spleen
     write_volume(Volume(labels, phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE)), path)
@@ -173,6 +177,23 @@ def test_ignore_label_of_nnunet_is_unknown(a_tiny_bundle, tmp_path):
     bundle = load_bundle(a_tiny_bundle)
     cases = find_cases([f"nnunet:{tmp_path}"], bundle.manifest)
     assert evaluate(bundle, cases, ks=(None,), threads=1)["cases"]["body"]["all"]["dsc"] == {"liver": 1.0, "vertebrae": 1.0}
+
+
+def test_masks_of_totalsegmentator_are_scored_on_the_split_that_is_asked_for(tmp_path):
+    write_totalsegmentator(tmp_path, splits={"s0001": "train", "s0002": "test"}, classes=("liver", "spleen", "gallbladder"))
+    manifest = SimpleNamespace(name="organs", label_names=["liver", "spleen"], num_classes=3, spacing_mm=(6.0, 6.0, 6.0), labels=coded_labels(["liver", "spleen"]))
+    (found,) = find_cases([f"totalsegmentator:{tmp_path}"], manifest, split="test")
+    volume, reference = read_case(found)
+    assert found.files.name == "s0002" and volume.ijk_to_ras[0, 0] < 0  # stored from right to left
+    _, labels = a_case(mirrored=True)
+    assert np.array_equal(reference.array, np.where(labels < 3, labels, 0))
+    assert score_labelmap(reference, reference, manifest=manifest)["dsc"] == {"liver": 1.0, "spleen": 1.0}
+
+
+def test_bundle_with_other_names_than_totalsegmentator_says_which(tmp_path):
+    write_totalsegmentator(tmp_path, splits={"s0001": "train"})
+    with pytest.raises(UserError, match="'leber'"):
+        find_cases([f"totalsegmentator:{tmp_path}"], SimpleNamespace(name="organs", label_names=["leber"], spacing_mm=(6.0, 6.0, 6.0)))
 
 
 def test_verb_draws_reference_and_result_of_every_k(a_tiny_bundle, a_folder):

@@ -52,7 +52,7 @@ def here(tmp_path, monkeypatch) -> Path:
 def test_totalsegmentator_commands_end_in_a_segmentation(here, capsys):
     write_totalsegmentator(here / "Totalsegmentator_dataset_v201", splits={"s0001": "train", "s0002": "train", "s0003": "test"}, classes=tuple(ORGANS))
     lines = commands("TotalSegmentator")
-    assert [line.split()[1] for line in lines] == ["train", "train", "--logdir", "train", "export", "segment"]
+    assert [line.split()[1] for line in lines] == ["train", "train", "--logdir", "train", "export", "evaluate", "export", "segment"]
     run(lines[0])
     assert "2 labelled CT (s0001, s0002)" in capsys.readouterr().out and not (here / "runs").exists()
     for line in lines[1:]:
@@ -60,6 +60,8 @@ def test_totalsegmentator_commands_end_in_a_segmentation(here, capsys):
     assert load_checkpoint(here / "runs" / "organ")["label_names"] == ORGANS
     assert len(list((here / "cache").iterdir())) == 2 and not (here / "runs" / "organ" / "cache").exists()
     assert (here / "organs.seg.nrrd").is_file()
+    assert "Case `s0003`, DSC" in (here / "organ-unet" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert {path.name for path in (here / "pictures").iterdir()} == {f"s0003-k{k}.png" for k in ("0", "5", "10", "all")}
 
 
 def test_word_commands_end_in_a_segmentation_that_can_be_installed(here, capsys):

@@ -338,7 +338,7 @@ def test_nifti_labelmap_has_equal_sform_and_qform(tmp_path):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_segmentation_opens_in_slicer_with_names_colors_terminology_and_place(tmp_path, geometry):
-    slicer = pytest.importorskip("slicer", reason="slicer-core is not installed")
+    pytest.importorskip("slicer", reason="slicer-core is not installed")
     pytest.importorskip("vtk.util.numpy_support", reason="slicer-core is not installed")
     from slicer_headless import new_scene, segment_points_ras, sorted_points
 
