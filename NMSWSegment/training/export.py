@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 import warnings
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,16 +24,17 @@ from NMSWSegment.training.run_folder import load_checkpoint, load_run_options
 
 PARITY_TOLERANCE = 1e-3  # logits; tracing changes no operator, so that only the order of sums may differ
 PARITY_SEED = 0
+SOURCE_PATHS_SUFFIX = ".debug_pkl"
 
 
-def export_bundle(run: Path, output: Path, *, title: str = "", description: str = "", scores: tuple[Path, ...] = (), data_notes: Path | None = None, picture: Path | None = None) -> Path:
+def export_bundle(run: Path, output: Path, *, title: str = "", description: str = "", scores: tuple[Path, ...] = (), data_notes: tuple[Path, ...] = (), picture: Path | None = None) -> Path:
     """Write the bundle of a run; the folder's name becomes the bundle's name.
 
     Args:
         run: run folder of `nmsw train`.
         output: bundle folder to create.
         scores: files that `nmsw evaluate` wrote, for the model card.
-        data_notes: JSON with "trained_on" (text) and "attributions" (list of texts).
+        data_notes: JSON with "trained_on" (text) and "attributions" (list of texts); several are put one after the other.
         picture: PNG for the model card, for example a preview of 'nmsw segment'.
 
     Raises:
@@ -48,7 +50,7 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
     net.load_state_dict({key: value.half().float() for key, value in checkpoint["net"].items()})
     net.eval().slice_fusion()
     examples = parity_inputs(options, coarse_multiple=net.architecture.coarse_multiple)
-    notes = _read_object(data_notes, advice="Write a JSON object with trained_on and attributions.") if data_notes else {}
+    notes = [_read_object(path, advice="Write a JSON object with trained_on and attributions.") for path in data_notes]
     held_out = {}
     for path in scores:
         held_out |= _read_object(path, key="cases", advice="Give a file that 'nmsw evaluate --output' wrote.")["cases"]
@@ -67,9 +69,9 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
         "labels": coded_labels(checkpoint["label_names"]),
         "class_weights": tuple(net.class_weights.tolist()),
         "architecture": net.architecture.to_dict(),
-        "training": {"program": f"NMSWSegment {__version__}, torch {torch.__version__}", "iterations": checkpoint["iteration"], "options": _public_options(options), "trained_on": notes.get("trained_on", "")},
+        "training": {"program": f"NMSWSegment {__version__}, torch {torch.__version__}", "iterations": checkpoint["iteration"], "options": _public_options(options), "trained_on": "\n\n".join(note["trained_on"] for note in notes if "trained_on" in note)},
         "scores": held_out,
-        "attributions": tuple(notes.get("attributions", ())),
+        "attributions": tuple(text for note in notes for text in note.get("attributions", ())),
     }
     return write_bundle(net.coarse, net.local, output=output, examples=examples, manifest=manifest, picture=picture, for_monai=True)
 
@@ -93,6 +95,7 @@ def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples:
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # about size checks; check_parity tries other sizes
                 torch.jit.trace(net.eval(), examples[name][0], check_trace=False).half().save(str(path))
             net.float()  # tracing shares the parameters with the eager net
+            drop_source_paths(path)
             check_parity(net, path, examples[name])
         hashes = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
         complete = BundleManifest(**manifest, sha256=hashes)
@@ -105,6 +108,15 @@ def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples:
         (draft / "MODEL_CARD.md").write_text(model_card(complete, has_picture=picture is not None), encoding="utf-8")
         shutil.move(str(draft), str(output))
     return output
+
+
+def drop_source_paths(path: Path) -> None:
+    """Take out of an archive where each line of its code came from: folders of the computer that traced it, which torch does not need."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist() if not name.endswith(SOURCE_PATHS_SUFFIX)]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records:
+            archive.writestr(zipfile.ZipInfo(name), content)  # not compressed, dated 1980: bytes that do not depend on the day
 
 
 def check_parity(net: nn.Module, path: Path, inputs: list[Tensor]) -> None:
@@ -148,12 +160,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--description", default="", help="one sentence for the model list")
     parser.add_argument("--scores", type=Path, action="append", default=[], metavar="FILE.json", help="held-out scores that 'nmsw evaluate' wrote; repeat")
     parser.add_argument("--picture", type=Path, default=None, metavar="FILE.png", help="picture for the model card, for example a preview of 'nmsw segment'")
-    parser.add_argument("--data-notes", type=Path, default=None, metavar="FILE.json", help="what the weights were trained on: {\"trained_on\": text, \"attributions\": [texts]}")
+    parser.add_argument("--data-notes", type=Path, action="append", default=[], metavar="FILE.json", help="what the weights were trained on: {\"trained_on\": text, \"attributions\": [texts]}; repeat")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw export`."""
-    bundle = export_bundle(arguments.run_folder, arguments.output, title=arguments.title, description=arguments.description, scores=tuple(arguments.scores), data_notes=arguments.data_notes, picture=arguments.picture)
+    bundle = export_bundle(arguments.run_folder, arguments.output, title=arguments.title, description=arguments.description, scores=tuple(arguments.scores), data_notes=tuple(arguments.data_notes), picture=arguments.picture)
     megabytes = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / 1e6
     print(f"Bundle written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
     return 0

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("monai")
 pytest.importorskip("einops")  # MONAI's Swin-UNETR needs it
 
+from conftest import ROOT  # noqa: E402
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
 from NMSWSegment import phantoms  # noqa: E402
@@ -46,7 +48,7 @@ def a_bundle(a_run, tmp_path_factory) -> Path:
     scores.write_text(json.dumps({"cases": {"two": {"all": {"mean": 0.5, "seconds": 1.0, "candidates": 8, "dsc": {"liver": 0.5}}}}}))
     notes = folder / "notes.json"
     notes.write_text(json.dumps({"trained_on": "One tiny case.", "attributions": ["Nobody, public domain"]}))
-    return export_bundle(a_run, folder / "tiny-net", title="Tiny net", description="For tests.", scores=(scores,), data_notes=notes)
+    return export_bundle(a_run, folder / "tiny-net", title="Tiny net", description="For tests.", scores=(scores,), data_notes=(notes,))
 
 
 def a_run_of(backbone: str, folder: Path) -> Path:
@@ -205,6 +207,19 @@ def test_manifest_of_every_backbone_builds_its_net_again(a_bundle_of_each):
     assert bool(manifest.architecture["fusion_channels"]) == (manifest.backbone == "e2enet")
 
 
+def test_archives_name_no_folder_of_the_computer(a_bundle):
+    for name in ("coarse.pt", "local.pt"):
+        with zipfile.ZipFile(a_bundle / name) as archive:
+            assert not any(folder in archive.read(record) for record in archive.namelist() for folder in (b"site-packages", str(ROOT).encode()))
+
+
+def test_several_data_notes_stand_one_after_the_other(a_run, tmp_path):
+    for name, words in (("data", "Two scans."), ("run", "For a day.")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"trained_on": words, "attributions": [name]}))
+    card = (export_bundle(a_run, tmp_path / "bundle", data_notes=(tmp_path / "data.json", tmp_path / "run.json")) / "MODEL_CARD.md").read_text()
+    assert "Two scans.\n\nFor a day.\n" in card and "- data\n- run\n" in card
+
+
 def test_existing_output_is_refused_and_kept(a_bundle, a_run):
     before = (a_bundle / "manifest.json").read_bytes()
     with pytest.raises(UserError, match="already exists. Remove it or give another folder"):
@@ -266,7 +281,7 @@ def test_scores_that_are_no_scores_say_which_file_to_give(a_run, tmp_path):
 
 def test_missing_data_notes_say_what_to_write(a_run, tmp_path):
     with pytest.raises(UserError, match=r"notes\.json.*Write a JSON object"):
-        export_bundle(a_run, tmp_path / "bundle", data_notes=tmp_path / "notes.json")
+        export_bundle(a_run, tmp_path / "bundle", data_notes=(tmp_path / "notes.json",))
 
 
 def test_verb_exports_and_tells_the_size(a_run, tmp_path, capsys):
