@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from NMSWSegment.bundle import load_bundle
-from NMSWSegment.evaluation import speed
+from NMSWSegment.evaluation import fusion_speed, speed
 from NMSWSegment.evaluation.cases import METRICS, find_cases, read_case, was_held_out
 from NMSWSegment.evaluation.charts import write_dsc_by_k, write_pareto
 from NMSWSegment.evaluation.comparison_page import ABLATION_ONLY, comparison_page, put_into_page
@@ -44,13 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores but one)")
     parser.add_argument("--docs", type=Path, default=None, metavar="FILE.md", help="put the page also into this file, between the lines <!-- FOLDER --> and <!-- /FOLDER -->, and the pictures beside it")
     speed.add_arguments(parser)
+    fusion_speed.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw compare`."""
     make_folder(arguments.output)
     with progress_bar() as tell:
-        page, pictures, sentence = speed.run_speed(arguments, tell=tell) if arguments.speed else _compare(arguments, tell=tell)
+        carry_out = speed.run_speed if arguments.speed else fusion_speed.run_fusion if arguments.fusion else _compare
+        page, pictures, sentence = carry_out(arguments, tell=tell)
     _write_text(arguments.output / "table.md", page)
     if arguments.docs:
         _write_docs(page, pictures, docs=arguments.docs, folder=arguments.output)

@@ -19,6 +19,8 @@ from NMSWSegment.nets.e2enet import E2ENet, fusion_convolutions, input_axis
 from NMSWSegment.protocol import UserError, unknown_name
 
 MASK_KINDS = ("channel", "kernel")
+SPARSITIES = (0.7, 0.8, 0.9)
+"""S of the published nets."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from NMSWSegment import phantoms
 from NMSWSegment.bundle import load_bundle
-from NMSWSegment.evaluation import compare, comparison_run, speed
+from NMSWSegment.evaluation import compare, comparison_run, fusion_speed, speed
 from NMSWSegment.evaluation.comparison_page import put_into_page
 from NMSWSegment.evaluation.costs import bundle_costs, coarse_shape, run_costs
 from NMSWSegment.evaluation.measurement import RUNS, STAGES, in_own_process, peak_memory_bytes
@@ -47,6 +47,7 @@ def a_folder(tmp_path):
 def in_this_process(monkeypatch):
     """Methods run without a process of their own, which costs seconds each."""
     monkeypatch.setattr(comparison_run, "in_own_process", lambda function, *arguments, **options: function(*arguments, **options))
+    monkeypatch.setattr(fusion_speed, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(speed, "in_own_process", lambda function, *arguments, **options: function(*arguments, **options))
 
 
@@ -261,6 +262,20 @@ def test_speed_verb_writes_a_table_and_goes_on(tmp_path, in_this_process, monkey
     monkeypatch.setattr(speed, "in_own_process", None)  # nothing is left to measure
     assert verb(*words) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("On this computer k = 5 takes")
+
+
+def test_fusion_sliced_computes_the_same_with_fewer_operations(tmp_path, in_this_process, monkeypatch, capsys):
+    words = ("--fusion", "--preset", "compact", "--classes", 3, "--windows", 1, "--threads", 1, "--output", tmp_path / "fusion")
+    assert verb(*words) == 0
+    records = json.loads((tmp_path / "fusion" / "results.json").read_text())["records"]
+    assert [(record["kind"], record["sparsity"]) for record in records] == [("dense", 0.0), *((kind, sparsity) for sparsity in (0.7, 0.8, 0.9) for kind in ("masked", "sliced"))]
+    dense, *sparse = records
+    for masked, sliced in zip(sparse[::2], sparse[1::2]):
+        assert masked["macs"] == dense["macs"] > 2 * sliced["macs"] and sliced["parameters"] <= masked["parameters"] < dense["parameters"]
+        assert sliced["difference"] < 1e-4
+    monkeypatch.setattr(fusion_speed, "in_own_process", None)  # nothing is left to measure
+    assert verb(*words) == 0
+    assert "| sliced, S = 0.9 |" in (page := capsys.readouterr().out) and "with the masked channels sliced away it is" in page
 
 
 def test_speed_without_memory_for_the_sliding_window_says_so_before_it_starts(tmp_path, monkeypatch):
