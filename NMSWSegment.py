@@ -20,7 +20,7 @@ from slicer import vtkMRMLMarkupsROINode, vtkMRMLScalarVolumeNode, vtkMRMLSegmen
 from slicer.util import VTKObservationMixin
 
 from NMSWSegment import panel
-from NMSWSegment.bundle import USER_FOLDER_VARIABLE, file_sha256, install_bundle, list_bundles, load_bundle, remove_bundle, user_bundles_folder
+from NMSWSegment.bundle import BUNDLES_FOLDER, USER_FOLDER_VARIABLE, file_sha256, install_bundle, list_bundles, load_bundle, remove_bundle, user_bundles_folder
 from NMSWSegment.protocol import AUTO, Report, SegmentOptions, UserError, ignore_progress
 from NMSWSegment.rates import Rate, Rates
 from NMSWSegment.run_state import Run
@@ -327,7 +327,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.ui.modelComboBox.addItem(manifest.title, name)
             self.ui.modelComboBox.setItemData(self.ui.modelComboBox.count - 1, model_tooltip(manifest), qt.Qt.ToolTipRole)
         self._isFilling = False
-        self.ui.modelComboBox.currentIndex = max(0, self.ui.modelComboBox.findData(chosen))
+        places = [self.ui.modelComboBox.findData(name) for name in (chosen, SegmentOptions.bundle)]
+        self.ui.modelComboBox.currentIndex = next((place for place in places if place >= 0), 0)
         self.onModelChosen()
 
     def _fillDevices(self, titles: dict[str, str]) -> None:
@@ -823,6 +824,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         """Run all tests, each in an empty scene."""
         for test in (
             self.test_process_sample_givesSegmentsOnItsGrid,
+            self.test_process_everyPackagedModel_showsATorso,
             self.test_panel_threeClicks_giveASegmentation,
             self.test_panel_kChange_runsOnlyNewPatches,
             self.test_panel_cancel_keepsTheResultBefore,
@@ -852,6 +854,16 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         self.assertEqual(self.numberOfOutlines(), 2)
         self.assertEqual(segmentation.GetAttribute("NMSW.NumPatches"), "2")
         self.assertEqual(fractions, sorted(fractions))
+
+    def test_process_everyPackagedModel_showsATorso(self) -> None:
+        """One patch of each model that comes with the module, whatever its backbone."""
+        volume = slicer.util.loadVolume(str(SAMPLE_PATH))
+        for name in list_bundles(BUNDLES_FOLDER):
+            self.delayDisplay(f"Segmenting the sample volume with {name}")
+            segmentation = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", name)
+            NMSWSegmentLogic().process(volume, segmentation, SegmentOptions(bundle=name, num_patches=1, device="cpu"))
+            self.assertSegmentsOfATorso(segmentation)
+            self.assertEqual(segmentation.GetAttribute("NMSW.Bundle"), name)
 
     def test_panel_threeClicks_giveASegmentation(self) -> None:
         """Open the module, load the sample, click Segment: coarse result first, then segments, outlines and table."""

@@ -1,11 +1,14 @@
-"""The packaged bundle on the packaged volume, which took no part in training: anatomy in its place, in world coordinates."""
+"""The packaged bundles on the packaged volume, which took no part in training: anatomy in its place, in world coordinates."""
+
+import zipfile
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from NMSWSegment.bundle import load_bundle
+from NMSWSegment.bundle import BUNDLES_FOLDER, list_bundles, load_bundle
 from NMSWSegment.engine import segment_volume
+from NMSWSegment.nets.backbones import BACKBONES
 from NMSWSegment.outputs import label_statistics
 from NMSWSegment.protocol import SegmentOptions
 from NMSWSegment.volume import Volume, read_volume
@@ -13,9 +16,9 @@ from NMSWSegment.volume import Volume, read_volume
 SAMPLE = ROOT / "Resources" / "SampleData" / "cptac_pda_3mm.nii.gz"
 
 
-@pytest.fixture(scope="module")
-def bundle():
-    return load_bundle("torso-unet")
+@pytest.fixture(scope="module", params=list_bundles(BUNDLES_FOLDER))
+def bundle(request):
+    return load_bundle(request.param)
 
 
 def statistics(volume, bundle, **options) -> dict[str, dict]:
@@ -53,8 +56,23 @@ def test_mirrored_storage_order_gives_the_same_anatomy(bundle):
     assert np.array_equal(mirrored[:, ::-1, ::-1], upright)
 
 
+def test_held_out_scores_with_patches_are_not_below_those_of_the_coarse_net_alone(bundle):
+    for by_k in bundle.manifest.scores.values():
+        assert by_k["0"]["mean"] <= min(by_k[k]["mean"] for k in ("5", "10", "all"))
+
+
+def test_archives_name_no_folder_of_the_computer_that_exported_them(bundle):
+    for name in ("coarse.pt", "local.pt"):
+        with zipfile.ZipFile(bundle.folder / name) as archive:
+            assert not any(b"site-packages" in archive.read(record) for record in archive.namelist())
+
+
+def test_every_backbone_is_packaged():
+    assert {load_bundle(name).manifest.backbone for name in list_bundles(BUNDLES_FOLDER)} == set(BACKBONES)
+
+
 def test_bundle_is_light_and_its_card_is_complete(bundle):
-    assert sum(path.stat().st_size for path in bundle.folder.iterdir()) < 8e6
+    assert sum(path.stat().st_size for path in bundle.folder.rglob("*") if path.is_file()) < 8e6
     card = (bundle.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     for words in ("Not for clinical use", "TotalSegmentator", "ICRP", "LIDC-IDRI", "k = all", "overlay.png"):
         assert words in card
