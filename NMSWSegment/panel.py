@@ -16,11 +16,10 @@ from NMSWSegment.grid import CandidateGrid
 from NMSWSegment.memory import cache_limit_bytes, needed_memory_bytes
 from NMSWSegment.protocol import AUTO, UserError
 from NMSWSegment.rates import Rate
-from NMSWSegment.roi import SHORTEST_EDGE_MM
+from NMSWSegment.roi import has_volume
 
 AIR_HU = -200.0
 """A CT volume has voxels below this, air or at least lung and fat; an MR volume has none."""
-FLAT = 1e-6
 """Three axes this close to one plane have no volume."""
 
 
@@ -187,7 +186,7 @@ def _volume_problems(inputs: Inputs, geometry: Geometry) -> list[Finding]:
         Problem.COLOR_VOLUME: inputs.components != 1,
         Problem.ONE_SLICE: min(geometry.shape) == 1,
         Problem.NONLINEAR_TRANSFORM: not inputs.is_transform_linear,
-        Problem.BROKEN_GEOMETRY: not np.isfinite(geometry.ijk_to_ras).all() or _flatness(axes) < FLAT,
+        Problem.BROKEN_GEOMETRY: not np.isfinite(geometry.ijk_to_ras).all() or not has_volume(axes),
         Problem.UNIFORM_VOLUME: low == high,
     }
     values = {Problem.COLOR_VOLUME: {"components": inputs.components}, Problem.UNIFORM_VOLUME: {"intensity": low}}
@@ -198,7 +197,7 @@ def _work_problems(inputs: Inputs) -> list[Finding]:
     """What a sound volume and a model have against each other, the region of interest and the computer."""
     geometry, manifest, roi_to_ras = inputs.geometry, inputs.manifest, inputs.roi_to_ras
     found = []
-    if roi_to_ras is not None and _is_empty_box(roi_to_ras):
+    if roi_to_ras is not None and not has_volume(np.asarray(roi_to_ras, dtype=float)[:3, :3]):
         found.append(Finding(Problem.ROI_EMPTY))
     elif roi_to_ras is not None and not _boxes_meet(roi_to_ras, geometry):
         found.append(Finding(Problem.ROI_OUTSIDE))
@@ -211,19 +210,6 @@ def _work_problems(inputs: Inputs) -> list[Finding]:
     if manifest.modality == "CT" and inputs.intensity_range is not None and inputs.intensity_range[0] > AIR_HU:
         found.append(Finding(Problem.UNLIKE_CT, {"lowest": inputs.intensity_range[0]}))
     return found
-
-
-def _flatness(axes: np.ndarray) -> float:
-    """Volume of the box of three directions, 3 x 3 in columns: 1 at right angles, 0 where they lie in a plane or one has no length."""
-    lengths = np.linalg.norm(axes, axis=0)
-    return abs(float(np.linalg.det(axes / lengths))) if lengths.min() > 0 else 0.0
-
-
-def _is_empty_box(roi_to_ras: Sequence[Sequence[float]]) -> bool:
-    """Whether a region of interest holds nothing."""
-    axes = np.asarray(roi_to_ras, dtype=float)[:3, :3]
-    # "not >" catches NaN
-    return not np.linalg.norm(axes, axis=0).min() > SHORTEST_EDGE_MM or _flatness(axes) < FLAT
 
 
 def _boxes_meet(roi_to_ras: Sequence[Sequence[float]], geometry: Geometry) -> bool:

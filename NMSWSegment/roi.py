@@ -8,6 +8,7 @@ from NMSWSegment.protocol import UserError
 
 FACE_TOLERANCE = 1e-9  # of an edge: a voxel center on a face is inside, however the last digit was rounded
 SHORTEST_EDGE_MM = 1e-3
+FLATTEST = 1e-6  # volume of the box with edges of length 1; 1 at right angles
 VOXELS_AT_ONCE = 1 << 18  # one slab of three float64 coordinates stays in the processor's cache
 
 _WAY_OUT = "Drag the box onto the volume, or choose no region of interest."
@@ -44,11 +45,16 @@ def voxels_in_roi(shape: Sequence[int], *, ijk_to_ras: np.ndarray, roi_to_ras: S
     return inside
 
 
+def has_volume(axes_mm: np.ndarray) -> bool:
+    """Whether three directions, 3 x 3 in columns, span a box: none is short or NaN, and they do not lie in one plane."""
+    lengths_mm = np.linalg.norm(axes_mm, axis=0)
+    return bool(lengths_mm.min() > SHORTEST_EDGE_MM and abs(np.linalg.det(axes_mm / lengths_mm)) > FLATTEST)  # False for NaN
+
+
 def _check_edges(roi_to_ras: np.ndarray) -> None:
     """Raise UserError unless the box has a volume."""
     edges_mm = np.linalg.norm(roi_to_ras[:3, :3], axis=0)
-    # "not >" catches NaN; the determinant catches edges that lie in one plane.
-    if not edges_mm.min() > SHORTEST_EDGE_MM or not abs(np.linalg.det(roi_to_ras[:3, :3] / edges_mm)) > FACE_TOLERANCE:
+    if not has_volume(roi_to_ras[:3, :3]):
         raise UserError(f"The region of interest is empty: its edges are {' x '.join(f'{edge:.4g}' for edge in edges_mm)} mm long. {_WAY_OUT}")
 
 
