@@ -20,7 +20,7 @@ MAX_CACHE_BYTES = 2 << 30
 
 # Measured with torch 2.13 on Linux x86-64 and the packaged bundle: peak resident set of every stage by itself, upright and
 # oblique volumes of 1.6 to 105 million voxels. The factors follow from the code of the stages (how many arrays live at
-# once); those of the two nets are upper bounds of the UNet presets compact and paper.
+# once); those of the nets are upper bounds, one patch of the preset's size on one thread, random weights.
 _WORKER_BYTES = 370_000_000  # Python, numpy, SimpleITK, torch and both nets
 _SLAB_VOXELS = 1 << 23  # canonical.VOXELS_AT_ONCE: what resampling and restoring hold at once
 _RESAMPLE_SLAB_BYTES, _RESAMPLE_OBLIQUE_SLAB_BYTES = 28, 115  # an oblique volume needs three coordinates for every voxel
@@ -28,7 +28,13 @@ _RESTORE_SLAB_BYTES, _RESTORE_OBLIQUE_SLAB_BYTES = 20, 92
 _RESTORE_CHUNK_BYTES = 90_000_000  # eight corners of 2^17 voxels, compared with each other
 _UPSAMPLE_CLASS_BYTES = (1 << 18) * 4 * 17  # aggregation.MIXED_VOXELS_AT_ONCE, float32, arrays alive in CoarseUpsampler._at
 _ALLOCATOR = 1.15  # freed memory that is not given back between the stages; the largest excess over the sum was 13 %
-_NET_BYTES, _NET_FLOATS = 50_000_000, 55  # of a net: fixed, and per input voxel beside one float a class
+_NET_BYTES = 50_000_000  # of a net, whatever its input
+_NET_FLOATS = {  # of a net, per input voxel beside one float a class, by backbone and preset; the coarse net is a UNet
+    "unet": {"compact": 55, "paper": 55},
+    "mednext": {"compact": 200, "paper": 380},
+    "swin_unetr": {"compact": 100, "paper": 440},
+    "e2enet": {"compact": 200, "paper": 480},
+}
 
 
 def available_memory_bytes() -> int | None:
@@ -56,6 +62,8 @@ def needed_memory_bytes(
     num_classes: int,
     coarse_factor: tuple[int, int, int],
     num_patches: int,
+    backbone: str = "unet",
+    preset: str = "compact",
     cache_bytes: int = 0,
 ) -> int:
     """Upper bound of what a process takes at the peak of a run on the CPU, the volume, torch and the nets included.
@@ -66,6 +74,7 @@ def needed_memory_bytes(
         bytes_per_voxel: of the volume's own dtype.
         num_classes: C, with background.
         num_patches: how many go through the local net.
+        backbone, preset: of the local net; names that are not known count as the most demanding one.
         cache_bytes: most that is spent on the logits of patches for the next run; 0 for a run without a next one.
 
     On a GPU the nets work in its own memory, so that this is more than is taken.
@@ -80,10 +89,10 @@ def needed_memory_bytes(
     stages = [
         _resample_bytes(frame, is_oblique=is_oblique),
         16 * canonical + 4 * padded,  # intensity, its copy and two terms; padding
-        stays + _net_bytes(coarse, num_classes=num_classes),
+        stays + _net_bytes(coarse, num_classes=num_classes, floats=_NET_FLOATS["unet"]["paper"]),
         stays + (32 * num_classes + 48) * coarse,  # selection: four float64 copies of the logits
         stays + _UPSAMPLE_CLASS_BYTES * num_classes + 60 * coarse + 7 * padded,
-        stays + padded + _patch_bytes(grid, num_classes=num_classes, num_patches=num_patches),
+        stays + padded + _patch_bytes(grid, num_classes=num_classes, num_patches=num_patches, floats=_local_floats(backbone, preset)),
         stays + 10 * padded,  # labels, as int64 too, to drop structures
         stays + padded + 10 * canonical + _RESTORE_CHUNK_BYTES + restore_slab_bytes * min(_SLAB_VOXELS, source),
     ]
@@ -109,12 +118,18 @@ def _averaged_voxels(frame: CanonicalFrame) -> float:
     return float(np.prod(np.ceil(np.array(frame.source_shape[::-1]) / factors_ijk)))
 
 
-def _net_bytes(voxels: int, *, num_classes: int) -> int:
+def _local_floats(backbone: str, preset: str) -> int:
+    """Of the local net; the most there is for a name that is not known."""
+    most = max(floats for presets in _NET_FLOATS.values() for floats in presets.values())
+    return _NET_FLOATS.get(backbone, {}).get(preset, most)
+
+
+def _net_bytes(voxels: int, *, num_classes: int, floats: int) -> int:
     """What a net takes for one input, its output included."""
-    return _NET_BYTES + 4 * (num_classes + _NET_FLOATS) * voxels
+    return _NET_BYTES + 4 * (num_classes + floats) * voxels
 
 
-def _patch_bytes(grid: CandidateGrid, *, num_classes: int, num_patches: int) -> int:
+def _patch_bytes(grid: CandidateGrid, *, num_classes: int, num_patches: int, floats: int) -> int:
     """The blocks that wait for patches, and one patch in the net or on its way into the blocks."""
     if num_patches == 0:
         return 0
@@ -123,7 +138,7 @@ def _patch_bytes(grid: CandidateGrid, *, num_classes: int, num_patches: int) -> 
     blocks_in_layers = blocks_per_axis[0] * int(np.prod([count + per_patch - 1 for count, per_patch in zip(grid.counts[1:], blocks_per_axis[1:])]))
     blocks = min(num_patches * int(np.prod(blocks_per_axis)), blocks_in_layers)
     patch_voxels = int(np.prod(grid.patch_size))
-    one_patch = max(_net_bytes(patch_voxels, num_classes=num_classes), 4 * 4 * num_classes * patch_voxels)  # logits, weighted, mixed, up-sampled
+    one_patch = max(_net_bytes(patch_voxels, num_classes=num_classes, floats=floats), 4 * 4 * num_classes * patch_voxels)  # logits, weighted, mixed, up-sampled
     return blocks * 4 * (num_classes + 1) * int(np.prod(grid.stride)) + one_patch
 
 

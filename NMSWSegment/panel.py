@@ -154,6 +154,8 @@ def work(
         num_classes=manifest.num_classes,
         coarse_factor=manifest.coarse_factor,
         num_patches=most if patches is None else patches,
+        backbone=manifest.backbone,
+        preset=manifest.architecture.get("preset", ""),
         cache_bytes=cache_limit_bytes(available_bytes),
     )
     return Work(
