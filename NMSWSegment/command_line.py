@@ -124,8 +124,11 @@ def models(arguments: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    names_by_structures: dict[str, list[str]] = {}
     for bundle in bundles:
-        print(f"\n{bundle.manifest.name}: {bundle.manifest.title}\n  {', '.join(bundle.manifest.label_names)}")
+        names_by_structures.setdefault(", ".join(bundle.manifest.label_names), []).append(bundle.manifest.name)
+    for structures, names in names_by_structures.items():
+        print(f"\nStructures of {', '.join(names)}:\n  {structures}")
     return DONE
 
 

@@ -103,7 +103,7 @@ def model_tooltip(manifest: BundleManifest, *, seconds: float | None = None) -> 
     """All that helps to choose a model, as rich text."""
     rows = [f"<b>{manifest.title}</b>", manifest.description, _("Structures: {names}.").format(names=", ".join(label.title for label in manifest.labels))]
     if manifest.training.get("trained_on"):
-        rows.append(_("Trained on: {data}").format(data=manifest.training["trained_on"]))
+        rows.append(_("Trained on: {data}").format(data=manifest.training["trained_on"].split("\n\n")[0]))  # what follows is for the model card
     for case, by_k in manifest.scores.items():
         means = ", ".join(_("{mean:.2f} at k = {k}").format(mean=row["mean"], k=k) for k, row in by_k.items())
         rows.append(_("Mean Dice on the held-out volume {case}: {means}.").format(case=case, means=means))

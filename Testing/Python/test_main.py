@@ -193,7 +193,7 @@ def test_models_lists_facts_and_scores(a_tiny_bundle, capsys, monkeypatch):
     header, row, *rest = capsys.readouterr().out.splitlines()
     assert header.split() == ["name", "backbone", "structures", "spacing", "mm", "size", "MB", "held-out", "scores"]
     assert row.split()[:8] == ["tiny", "unet", "3", "6", "x", "6", "x", "6"]
-    assert "liver, spleen, vertebrae" in "\n".join(rest)
+    assert rest == ["", "Structures of tiny:", "  liver, spleen, vertebrae"]
     assert main(["models", "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)
     assert facts["structures"] == ["liver", "spleen", "vertebrae"] and facts["size_bytes"] > 1000
