@@ -16,7 +16,7 @@ from NMSWSegment.training.datasets import TrainingData, find_data, open_training
 from NMSWSegment.training.distributed import Team, joined_team
 from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions
 from NMSWSegment.training.prepared_case import Header, check_headers
-from NMSWSegment.training.run_folder import CHECKPOINT_NAME, TrainingState
+from NMSWSegment.training.run_folder import CHECKPOINT_NAME, TrainingState, load_initial_weights
 from NMSWSegment.training.train import new_state, temperature, train_step
 
 TIMED_ITERATIONS = 2
@@ -33,12 +33,13 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
         output, cache, device: as in train.train; nothing is written there.
 
     Raises:
-        UserError: whatever would stop the run: data, headers that do not fit, nets that do not take the patch.
+        UserError: whatever would stop the run: data, headers that do not fit, nets that do not take the patch, an initial run that does not fit.
     """
     data = find_data(options)
     headers = [check_headers(request) for request in data.requests]
     with joined_team(device) as team:
         state = new_state(options, num_classes=len(data.label_names) + 1, team=team)
+        load_initial_weights(state, options)
         yield from _data_lines(data, headers, options)
         coarse, local = (sum(parameter.numel() for parameter in net.parameters()) for net in (state.net.coarse, state.net.local))
         yield f"Nets        {options.backbone} ({options.preset}), trains: {options.train}; coarse {coarse / 1e6:.2f} M, local {local / 1e6:.2f} M parameters"

@@ -51,3 +51,9 @@ def test_plan_stops_where_the_run_would(folder, tmp_path):
     (folder / "s0002" / "segmentations" / "liver.nii.gz").write_bytes(b"no volume")
     with pytest.raises(UserError, match="liver.nii.gz' cannot be read"):
         list(plan_lines(tiny_options(folder, data=options.data, subset="liver"), output=tmp_path / "run", cache=tmp_path / "cache", device="cpu"))
+
+
+def test_plan_looks_at_the_runs_to_start_from(folder, tmp_path):
+    options = tiny_options(folder, data=(f"totalsegmentator:{folder}",), subset="liver", train="patches", coarse_run=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere' has no checkpoint.pt"):
+        list(plan_lines(options, output=tmp_path / "run", cache=tmp_path / "cache", device="cpu"))
