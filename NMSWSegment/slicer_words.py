@@ -89,8 +89,8 @@ def died_text(reason: str) -> str:
 
 
 def model_summary(manifest: BundleManifest) -> str:
-    """One line about a model."""
-    scores = [row["mean"] for by_k in manifest.scores.values() for row in by_k.values()]
+    """One line about a model; its scores are those of the most patches, so that models can be compared."""
+    scores = [list(by_k.values())[-1]["mean"] for by_k in manifest.scores.values()]
     text = _("{count} structures on {modality}, {spacing} mm, backbone {backbone}.").format(
         count=len(manifest.labels), modality=manifest.modality, spacing=" x ".join(f"{length:g}" for length in sorted(set(manifest.spacing_mm))), backbone=manifest.backbone
     )
