@@ -1,5 +1,6 @@
 """Labelled cases to score against, and the scores of one labelmap."""
 
+import argparse
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,11 +8,18 @@ import numpy as np
 from NMSWSegment.bundle import BundleManifest
 from NMSWSegment.evaluation.metrics import dice_per_class, model_steps, surface_scores
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training.layouts import read_cases
+from NMSWSegment.training.layouts import KINDS, SPLITS, read_cases
 from NMSWSegment.training.prepared_case import CaseRequest, check_headers, read_labels
 from NMSWSegment.volume import Volume, read_volume
 
 METRICS = ("dsc", "nsd_2mm", "nsd_2voxels", "hd95_mm")
+
+
+def add_case_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """The flags that say which cases, for find_cases."""
+    parser.add_argument("--data", required=required, action="append", default=[], metavar="KIND:FOLDER", help=f"labelled cases: {', '.join(KINDS)}; repeat")
+    parser.add_argument("--split", choices=tuple(SPLITS), default="train", help="of the data; a decathlon folder has labels for train only (default: %(default)s)")
+    parser.add_argument("--cases", default="", metavar="ID,...", help="only these cases (default: all labelled ones)")
 
 
 def find_cases(data: Sequence[str], manifest: BundleManifest, *, wanted: str = "", split: str = "train") -> list[CaseRequest]:

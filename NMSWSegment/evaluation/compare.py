@@ -10,7 +10,7 @@ from pathlib import Path
 
 from NMSWSegment.bundle import load_bundle
 from NMSWSegment.evaluation import fusion_speed, speed
-from NMSWSegment.evaluation.cases import METRICS, find_cases, read_case, was_held_out
+from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, read_case, was_held_out
 from NMSWSegment.evaluation.charts import write_dsc_by_k, write_pareto
 from NMSWSegment.evaluation.comparison_page import ABLATION_ONLY, comparison_page, put_into_page
 from NMSWSegment.evaluation.comparison_run import CompareOptions, Job, labelmap_path, run_comparison
@@ -21,7 +21,6 @@ from NMSWSegment.evaluation.tables import csv_text, plain_sentence, structures_c
 from NMSWSegment.output_file import replaced_file
 from NMSWSegment.outputs import require_matplotlib
 from NMSWSegment.protocol import PatchBox, UserError, unknown_name
-from NMSWSegment.training.layouts import KINDS, SPLITS
 from NMSWSegment.volume import read_volume
 
 ABLATIONS = {"policy": ("top_k", "greedy", "random_fair"), "class_weights": ("greedy", "no_weights"), "pooling": ("top_k", "one_voxel")}
@@ -32,9 +31,7 @@ PICTURES = ("pareto.png", "dsc_by_k.png", "errors.png")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `nmsw compare`."""
     parser.add_argument("--bundle", nargs="+", default=["torso-unet"], metavar="NAME", help="names or folders of bundles (default: torso-unet)")
-    parser.add_argument("--data", action="append", default=[], metavar="KIND:FOLDER", help=f"labelled cases: {', '.join(KINDS)}; repeat")
-    parser.add_argument("--split", choices=tuple(SPLITS), default="train", help="of the data; a decathlon folder has labels for train only (default: %(default)s)")
-    parser.add_argument("--cases", default="", metavar="ID,...", help="only these cases (default: all labelled ones)")
+    add_case_arguments(parser, required=False)
     parser.add_argument("--held-out", action="store_true", help="each bundle runs only on the cases that its training held out; all bundles make one table")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="tables, pictures and labelmaps; a stopped comparison goes on there")
     parser.add_argument("--k", default="5,10,30", metavar="N,...", help="numbers of patches (default: %(default)s)")

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from NMSWSegment.bundle import Bundle, load_bundle
 from NMSWSegment.engine import segment_volume
-from NMSWSegment.evaluation.cases import METRICS, find_cases, read_case, score_labelmap
+from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, read_case, score_labelmap
 from NMSWSegment.evaluation.plots import write_side_by_side
 from NMSWSegment.output_file import check_output_path, replaced_file
 from NMSWSegment.outputs import require_matplotlib
 from NMSWSegment.protocol import SegmentOptions, UserError
-from NMSWSegment.training.layouts import KINDS, SPLITS
 from NMSWSegment.training.prepared_case import CaseRequest
 
 CSV_HEADER = ("case", "k", "structure", *METRICS)
@@ -80,9 +79,7 @@ def write_csv(scores: dict, path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `nmsw evaluate`."""
     parser.add_argument("bundle", metavar="BUNDLE", help="name or folder of a bundle")
-    parser.add_argument("--data", required=True, action="append", metavar="KIND:FOLDER", help=f"labelled cases: {', '.join(KINDS)}; repeat")
-    parser.add_argument("--split", choices=tuple(SPLITS), default="train", help="of the data; a decathlon folder has labels for train only (default: %(default)s)")
-    parser.add_argument("--cases", default="", metavar="ID,...", help="only these cases (default: all labelled ones)")
+    add_case_arguments(parser, required=True)
     parser.add_argument("--k", default="0,5,10,all", metavar="N,...", help="numbers of patches (default: %(default)s)")
     parser.add_argument("--policy", default="greedy", choices=("greedy", "top_k", "random"))
     parser.add_argument("--device", default="auto")

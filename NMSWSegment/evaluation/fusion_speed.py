@@ -2,18 +2,17 @@
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from NMSWSegment.evaluation.comparison_page import machine_paragraph
 from NMSWSegment.evaluation.comparison_run import open_results, write_results
 from NMSWSegment.evaluation.measurement import in_own_process
-from NMSWSegment.evaluation.speed_measurement import GEOMETRY, SEED
+from NMSWSegment.evaluation.speed_measurement import GEOMETRY, SEED, FirstCalls
 from NMSWSegment.evaluation.tables import markdown
 from NMSWSegment.nets.e2enet import fusion_convolutions, without_unused_channels
 from NMSWSegment.nets.macs import count_macs
@@ -60,13 +59,14 @@ def measure_fusion(options: FusionOptions) -> list[dict]:
     with reproducible(options.threads), torch.inference_mode():
         for kind, sparsity, net in _nets(options):
             nets.append(net.to(device))
-            records.append({"kind": kind, "sparsity": sparsity, "parameters": _used_parameters(net), "macs": count_macs(net, tuple(patch.shape)), "seconds": []})
+            records.append({"kind": kind, "sparsity": sparsity, "parameters": _used_parameters(net), "macs": count_macs(net, tuple(patch.shape))})
             if kind == "sliced":  # follows the masked net that it was made of
                 records[-1]["difference"] = float((net(patch) - nets[-2](patch)).abs().max())
+        timed_nets = [FirstCalls(net, limit=options.rounds) for net in nets]
         for _ in range(options.rounds):
-            for net, record in zip(nets, records):
-                record["seconds"].append(round(_seconds(net, patch), 4))
-    return records
+            for net in timed_nets:
+                net(patch)
+    return [record | {"seconds": [round(seconds, 4) for seconds in net.seconds_per_patch]} for record, net in zip(records, timed_nets)]
 
 
 def fusion_page(results: dict, options: FusionOptions) -> str:
@@ -125,12 +125,3 @@ def _used_parameters(net: LocalNet) -> int:
     """Parameters that no mask leaves out; random weights are not 0."""
     masked = sum(int((conv.weight == 0).sum()) for conv in fusion_convolutions(net.backbone).values())
     return sum(parameter.numel() for parameter in net.parameters()) - masked
-
-
-def _seconds(net: nn.Module, patch: Tensor) -> float:
-    """Of one call."""
-    started = time.perf_counter()
-    net(patch)
-    if patch.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
