@@ -1,7 +1,7 @@
 """3D Slicer module: segment a CT volume with a few full-resolution patches ("No More Sliding Window")."""
 
 # This file and the folder NMSWSegment/ share a name, and Slicer executes the file as a plain module. With a search path
-# of its own it is also the package, so that "from NMSWSegment.engine import ..." works below and in scripts.
+# of its own it is also the package, so that "from NMSWSegment.engine.segment import ..." works below and in scripts.
 __path__ = [__file__.rpartition("NMSWSegment.py")[0] + "NMSWSegment"]
 __version__ = "0.1.0"  # as in NMSWSegment/__init__.py, which Slicer never runs
 
@@ -19,12 +19,19 @@ import vtk
 from slicer import vtkMRMLMarkupsROINode, vtkMRMLScalarVolumeNode, vtkMRMLSegmentationNode, vtkMRMLTableNode
 from slicer.util import VTKObservationMixin
 
-from NMSWSegment import panel
-from NMSWSegment.bundle import BUNDLES_FOLDER, USER_FOLDER_VARIABLE, file_sha256, install_bundle, list_bundles, load_bundle, remove_bundle, user_bundles_folder
-from NMSWSegment.protocol import AUTO, Report, SegmentOptions, UserError, ignore_progress
-from NMSWSegment.rates import Rate, Rates
-from NMSWSegment.run_state import Run
-from NMSWSegment.slicer_words import (
+from NMSWSegment.files.bundle import (
+    BUNDLES_FOLDER,
+    USER_FOLDER_VARIABLE,
+    file_sha256,
+    install_bundle,
+    list_bundles,
+    load_bundle,
+    remove_bundle,
+    user_bundles_folder,
+)
+from NMSWSegment.files.rates import Rate, Rates
+from NMSWSegment.panel import checks
+from NMSWSegment.panel.messages import (
     died_text,
     done_text,
     finding_text,
@@ -35,6 +42,8 @@ from NMSWSegment.slicer_words import (
     torch_missing_text,
     work_text,
 )
+from NMSWSegment.panel.run_state import Run
+from NMSWSegment.protocol import AUTO, Report, SegmentOptions, UserError, ignore_progress
 
 if hasattr(slicer, "app"):
     import ctk
@@ -72,7 +81,7 @@ else:
 
 
 if TYPE_CHECKING:
-    from NMSWSegment.engine import SegmentResult
+    from NMSWSegment.engine.segment import SegmentResult
 
 RESOURCES = Path(__file__).resolve().parent / "Resources"
 SAMPLE_PATH = RESOURCES / "SampleData" / "cptac_pda_3mm.nii.gz"
@@ -160,7 +169,7 @@ class NMSWSegmentParameterNode:
 
 
 class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
-    """The panel: it shows what panel.py decides and what the Segmenter reports."""
+    """The panel: it shows what panel/checks.py decides and what the Segmenter reports."""
 
     def __init__(self, parent=None) -> None:
         ScriptedLoadableModuleWidget.__init__(self, parent)
@@ -186,7 +195,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def setup(self) -> None:
         """Build the panel when the module is opened for the first time."""
         ScriptedLoadableModuleWidget.setup(self)
-        from NMSWSegment.slicer_segmenter import Segmenter
+        from NMSWSegment.panel.segmenter import Segmenter
 
         uiWidget = slicer.util.loadUI(self.resourcePath("UI/NMSWSegment.ui"))
         self.layout.addWidget(uiWidget)
@@ -579,7 +588,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if node is None:
             return
         inputs = self._inputs()
-        findings = panel.problems(inputs)
+        findings = checks.problems(inputs)
         blocking = [finding_text(finding) for finding in findings if finding.problem.is_blocking]
         structures = self._structures()
         if structures and not any(structures.values()):
@@ -598,9 +607,9 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if not self.segmenter.is_running:
             self.ui.statusLabel.text = blocking[0] if blocking else self._status
 
-    def _workText(self, inputs: panel.Inputs) -> str:
+    def _workText(self, inputs: checks.Inputs) -> str:
         """The line under the slider; the slider ends at the number of candidates."""
-        work = panel.work(
+        work = checks.work(
             inputs.geometry,
             inputs.manifest,
             num_patches=inputs.num_patches,
@@ -610,7 +619,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         )
         self.ui.numPatchesSlider.maximum = max(1, min(work.candidates, MAX_PATCHES))
         rate = self._rate()
-        seconds = None if rate is None else panel.seconds(work, rate)
+        seconds = None if rate is None else checks.seconds(work, rate)
         self.ui.modelComboBox.toolTip = model_tooltip(self._manifest, seconds=seconds)
         return work_text(work, seconds=seconds)
 
@@ -628,7 +637,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _volumesTable(self) -> vtkMRMLTableNode | None:
         """The table of the chosen segmentation."""
-        from NMSWSegment.slicer_bridge import VOLUMES_ROLE
+        from NMSWSegment.panel.nodes import VOLUMES_ROLE
 
         segmentation = self._parameterNode.outputSegmentation
         return segmentation.GetNodeReference(VOLUMES_ROLE) if segmentation else None
@@ -638,7 +647,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         node = self._parameterNode
         if node is None or node.inputVolume is None:
             return
-        from NMSWSegment.slicer_overlays import hide_importance, set_patches_visible, show_importance
+        from NMSWSegment.panel.overlays import hide_importance, set_patches_visible, show_importance
 
         set_patches_visible(slicer.mrmlScene, node.showPatches)
         importance = self.segmenter.importance_of(node.inputVolume)
@@ -649,7 +658,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _showSurfaces(self, isShown: bool) -> None:
         """Show the result in the 3D views, or take it out."""
-        from NMSWSegment.slicer_overlays import show_surfaces
+        from NMSWSegment.panel.overlays import show_surfaces
 
         node = self._parameterNode or self.logic.getParameterNode()
         if node.outputSegmentation:
@@ -669,7 +678,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _options(self) -> SegmentOptions:
         """What the panel says."""
-        from NMSWSegment.slicer_bridge import roi_to_ras
+        from NMSWSegment.panel.nodes import roi_to_ras
 
         node = self._parameterNode
         structures = self._structures()
@@ -683,10 +692,10 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             threads=node.threads or None,
         )
 
-    def _inputs(self) -> panel.Inputs:
-        """What panel.py has to know."""
-        from NMSWSegment.memory import available_memory_bytes
-        from NMSWSegment.slicer_bridge import roi_to_ras, volume_inputs
+    def _inputs(self) -> checks.Inputs:
+        """What panel/checks.py has to know."""
+        from NMSWSegment.files.memory import available_memory_bytes
+        from NMSWSegment.panel.nodes import roi_to_ras, volume_inputs
 
         node = self._parameterNode
         if not self.segmenter.worker.is_alive:
@@ -701,7 +710,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _signature(self) -> tuple:
         """Everything but k that a result depends on, and the result itself: while it is the same, a live update loses nothing."""
-        from NMSWSegment.slicer_result import segments_state
+        from NMSWSegment.panel.result import segments_state
 
         node = self._parameterNode or self.logic.getParameterNode()
         segmentation = node.outputSegmentation
@@ -782,9 +791,9 @@ class NMSWSegmentLogic(ScriptedLoadableModuleLogic):
         Raises:
             UserError: the volume, the options or the bundle do not fit; the text says what to do.
         """
-        from NMSWSegment.engine import segment_volume
-        from NMSWSegment.slicer_bridge import volume_from_node
-        from NMSWSegment.slicer_result import apply_result
+        from NMSWSegment.engine.segment import segment_volume
+        from NMSWSegment.panel.nodes import volume_from_node
+        from NMSWSegment.panel.result import apply_result
 
         started = time.perf_counter()
         options = options or SegmentOptions()

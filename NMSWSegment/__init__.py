@@ -1,6 +1,6 @@
 """NMSW ("No More Sliding Window") segmentation of CT and MR volumes.
 
-Files directly in this package need at most numpy, SimpleITK and torch; sub-packages may need MONAI.
+The folders name the price of an import: files (numpy, SimpleITK), engine (torch), panel (Slicer), the others (torch, MONAI).
 """
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["worker"]:
         # Past the other verbs: nothing they import may print into the pipe of the panel, or keep it waiting.
-        from NMSWSegment import worker
+        from NMSWSegment.engine import worker
 
         return worker.main(words[1:])
     from NMSWSegment import command_line

@@ -18,14 +18,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from NMSWSegment import __version__
-from NMSWSegment.bundle import Bundle, Label, install_bundle, list_bundles, load_bundle, remove_bundle
-from NMSWSegment.output_file import check_output_path, replaced_together
-from NMSWSegment.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, STATISTICS_ENDINGS, require_matplotlib, write_patches, write_preview, write_statistics
+from NMSWSegment.files.bundle import Bundle, Label, install_bundle, list_bundles, load_bundle, remove_bundle
+from NMSWSegment.files.output_file import check_output_path, replaced_together
+from NMSWSegment.files.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, STATISTICS_ENDINGS, require_matplotlib, write_patches, write_preview, write_statistics
+from NMSWSegment.files.volume import LABELMAP_ENDINGS, Volume, read_volume, write_labelmap
 from NMSWSegment.protocol import AUTO, Cancelled, Progress, Report, SegmentOptions, UserError, ignore_progress
-from NMSWSegment.volume import LABELMAP_ENDINGS, Volume, read_volume, write_labelmap
 
 if TYPE_CHECKING:
-    from NMSWSegment.engine import SegmentResult
+    from NMSWSegment.engine.segment import SegmentResult
 
 DONE, BUG, USER_ERROR, STOPPED = 0, 1, 2, 130
 
@@ -44,7 +44,7 @@ _MODULE_VERBS = {
     "export": ("NMSWSegment.training.export", "make a bundle of a trained model"),
     "evaluate": ("NMSWSegment.evaluation.evaluate", "score a bundle on labelled cases"),
     "compare": ("NMSWSegment.evaluation.compare", "compare NMSW with sliding windows and other baselines"),
-    "worker": ("NMSWSegment.worker", "serve the Slicer panel"),
+    "worker": ("NMSWSegment.engine.worker", "serve the Slicer panel"),
 }
 
 
@@ -86,7 +86,7 @@ def segment(arguments: argparse.Namespace) -> int:
     outputs = _checked_outputs(arguments)
     bundle = load_bundle(options.bundle)
     # Engine last: it imports torch, which takes seconds that a misspelled option should not cost.
-    from NMSWSegment.engine import segment_volume, structure_values
+    from NMSWSegment.engine.segment import segment_volume, structure_values
 
     kept_values = structure_values(bundle.manifest, options.structures)
     started = time.perf_counter()

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from NMSWSegment.aggregation import patch_window
-from NMSWSegment.bundle import Bundle, BundleManifest
-from NMSWSegment.canonical import restore_labelmap, to_canonical
-from NMSWSegment.engine import CoarsePass, SegmentResult, Warm, coarse_pass, patch_boxes, refine, segment_volume, timed
-from NMSWSegment.frame import CanonicalFrame
-from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.engine.aggregation import patch_window
+from NMSWSegment.engine.resampling import restore_labelmap, to_canonical
+from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reproducible
+from NMSWSegment.engine.segment import CoarsePass, SegmentResult, Warm, coarse_pass, patch_boxes, refine, segment_volume, timed
+from NMSWSegment.engine.selection import Selection, candidate_importance, shows_foreground
+from NMSWSegment.files.bundle import Bundle, BundleManifest
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.model_grid import CanonicalFrame
+from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import PatchBox, Progress, Report, SegmentOptions, ignore_progress
-from NMSWSegment.runtime import Nets, memory_explained, open_nets, reproducible
-from NMSWSegment.selection import Selection, candidate_importance, shows_foreground
-from NMSWSegment.volume import Volume
 
 LOCAL_ONLY = 10.0
 """c of Eq. 6 with which the patches replace the coarse answer: sigmoid(10) = 0.99995, the largest that the formula allows."""

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from NMSWSegment.bundle import BundleManifest
+from NMSWSegment.data.layouts import KINDS, SPLITS, read_cases
+from NMSWSegment.data.prepared_case import CaseRequest, check_headers, read_labels
 from NMSWSegment.evaluation.metrics import dice_per_class, model_steps, surface_scores
+from NMSWSegment.files.bundle import BundleManifest
+from NMSWSegment.files.volume import Volume, read_volume
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training.layouts import KINDS, SPLITS, read_cases
-from NMSWSegment.training.prepared_case import CaseRequest, check_headers, read_labels
-from NMSWSegment.volume import Volume, read_volume
 
 METRICS = ("dsc", "nsd_2mm", "nsd_2voxels", "hd95_mm")
 

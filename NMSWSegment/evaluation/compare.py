@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from NMSWSegment.bundle import load_bundle
 from NMSWSegment.evaluation import fusion_speed, speed
 from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, read_case, was_held_out
 from NMSWSegment.evaluation.charts import write_dsc_by_k, write_pareto
@@ -18,10 +17,11 @@ from NMSWSegment.evaluation.evaluate import make_folder, patch_counts
 from NMSWSegment.evaluation.methods import Method, comparison_methods
 from NMSWSegment.evaluation.plots import write_errors
 from NMSWSegment.evaluation.tables import csv_text, plain_sentence, structures_csv_text, summary_rows
-from NMSWSegment.output_file import replaced_file
-from NMSWSegment.outputs import require_matplotlib
+from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.output_file import replaced_file
+from NMSWSegment.files.outputs import require_matplotlib
+from NMSWSegment.files.volume import read_volume
 from NMSWSegment.protocol import PatchBox, UserError, unknown_name
-from NMSWSegment.volume import read_volume
 
 ABLATIONS = {"policy": ("top_k", "greedy", "random_fair"), "class_weights": ("greedy", "no_weights"), "pooling": ("top_k", "one_voxel")}
 """Name -> methods at every k. The estimator and the k of training need a training run each and are not here."""

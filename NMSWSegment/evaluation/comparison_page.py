@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from NMSWSegment.engine.selection import RANDOM_POLICY_SEED
 from NMSWSegment.evaluation.baselines import RANDOM_SEED
 from NMSWSegment.evaluation.tables import REFERENCE_METHOD, losses, main_table, plain_sentence, stage_table, structure_table, summary_rows
 from NMSWSegment.protocol import UserError
-from NMSWSegment.selection import RANDOM_POLICY_SEED
 
 ABLATION_ONLY = ("no_weights_", "one_voxel_")
 """Methods that only the tables of the ablations show."""

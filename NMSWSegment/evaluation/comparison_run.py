@@ -5,17 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from NMSWSegment.bundle import Bundle
+from NMSWSegment.data.prepared_case import CaseRequest
 from NMSWSegment.evaluation.cases import read_case, score_labelmap, was_held_out
 from NMSWSegment.evaluation.costs import bundle_costs
 from NMSWSegment.evaluation.measurement import in_own_process, json_text, machine_facts, measure, today
 from NMSWSegment.evaluation.methods import Method
-from NMSWSegment.frame import canonical_frame
-from NMSWSegment.grid import CandidateGrid
-from NMSWSegment.output_file import replaced_file
+from NMSWSegment.files.bundle import Bundle
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.model_grid import canonical_frame
+from NMSWSegment.files.output_file import replaced_file
+from NMSWSegment.files.volume import Volume, read_volume
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training.prepared_case import CaseRequest
-from NMSWSegment.volume import Volume, read_volume
 
 RESULTS_NAME = "results.json"
 LABELMAPS_FOLDER = "labelmaps"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from NMSWSegment.bundle import BundleManifest
-from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.files.bundle import BundleManifest
+from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.nets.backbones import LOCAL_CHANNELS, local_backbone
 from NMSWSegment.nets.macs import count_macs, published_macs
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet

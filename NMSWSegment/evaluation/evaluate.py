@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from NMSWSegment.bundle import Bundle, load_bundle
-from NMSWSegment.engine import segment_volume
+from NMSWSegment.data.prepared_case import CaseRequest
+from NMSWSegment.engine.segment import segment_volume
 from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, read_case, score_labelmap
 from NMSWSegment.evaluation.plots import write_side_by_side
-from NMSWSegment.output_file import check_output_path, replaced_file
-from NMSWSegment.outputs import require_matplotlib
+from NMSWSegment.files.bundle import Bundle, load_bundle
+from NMSWSegment.files.output_file import check_output_path, replaced_file
+from NMSWSegment.files.outputs import require_matplotlib
 from NMSWSegment.protocol import SegmentOptions, UserError
-from NMSWSegment.training.prepared_case import CaseRequest
 
 CSV_HEADER = ("case", "k", "structure", *METRICS)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from NMSWSegment.engine.runtime import reproducible, resolve_device
 from NMSWSegment.evaluation.comparison_page import machine_paragraph
 from NMSWSegment.evaluation.comparison_run import open_results, write_results
 from NMSWSegment.evaluation.measurement import in_own_process
@@ -17,7 +18,6 @@ from NMSWSegment.evaluation.tables import markdown
 from NMSWSegment.nets.e2enet import fusion_convolutions, without_unused_channels
 from NMSWSegment.nets.macs import count_macs
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet
-from NMSWSegment.runtime import reproducible, resolve_device
 from NMSWSegment.training.sparse import SPARSITIES, FusionSparsity, SparsityOptions
 
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 import NMSWSegment
-from NMSWSegment.bundle import load_bundle
-from NMSWSegment.engine import Warm, timed
+from NMSWSegment.engine.runtime import available_devices, resolve_device, thread_count
+from NMSWSegment.engine.segment import Warm, timed
 from NMSWSegment.evaluation.methods import Method
+from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.volume import read_volume, write_labelmap
 from NMSWSegment.protocol import SegmentOptions, UserError
-from NMSWSegment.runtime import available_devices, resolve_device, thread_count
-from NMSWSegment.volume import read_volume, write_labelmap
 
 STAGES = ("read", "load", "canonical", "coarse", "upsample", "select", "patches", "aggregate", "restore", "write")
 RUNS = ("cold", "warm")

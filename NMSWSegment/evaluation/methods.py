@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from NMSWSegment.engine import SegmentResult, segment_volume
+from NMSWSegment.engine.segment import SegmentResult, segment_volume
 from NMSWSegment.evaluation.baselines import (
     as_segment,
     nmsw_local_only,

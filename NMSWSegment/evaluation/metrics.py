@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import SimpleITK as sitk
 
-from NMSWSegment.training.losses import UNKNOWN_LABEL
+from NMSWSegment.data.training_sample import UNKNOWN_LABEL
 
 TOLERANCE_MM = 2.0
 TOLERANCE_VOXELS = 2.0

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from NMSWSegment.bundle import Label
-from NMSWSegment.colors import rank_color
-from NMSWSegment.display_slice import PLANES, DisplaySlice, display_slices
-from NMSWSegment.output_file import check_output_path, replaced_file
+from NMSWSegment.data.training_sample import UNKNOWN_LABEL
+from NMSWSegment.files.bundle import Label
+from NMSWSegment.files.colors import rank_color
+from NMSWSegment.files.display_slice import PLANES, DisplaySlice, display_slices
+from NMSWSegment.files.output_file import check_output_path, replaced_file
+from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import PatchBox
-from NMSWSegment.training.losses import UNKNOWN_LABEL
-from NMSWSegment.volume import Volume
 
 PAGE_COLOR, TEXT_COLOR = "#101418", "#e8ecf0"
 DOTS_PER_INCH = 110

@@ -12,7 +12,7 @@ from NMSWSegment.evaluation.comparison_run import open_results, write_results
 from NMSWSegment.evaluation.measurement import in_own_process
 from NMSWSegment.evaluation.speed_measurement import METHODS, SpeedOptions, measure_speed, speed_macs
 from NMSWSegment.evaluation.tables import markdown
-from NMSWSegment.memory import available_memory_bytes
+from NMSWSegment.files.memory import available_memory_bytes
 from NMSWSegment.nets.backbones import BACKBONES, NUM_FEATURES
 from NMSWSegment.protocol import UserError
 

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from NMSWSegment import phantoms
-from NMSWSegment.aggregation import CoarseUpsampler
-from NMSWSegment.bundle import BundleManifest
-from NMSWSegment.canonical import coarse_input
-from NMSWSegment.engine import CoarsePass, choose, refine, timed
+from NMSWSegment.engine.aggregation import CoarseUpsampler
+from NMSWSegment.engine.resampling import coarse_input
+from NMSWSegment.engine.runtime import Nets, reproducible, resolve_device
+from NMSWSegment.engine.segment import CoarsePass, choose, refine, timed
 from NMSWSegment.evaluation.baselines import Work, slide
 from NMSWSegment.evaluation.costs import coarse_shape, run_costs
 from NMSWSegment.evaluation.measurement import peak_memory_bytes
-from NMSWSegment.frame import canonical_frame
-from NMSWSegment.grid import CandidateGrid
-from NMSWSegment.labels import coded_labels
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.bundle import BundleManifest
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.labels import coded_labels
+from NMSWSegment.files.model_grid import canonical_frame
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import SegmentOptions, UserError, ignore_progress
-from NMSWSegment.runtime import Nets, reproducible, resolve_device
 
 GEOMETRY = {"paper": (128, 3), "compact": (64, 2)}
 """Preset -> side of a patch, coarse factor."""

@@ -1,25 +1,19 @@
-"""Training data: the labelled CT and anatomies of a run, and the endless, reproducible sequence of samples drawn from them.
-
-Sample n depends on the seed and on n alone, so that workers, processes and resumed runs see the same sequence.
-"""
+"""Training data: the labelled CT and anatomies of a run, found, checked and opened."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from NMSWSegment.data.case_cache import CaseCache
+from NMSWSegment.data.layouts import KINDS, CaseFiles, Cases, dataset_file, read_cases, read_label_names
+from NMSWSegment.data.prepared_case import CaseRequest
 from NMSWSegment.protocol import UserError, unknown_name
-from NMSWSegment.training.augment import PaperAugmentation
-from NMSWSegment.training.case_cache import CaseCache
-from NMSWSegment.training.case_source import CaseSource
+from NMSWSegment.samples.augment import PaperAugmentation
+from NMSWSegment.samples.case_source import CaseSource
+from NMSWSegment.samples.synthesis import MAP_NAME, AnatomySource, SynthesisOptions
+from NMSWSegment.samples.training_set import TrainingSet, check_not_empty
 from NMSWSegment.training.distributed import Team
-from NMSWSegment.training.layouts import KINDS, CaseFiles, Cases, dataset_file, read_cases, read_label_names
 from NMSWSegment.training.options import TrainOptions
-from NMSWSegment.training.prepared_case import CaseRequest
-from NMSWSegment.training.synthesis import MAP_NAME, AnatomySource, SynthesisOptions, TrainingSample
-from NMSWSegment.training.warp import chance
 
 ANATOMIES = "anatomies"
 
@@ -35,47 +29,6 @@ class TrainingData:
     label_names: tuple[str, ...]
     """Classes without background, in label order."""
     num_held_out: int
-
-
-class TrainingSet(torch.utils.data.Dataset):
-    """Sample n of an endless random sequence, for every n >= 0; labels as `label_names` says."""
-
-    def __init__(
-        self, *, cases: Sequence[CaseSource], anatomies: Sequence[AnatomySource], label_names: Sequence[str], options: SynthesisOptions, real_fraction: float = 0.35, seed: int = 0
-    ) -> None:
-        """Mix sources.
-
-        Args:
-            cases: labelled CT; every case is equally likely.
-            anatomies: every anatomy is equally likely.
-            label_names: classes without background, in label order.
-            options: how samples are drawn.
-            real_fraction: share of samples from cases where there are both kinds.
-            seed: the sequence.
-
-        Raises:
-            UserError: there is no source at all, or the fraction is no share.
-        """
-        _check_not_empty([*cases, *anatomies])
-        if not 0 <= real_fraction <= 1:
-            raise UserError(f"real_fraction is {real_fraction}, but it is a share. Use a number from 0 to 1.")
-        self.label_names = list(label_names)
-        self._cases, self._anatomies, self._options = list(cases), list(anatomies), options
-        self._real_fraction, self._seed = real_fraction, seed
-
-    def __getitem__(self, number: int) -> TrainingSample:
-        """Sample `number`."""
-        generator = sample_generator(seed=self._seed, number=number)
-        is_real = chance(generator, self._real_fraction) if self._cases and self._anatomies else bool(self._cases)
-        sources = self._cases if is_real else self._anatomies
-        source = sources[int(torch.randint(len(sources), (), generator=generator))]
-        return source.draw(generator, self._options)
-
-
-def sample_generator(*, seed: int, number: int, purpose: int = 0) -> torch.Generator:
-    """A generator whose state depends on nothing else; purpose keeps the draws for one sample apart."""
-    state = np.random.SeedSequence([seed, number, purpose] if purpose else [seed, number]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))
 
 
 def find_data(options: TrainOptions) -> TrainingData:
@@ -103,7 +56,7 @@ def find_data(options: TrainOptions) -> TrainingData:
     for name in options.hold_out:
         if name not in found:
             raise UserError(unknown_name("held-out id", name, sorted(set(found))))
-    _check_not_empty([*requests, *anatomies])
+    check_not_empty([*requests, *anatomies])
     return TrainingData(requests=tuple(requests), anatomies=tuple(anatomies), label_names=label_names, num_held_out=len(found) - len(requests) - len(anatomies))
 
 
@@ -159,9 +112,3 @@ def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:
         if one != other:
             return f"label {value} is '{one}' and '{other}'"
     return f"{len(first)} and {len(second)} labels"
-
-
-def _check_not_empty(sources: Sequence) -> None:
-    """Raise UserError when there is no source."""
-    if not sources:
-        raise UserError("There is nothing to train on: every case and anatomy is held out, or the folders are empty. Give more --data or hold out less.")

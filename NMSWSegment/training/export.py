@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from NMSWSegment import __version__
-from NMSWSegment.bundle import MANIFEST_NAME, BundleManifest, file_sha256
-from NMSWSegment.labels import coded_labels
+from NMSWSegment.files.bundle import MANIFEST_NAME, BundleManifest, file_sha256
+from NMSWSegment.files.labels import coded_labels
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.model_card import PICTURE_NAME, model_card

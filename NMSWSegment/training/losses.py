@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-UNKNOWN_LABEL = 255
+from NMSWSegment.data.training_sample import UNKNOWN_LABEL
+
 DICE_WEIGHT = 0.8
 CROSS_ENTROPY_WEIGHT = 0.2
 DICE_SMOOTHING = 1e-5

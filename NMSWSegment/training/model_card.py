@@ -1,6 +1,6 @@
 """The model card of a bundle: what it segments, what it learned from, how good it is on data it did not see."""
 
-from NMSWSegment.bundle import BundleManifest
+from NMSWSegment.files.bundle import BundleManifest
 
 PICTURE_NAME = "overlay.png"
 

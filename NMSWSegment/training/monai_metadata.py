@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from NMSWSegment import __version__
-from NMSWSegment.bundle import BundleManifest
+from NMSWSegment.files.bundle import BundleManifest
 
 METADATA_PATH = "configs/metadata.json"
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"

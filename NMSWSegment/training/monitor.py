@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from NMSWSegment.aggregation import CoarseUpsampler, mixing_weights
-from NMSWSegment.canonical import coarse_input, run_coarse
-from NMSWSegment.colors import rank_color
-from NMSWSegment.grid import CandidateGrid
-from NMSWSegment.labels import coded_labels
+from NMSWSegment.data.training_sample import TrainingSample
+from NMSWSegment.engine.aggregation import CoarseUpsampler, mixing_weights
+from NMSWSegment.engine.resampling import coarse_input, run_coarse
+from NMSWSegment.engine.selection import select
+from NMSWSegment.files.colors import rank_color
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.labels import coded_labels
 from NMSWSegment.nets.nmsw_net import NMSWNet
-from NMSWSegment.selection import select
 from NMSWSegment.training.options import TrainOptions
 from NMSWSegment.training.run_folder import TrainingState
 from NMSWSegment.training.step import Losses, prepare
-from NMSWSegment.training.synthesis import TrainingSample
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ is not an option.
 import argparse
 from dataclasses import dataclass, fields
 
-from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.nets.backbones import known_preset
 from NMSWSegment.protocol import UserError, reject_unknown_keys, unknown_name
 

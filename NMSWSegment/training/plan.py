@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from NMSWSegment.frame import canonical_frame
-from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.data.prepared_case import Header, check_headers
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.model_grid import canonical_frame
 from NMSWSegment.training.datasets import TrainingData, find_data, open_training_set
 from NMSWSegment.training.distributed import Team, joined_team
+from NMSWSegment.training.iteration import new_state, temperature, train_step
 from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions
-from NMSWSegment.training.prepared_case import Header, check_headers
 from NMSWSegment.training.run_folder import CHECKPOINT_NAME, TrainingState, load_initial_weights
-from NMSWSegment.training.train import new_state, temperature, train_step
 
 TIMED_ITERATIONS = 2
 CASES_TIMED = 2

@@ -13,14 +13,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from NMSWSegment.aggregation import aggregate
-from NMSWSegment.canonical import coarse_input, normalize_intensity, pad_to_grid, run_coarse
-from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
+from NMSWSegment.engine.aggregation import aggregate
+from NMSWSegment.engine.resampling import coarse_input, normalize_intensity, pad_to_grid, run_coarse
+from NMSWSegment.engine.selection import candidate_importance, differentiable_top_k
+from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.nets.nmsw_net import NMSWNet
-from NMSWSegment.selection import candidate_importance, differentiable_top_k
-from NMSWSegment.training.losses import UNKNOWN_LABEL, entropy, segmentation_loss
+from NMSWSegment.training.losses import entropy, segmentation_loss
 from NMSWSegment.training.options import TrainOptions
-from NMSWSegment.training.synthesis import TrainingSample
 
 FOREGROUND_SHARE = 2 / 3
 """Of the patches of the local net alone, those around a foreground voxel. Source: paper section 4, 2:1."""

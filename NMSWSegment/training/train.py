@@ -12,21 +12,20 @@ goes on where a killed run stopped, with the same samples.
 import argparse
 import logging
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from NMSWSegment.nets.backbones import check_patch_size, memory_format
-from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
-from NMSWSegment.protocol import UserError
-from NMSWSegment.training.case_cache import CaseCache
-from NMSWSegment.training.datasets import TrainingSet, find_data, open_training_set, sample_generator
+from NMSWSegment.data.case_cache import CaseCache
+from NMSWSegment.data.training_sample import TrainingSample
+from NMSWSegment.samples.training_set import TrainingSet
+from NMSWSegment.training.datasets import find_data, open_training_set
 from NMSWSegment.training.distributed import Team, joined_team
+from NMSWSegment.training.iteration import new_state, temperature, train_step
 from NMSWSegment.training.monitor import Monitor
 from NMSWSegment.training.options import TrainOptions, add_option_arguments, options_from_arguments
+from NMSWSegment.training.plan import plan_lines
 from NMSWSegment.training.run_folder import (
-    TrainingState,
     check_run_folder,
     create_run,
     load_checkpoint,
@@ -34,17 +33,10 @@ from NMSWSegment.training.run_folder import (
     restore_checkpoint,
     save_checkpoint,
 )
-from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions
-from NMSWSegment.training.step import Losses, prepare, trained_parameters, volume_losses
-from NMSWSegment.training.synthesis import TrainingSample
 
 __all__ = ["TrainOptions", "load_checkpoint", "train"]
 
-logger = logging.getLogger(__name__)
-
 CACHE_NAME = "cache"
-NOISE = 1
-"""Purpose of a sample's generator: Gumbel noise and random patches."""
 
 
 def train(
@@ -100,59 +92,6 @@ def train(
                 monitor.close()
 
 
-def temperature(iteration: int, options: TrainOptions) -> float:
-    """tau of the differentiable top-k: exponentially from tau_start to tau_end."""
-    return options.tau_start * (options.tau_end / options.tau_start) ** (iteration / options.iterations)
-
-
-def train_step(state: TrainingState, samples: Iterator[tuple[int, TrainingSample]], *, options: TrainOptions, tau: float, team: Team) -> torch.Tensor:
-    """One optimizer step on this process's share of the volumes; its share of the mean losses, in the order of Losses' fields."""
-    share = 1 / options.batch_size
-    values = torch.zeros(len(fields(Losses)), device=team.device)
-    state.optimizer.zero_grad()
-    for _ in team.share(range(options.batch_size)):
-        number, sample = next(samples)
-        x, labels, grid = prepare(sample, options)
-        generator = sample_generator(seed=options.seed, number=number, purpose=NOISE)
-        losses = volume_losses(state.net, x.to(team.device), labels.to(team.device), grid=grid, options=options, tau=tau, generator=generator)
-        (losses.total * share).backward()
-        values += losses.values() * share
-    parameters = [parameter for parameter in state.net.parameters() if parameter.requires_grad]
-    team.sum_gradients(parameters)
-    state.iteration += 1
-    norm = torch.nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
-    if torch.isfinite(norm):  # the same on all processes, because the gradients are
-        state.optimizer.step()
-        if state.sparsity:
-            state.sparsity.step(state.iteration)
-    else:  # seen now and then in bf16 on the CPU; one such step would ruin all weights
-        logger.warning("%6d  the gradient is not finite; this step is left out", state.iteration)
-    state.schedule.step()
-    return values
-
-
-def new_state(options: TrainOptions, *, num_classes: int, team: Team) -> TrainingState:
-    """New nets, the same on every process, with their optimizer.
-
-    Raises:
-        UserError: the nets do not take the patch size, or there are more processes than volumes.
-    """
-    if options.batch_size < team.size:
-        raise UserError(f"There are {team.size} processes for batch_size {options.batch_size}. Give --batch-size {team.size} or more, or start fewer processes.")
-    architecture = Architecture(num_classes=num_classes, backbone=options.backbone, preset=options.preset)
-    check_patch_size(options.backbone, preset=options.preset, patch_size=options.patch_size)
-    torch.manual_seed(options.seed)
-    net = NMSWNet(architecture).to(team.device).train()
-    net.coarse.to(memory_format=torch.channels_last_3d)  # a UNet
-    net.local.to(memory_format=memory_format(options.backbone))
-    optimizer = torch.optim.AdamW(trained_parameters(net, options), lr=options.learning_rate, weight_decay=options.weight_decay)
-    warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False)
-    thinned = SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
-    sparsity = FusionSparsity(net.local.backbone, optimizer, options=thinned, seed=options.seed) if thinned else None
-    return TrainingState(net=net, optimizer=optimizer, schedule=schedule, sparsity=sparsity)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `nmsw train`: how to run, and one per option."""
     parser.add_argument("--output", type=Path, required=True, metavar="RUN", help="run folder")
@@ -176,8 +115,6 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_from_arguments(arguments)
     cache = arguments.cache or arguments.output / CACHE_NAME
     if arguments.dry_run:
-        from NMSWSegment.training.plan import plan_lines  # plan.py itself needs this module
-
         for line in plan_lines(options, output=arguments.output, cache=cache, device=arguments.device):
             print(line)
         return 0

@@ -11,8 +11,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from NMSWSegment import phantoms  # noqa: E402
-from NMSWSegment.labels import coded_labels  # noqa: E402
+from NMSWSegment.files import phantoms  # noqa: E402
+from NMSWSegment.files.labels import coded_labels  # noqa: E402
 
 torch.set_num_threads(1)
 

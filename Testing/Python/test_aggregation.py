@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from NMSWSegment.aggregation import CoarseUpsampler, StreamingAggregator, aggregate, mixing_weights, patch_window
-from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.engine.aggregation import CoarseUpsampler, StreamingAggregator, aggregate, mixing_weights, patch_window
+from NMSWSegment.files.grid import CandidateGrid
 
 CLASSES = 5
 

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("monai")
 
-from NMSWSegment.training.augment import PaperAugmentation  # noqa: E402
-from NMSWSegment.training.case_source import _resampled, _whole_warp  # noqa: E402
-from NMSWSegment.training.prepared_case import PreparedCase  # noqa: E402
+from NMSWSegment.data.prepared_case import PreparedCase  # noqa: E402
+from NMSWSegment.samples.augment import PaperAugmentation  # noqa: E402
+from NMSWSegment.samples.case_source import _resampled, _whole_warp  # noqa: E402
 
 WINDOW = (-250.0, 500.0)
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from conftest import turned
 
-from NMSWSegment import phantoms
-from NMSWSegment.bundle import load_bundle
-from NMSWSegment.canonical import to_canonical
-from NMSWSegment.engine import Warm, coarse_pass
+from NMSWSegment.engine.resampling import to_canonical
+from NMSWSegment.engine.runtime import open_nets
+from NMSWSegment.engine.segment import Warm, coarse_pass
 from NMSWSegment.evaluation.baselines import footprint_foreground, grown_box, one_voxel_foreground
 from NMSWSegment.evaluation.methods import comparison_methods
 from NMSWSegment.evaluation.metrics import dice_per_class
-from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import Cancelled, SegmentOptions
-from NMSWSegment.runtime import open_nets
-from NMSWSegment.volume import Volume
 
 METHODS = comparison_methods((3,))
 

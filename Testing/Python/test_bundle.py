@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import NMSWSegment.bundle as bundle_module
-from NMSWSegment.bundle import BundleManifest, Code, Label, install_bundle, list_bundles, load_bundle, remove_bundle, user_bundles_folder
-from NMSWSegment.labels import coded_labels
+import NMSWSegment.files.bundle as bundle_module
+from NMSWSegment.files.bundle import BundleManifest, Code, Label, install_bundle, list_bundles, load_bundle, remove_bundle, user_bundles_folder
+from NMSWSegment.files.labels import coded_labels
 from NMSWSegment.protocol import UserError
 
 

@@ -11,14 +11,14 @@ pytest.importorskip("monai")
 
 from training_folders import a_case, centroid_ras, write_array, write_nnunet, write_totalsegmentator  # noqa: E402
 
+from NMSWSegment.data import case_cache  # noqa: E402
+from NMSWSegment.data.case_cache import CaseCache  # noqa: E402
+from NMSWSegment.data.layouts import read_cases  # noqa: E402
+from NMSWSegment.data.prepared_case import CaseRequest, check_headers, prepare_case  # noqa: E402
+from NMSWSegment.files.volume import Volume  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
-from NMSWSegment.training import case_cache  # noqa: E402
-from NMSWSegment.training.case_cache import CaseCache  # noqa: E402
-from NMSWSegment.training.case_source import CaseSource  # noqa: E402
-from NMSWSegment.training.layouts import read_cases  # noqa: E402
-from NMSWSegment.training.prepared_case import CaseRequest, check_headers, prepare_case  # noqa: E402
-from NMSWSegment.training.synthesis import SynthesisOptions  # noqa: E402
-from NMSWSegment.volume import Volume  # noqa: E402
+from NMSWSegment.samples.case_source import CaseSource  # noqa: E402
+from NMSWSegment.samples.synthesis import SynthesisOptions  # noqa: E402
 
 SUBSET = "liver,spleen,vertebrae_L1,gallbladder"
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from NMSWSegment import phantoms
-from NMSWSegment.bundle import load_bundle
 from NMSWSegment.evaluation import compare, comparison_run, fusion_speed, speed
 from NMSWSegment.evaluation.comparison_page import put_into_page
 from NMSWSegment.evaluation.costs import bundle_costs, coarse_shape, run_costs
@@ -19,10 +17,12 @@ from NMSWSegment.evaluation.measurement import RUNS, STAGES, in_own_process, pea
 from NMSWSegment.evaluation.speed import speed_sentence, total_seconds
 from NMSWSegment.evaluation.speed_measurement import FirstCalls, SpeedOptions, measure_speed, speed_macs
 from NMSWSegment.evaluation.tables import losses, main_table, plain_sentence, structure_table, summary_rows
-from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.volume import Volume, read_volume, write_volume
 from NMSWSegment.nets.nmsw_net import Architecture
 from NMSWSegment.protocol import UserError
-from NMSWSegment.volume import Volume, read_volume, write_volume
 
 SHAPE = (30, 24, 34)
 PAPER = SpeedOptions(shape=(480, 480, 480), classes=20, preset="paper", backbone="unet", windows=3, device="cpu", threads=1)

@@ -8,13 +8,14 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from NMSWSegment.data.layouts import CaseFiles, read_decathlon, read_label_names
+from NMSWSegment.data.prepared_case import CaseRequest
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training.case_source import CaseSource
-from NMSWSegment.training.datasets import TrainingSet, open_training_set
-from NMSWSegment.training.layouts import CaseFiles, read_decathlon, read_label_names
+from NMSWSegment.samples.case_source import CaseSource
+from NMSWSegment.samples.synthesis import AnatomySource, SynthesisOptions
+from NMSWSegment.samples.training_set import TrainingSet
+from NMSWSegment.training.datasets import open_training_set
 from NMSWSegment.training.options import TrainOptions
-from NMSWSegment.training.prepared_case import CaseRequest
-from NMSWSegment.training.synthesis import AnatomySource, SynthesisOptions
 
 OPTIONS = SynthesisOptions(spacing_mm=(6.0, 6.0, 6.0))
 LABELS = {"0": "background", "1": "liver", "2": "spleen"}

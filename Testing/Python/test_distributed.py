@@ -18,8 +18,9 @@ from test_train import a_data_folder, tiny_options  # noqa: E402
 
 from NMSWSegment.protocol import UserError  # noqa: E402
 from NMSWSegment.training.distributed import Team, joined_team, process_place, rendezvous  # noqa: E402
+from NMSWSegment.training.iteration import new_state  # noqa: E402
 from NMSWSegment.training.run_folder import load_checkpoint  # noqa: E402
-from NMSWSegment.training.train import new_state, train  # noqa: E402
+from NMSWSegment.training.train import train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--spacing 6 6 6 --patch-size 16 16 16 --coarse-factor 1 1 1 --top-k-patches 1 --random-patches 1 --seed 3 --device cpu --threads 1 --log-every 1 --show-every 0"

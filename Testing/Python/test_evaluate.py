@@ -10,17 +10,17 @@ import pytest
 from conftest import turned
 from training_folders import a_case, write_totalsegmentator
 
-from NMSWSegment import phantoms
-from NMSWSegment.bundle import load_bundle
+from NMSWSegment.data.layouts import CaseFiles
+from NMSWSegment.data.prepared_case import CaseRequest
 from NMSWSegment.evaluation import evaluate as evaluate_module
 from NMSWSegment.evaluation.cases import find_cases, read_case, score_labelmap
 from NMSWSegment.evaluation.evaluate import evaluate, write_csv
 from NMSWSegment.evaluation.plots import MISSED, WRONG, error_colors, paired_slices
-from NMSWSegment.labels import coded_labels
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.labels import coded_labels
+from NMSWSegment.files.volume import Volume, write_volume
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training.layouts import CaseFiles
-from NMSWSegment.training.prepared_case import CaseRequest
-from NMSWSegment.volume import Volume, write_volume
 
 SHAPE = (30, 24, 34)
 

@@ -16,13 +16,13 @@ pytest.importorskip("einops")  # MONAI's Swin-UNETR needs it
 from conftest import ROOT  # noqa: E402
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
-from NMSWSegment import phantoms  # noqa: E402
-from NMSWSegment.bundle import load_bundle  # noqa: E402
-from NMSWSegment.engine import Warm, choose, coarse_pass, refine, segment_volume  # noqa: E402
+from NMSWSegment.engine.runtime import Nets, open_nets  # noqa: E402
+from NMSWSegment.engine.segment import Warm, choose, coarse_pass, refine, segment_volume  # noqa: E402
+from NMSWSegment.files import phantoms  # noqa: E402
+from NMSWSegment.files.bundle import load_bundle  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
-from NMSWSegment.runtime import Nets, open_nets  # noqa: E402
 from NMSWSegment.training import export as export_module  # noqa: E402
 from NMSWSegment.training.export import check_parity, export_bundle, write_bundle  # noqa: E402
 from NMSWSegment.training.options import OPTIONS_NAME  # noqa: E402

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from NMSWSegment.grid import CandidateGrid
+from NMSWSegment.files.grid import CandidateGrid
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from NMSWSegment.labels import ANATOMY_PATH, MAX_LABELS, coded_labels
+from NMSWSegment.files.labels import ANATOMY_PATH, MAX_LABELS, coded_labels
 from NMSWSegment.protocol import UserError
 
 TORSO = (

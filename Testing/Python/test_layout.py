@@ -13,15 +13,28 @@ MODULE_FILE = ROOT / "NMSWSegment.py"
 LIBRARY = ROOT / "NMSWSegment"
 LIBRARY_FILES = sorted(LIBRARY.rglob("*.py"))
 APPLICATION_PACKAGES = {"slicer", "qt", "ctk", "vtk"}
-PANEL_FILES = {"panel.py", "rates.py", "run_state.py"}
-DIRECT_PACKAGES = {"numpy", "SimpleITK", "torch", "NMSWSegment"} | set(sys.stdlib_module_names)
+ROOMS = {
+    "": {"files"},
+    "files": set(),
+    "engine": {"files"},
+    "panel": {"files", "engine"},
+    "data": {"files"},
+    "samples": {"files", "data"},
+    "nets": set(),
+    "training": {"files", "engine", "data", "samples", "nets"},
+    "evaluation": {"files", "engine", "data", "samples", "nets", "training"},
+}
+"""Room -> rooms that its files may import when they are loaded; each may import its own and the files directly in the library."""
 
 
-def imported_modules(path: Path, *, file_scope_only: bool = False) -> set[str]:
+def imported_modules(path: Path, *, file_scope_only: bool = False, types_too: bool = True) -> set[str]:
     """Dotted names of the modules that a file imports, at any depth of its code or only when it is loaded."""
     names = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    only_types = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)}
     for node in tree.body if file_scope_only else ast.walk(tree):
+        if not types_too and id(node) in only_types:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -31,9 +44,21 @@ def imported_modules(path: Path, *, file_scope_only: bool = False) -> set[str]:
     return names
 
 
-def is_for_slicer(path: Path) -> bool:
-    """Whether a library file may touch the application; its name says so."""
-    return path.name.startswith("slicer_")
+def module_name(path: Path) -> str:
+    """Dotted name of a library file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(path: Path) -> str:
+    """Folder of a library file, empty for the files directly in the library."""
+    parent = path.relative_to(LIBRARY).parent.as_posix()
+    return "" if parent == "." else parent
+
+
+def rooms_of(modules: set[str]) -> set[str]:
+    """Rooms of the library that modules lie in."""
+    parts = [name.split(".") for name in modules]
+    return {part[1] if part[1] in ROOMS else "" for part in parts if part[0] == "NMSWSegment" and len(part) > 1}
 
 
 def packages_of(modules: set[str]) -> set[str]:
@@ -86,21 +111,48 @@ def test_cmake_project_is_the_first_project_in_the_file():
 
 @pytest.mark.parametrize("path", LIBRARY_FILES, ids=lambda path: path.relative_to(LIBRARY).as_posix())
 def test_library_imports_go_in_one_direction(path):
-    modules = imported_modules(path)
-    if not is_for_slicer(path):
-        assert not {name for name in modules if name.startswith("NMSWSegment.slicer_")}
-        assert not packages_of(modules) & APPLICATION_PACKAGES
-    if path.name not in PANEL_FILES and not is_for_slicer(path):
-        assert not {f"NMSWSegment.{Path(name).stem}" for name in PANEL_FILES} & modules
-
-
-@pytest.mark.parametrize("path", sorted(LIBRARY.glob("*.py")), ids=lambda path: path.name)
-def test_files_directly_in_the_library_need_no_monai(path):
     at_load = imported_modules(path, file_scope_only=True)
-    allowed = DIRECT_PACKAGES | (APPLICATION_PACKAGES if is_for_slicer(path) else set())
-    assert "monai" not in packages_of(imported_modules(path))
-    assert packages_of(at_load) <= allowed
-    assert not {name for name in at_load if name.split(".")[:2] in (["NMSWSegment", folder] for folder in ("nets", "training", "evaluation"))}
+    assert rooms_of(at_load) <= ROOMS[room_of(path)] | {room_of(path), ""}
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=lambda path: path.relative_to(LIBRARY).as_posix())
+def test_rooms_import_only_the_packages_that_they_may_need(path):
+    packages = packages_of(imported_modules(path))
+    if room_of(path) != "panel":
+        assert not packages & APPLICATION_PACKAGES
+    if room_of(path) in ("", "files", "panel"):
+        assert "torch" not in packages
+    if room_of(path) in ("", "files", "engine", "panel"):
+        assert "monai" not in packages
+
+
+def drawing() -> dict[str, set[str]]:
+    """Room -> its files, as docs/architecture.md draws them."""
+    lines = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1].splitlines()
+    room, drawn = None, {}
+    for line in lines:
+        if match := re.match(r"( *)(\w+)/(?: |$)", line):
+            room = {0: "" if match[2] == "NMSWSegment" else None}.get(len(match[1]), match[2])
+        elif (match := re.match(r" +(\w+\.py)(?: |$)", line)) and room is not None:
+            drawn.setdefault(room, set()).add(match[1])
+    return drawn
+
+
+def test_drawing_of_the_rooms_equals_the_files_on_disk():
+    on_disk = {}
+    for path in LIBRARY_FILES:
+        if path.name != "__init__.py" or not room_of(path):
+            on_disk.setdefault(room_of(path), set()).add(path.name)
+    assert drawing() == on_disk
+
+
+def test_imports_have_no_circles():
+    # Also inside functions: an import that waits until it is needed hides a circle, it does not open it.
+    modules = {module_name(path): path for path in LIBRARY_FILES}
+    imports = {name: {other for other in imported_modules(path, types_too=False) & set(modules) if other not in ("NMSWSegment", name)} for name, path in modules.items()}
+    while leaves := {name for name, others in imports.items() if not others & set(imports)}:
+        imports = {name: others for name, others in imports.items() if name not in leaves}
+    assert not imports
 
 
 def test_protocol_imports_nothing_of_the_project():

@@ -8,10 +8,10 @@ pytest.importorskip("monai")
 
 from training_folders import write_nnunet, write_totalsegmentator, write_word  # noqa: E402
 
-from NMSWSegment.labels import GENERIC_TYPE, coded_labels  # noqa: E402
+from NMSWSegment.data.layouts import WORD_LABEL_NAMES, read_cases  # noqa: E402
+from NMSWSegment.data.totalsegmentator import TOTAL, subset_classes  # noqa: E402
+from NMSWSegment.files.labels import GENERIC_TYPE, coded_labels  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
-from NMSWSegment.training.layouts import WORD_LABEL_NAMES, read_cases  # noqa: E402
-from NMSWSegment.training.totalsegmentator import TOTAL, subset_classes  # noqa: E402
 
 SUBSET = "liver,spleen,vertebrae_L1,gallbladder"
 

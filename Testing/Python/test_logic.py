@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from slicer_headless import add_transform, add_volume, new_scene, no_vtk_errors, segment_points_ras, sorted_points
 
-from NMSWSegment.bundle import load_bundle
-from NMSWSegment.phantoms import ORGANS, phantom, upright_ijk_to_ras
+from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.phantoms import ORGANS, phantom, upright_ijk_to_ras
 from NMSWSegment.protocol import Cancelled, SegmentOptions, UserError
 
 pytestmark = pytest.mark.usefixtures(no_vtk_errors.__name__)
@@ -83,7 +83,7 @@ def test_process_loaded_like_slicer_does_segments(tmp_path, a_tiny_bundle):
     code = f"""
 import numpy as np
 from slicer_headless import add_volume, new_scene
-from NMSWSegment.phantoms import phantom, upright_ijk_to_ras
+from NMSWSegment.files.phantoms import phantom, upright_ijk_to_ras
 from NMSWSegment.protocol import SegmentOptions
 shape = {SHAPE}
 ijk_to_ras = upright_ijk_to_ras((7.0, 8.0, 6.0), shape)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from NMSWSegment.training.losses import CROSS_ENTROPY_WEIGHT, DICE_SMOOTHING, DICE_WEIGHT, UNKNOWN_LABEL, entropy, segmentation_loss
+from NMSWSegment.data.training_sample import UNKNOWN_LABEL
+from NMSWSegment.training.losses import CROSS_ENTROPY_WEIGHT, DICE_SMOOTHING, DICE_WEIGHT, entropy, segmentation_loss
 
 CLASSES = 4
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from NMSWSegment import command_line, phantoms
+from NMSWSegment import command_line
 from NMSWSegment.__main__ import main
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.volume import Volume, read_volume, write_volume
 from NMSWSegment.protocol import Cancelled, UserError
-from NMSWSegment.volume import Volume, read_volume, write_volume
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,7 +161,7 @@ def test_segment_failure_of_the_last_file_takes_the_others_away(a_case, a_tiny_b
 def test_segment_stopped_by_sigterm_returns_130_and_leaves_nothing(a_case, a_tiny_bundle):
     # The engine waits in a patch until the signal comes.
     program = (
-        "import sys, time, NMSWSegment.engine as engine\n"
+        "import sys, time, NMSWSegment.engine.segment as engine\n"
         "from NMSWSegment.__main__ import main\n"
         "def wait(*_, **__):\n    print('running', flush=True)\n    time.sleep(60)\n"
         "engine.segment_volume = wait\n"

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import turned
 
-from NMSWSegment import aggregation, canonical, memory
-from NMSWSegment.frame import canonical_frame
-from NMSWSegment.grid import CandidateGrid
-from NMSWSegment.memory import available_memory_bytes, cache_limit_bytes, needed_memory_bytes
+from NMSWSegment.engine import aggregation, resampling
+from NMSWSegment.files import memory
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.memory import available_memory_bytes, cache_limit_bytes, needed_memory_bytes
+from NMSWSegment.files.model_grid import canonical_frame
 
 MEMINFO = "MemTotal:       24684324 kB\nMemFree:         1234567 kB\nMemAvailable:    8000000 kB\nBuffers:           54321 kB\n"
 VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
@@ -197,12 +198,12 @@ def test_needed_of_many_patches_counts_two_layers_of_blocks_not_all():
 
 
 def test_needed_constants_are_those_of_the_stages():
-    assert memory._SLAB_VOXELS == canonical.VOXELS_AT_ONCE
+    assert memory._SLAB_VOXELS == resampling.VOXELS_AT_ONCE
     assert memory._UPSAMPLE_CLASS_BYTES == aggregation.MIXED_VOXELS_AT_ONCE * 4 * 17
 
 
 def test_averaged_source_is_as_large_as_in_the_engine():
     for shape, ijk_to_ras in (((13, 40, 31), upright(0.7, 0.9, 4.0)), ((20, 31, 17), turned((0.8, 1.1, 2.9), (20, 31, 17), permutation=(1, 2, 0)))):
-        volume = canonical.Volume(array=np.zeros(shape, np.int16), ijk_to_ras=ijk_to_ras)
-        averaged, _ = canonical._averaged(volume, spacing_mm=(3.0, 2.0, 2.5))
+        volume = resampling.Volume(array=np.zeros(shape, np.int16), ijk_to_ras=ijk_to_ras)
+        averaged, _ = resampling._averaged(volume, spacing_mm=(3.0, 2.0, 2.5))
         assert memory._averaged_voxels(canonical_frame(shape, ijk_to_ras, spacing_mm=(3.0, 2.0, 2.5))) == averaged.numel()

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from NMSWSegment.bundle import load_bundle
+from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.training.model_card import model_card
 
 SCORES = {

@@ -8,8 +8,8 @@ pytest.importorskip("tensorboard")
 
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
-from NMSWSegment.colors import rank_color  # noqa: E402
-from NMSWSegment.grid import CandidateGrid  # noqa: E402
+from NMSWSegment.files.colors import rank_color  # noqa: E402
+from NMSWSegment.files.grid import CandidateGrid  # noqa: E402
 from NMSWSegment.training.monitor import OVERLAY_SHARE, selection_picture  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 

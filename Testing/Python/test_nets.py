@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("monai")
 pytest.importorskip("einops")  # MONAI's Swin-UNETR needs it
 
-from NMSWSegment.canonical import run_coarse  # noqa: E402
+from NMSWSegment.engine.resampling import run_coarse  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES, PATCH_MULTIPLES, check_patch_size, coarse_backbone, local_backbone  # noqa: E402
 from NMSWSegment.nets.macs import count_macs, published_macs  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from NMSWSegment.bundle import Code, Label
-from NMSWSegment.colors import rank_color
-from NMSWSegment.display_slice import display_slices
-from NMSWSegment.outputs import label_statistics, require_matplotlib, write_patches, write_preview, write_statistics
+from NMSWSegment.files.bundle import Code, Label
+from NMSWSegment.files.colors import rank_color
+from NMSWSegment.files.display_slice import display_slices
+from NMSWSegment.files.outputs import label_statistics, require_matplotlib, write_patches, write_preview, write_statistics
+from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import UserError
-from NMSWSegment.volume import Volume
 
 ANATOMY, ORGAN = Code("SCT", "123037004", "Anatomical Structure"), Code("SCT", "113343008", "Organ")
 LABELS = tuple(Label(value, name, color, ANATOMY, ORGAN) for value, name, color in ((1, "liver", (221, 130, 101)), (2, "spleen", (157, 108, 162)), (3, "kidney_left", (185, 102, 83))))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from NMSWSegment.bundle import BUNDLES_FOLDER, list_bundles, load_bundle
-from NMSWSegment.engine import segment_volume
+from NMSWSegment.engine.segment import segment_volume
+from NMSWSegment.files.bundle import BUNDLES_FOLDER, list_bundles, load_bundle
+from NMSWSegment.files.outputs import label_statistics
+from NMSWSegment.files.volume import Volume, read_volume
 from NMSWSegment.nets.backbones import BACKBONES
-from NMSWSegment.outputs import label_statistics
 from NMSWSegment.protocol import SegmentOptions
-from NMSWSegment.volume import Volume, read_volume
 
 SAMPLE = ROOT / "Resources" / "SampleData" / "cptac_pda_3mm.nii.gz"
 

@@ -14,9 +14,9 @@ pytest.importorskip("PySide6.QtWidgets", reason="PySide6 cannot be loaded, so th
 from slicer_headless import add_transform, add_volume, no_vtk_errors, segment_points_ras, slicer, vtk  # noqa: E402
 from standins.application import Application  # noqa: E402
 
-from NMSWSegment.bundle import USER_FOLDER_VARIABLE, install_bundle  # noqa: E402
-from NMSWSegment.phantoms import ORGANS, phantom, upright_ijk_to_ras  # noqa: E402
-from NMSWSegment.slicer_bridge import volume_from_node  # noqa: E402
+from NMSWSegment.files.bundle import USER_FOLDER_VARIABLE, install_bundle  # noqa: E402
+from NMSWSegment.files.phantoms import ORGANS, phantom, upright_ijk_to_ras  # noqa: E402
+from NMSWSegment.panel.nodes import volume_from_node  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(no_vtk_errors.__name__)
 
@@ -70,7 +70,7 @@ def slow_down(monkeypatch, tmp_path, seconds: float) -> None:
 import sys, time
 class Slow:
     def find_spec(self, name, path=None, target=None):
-        if name != "NMSWSegment.runtime":
+        if name != "NMSWSegment.engine.runtime":
             return None
         sys.meta_path.remove(self)
         import importlib.util
@@ -443,7 +443,7 @@ def test_temporary_folder_that_cannot_be_written_is_told(app, widget):
 def test_temporary_folder_that_cannot_be_made_is_told(app, widget, tmp_path, monkeypatch):
     widget.segmenter.close()
     (tmp_path / "a file").write_text("")
-    monkeypatch.setattr(sys.modules["NMSWSegment.slicer_worker"], "_parent_folder", lambda: str(tmp_path / "a file" / "folder"))
+    monkeypatch.setattr(sys.modules["NMSWSegment.panel.worker_client"], "_parent_folder", lambda: str(tmp_path / "a file" / "folder"))
     widget.ui.segmentButton.click()
     assert "Temporary directory" in app.dialogs[-1].text
     assert not widget.segmenter.is_running
@@ -464,7 +464,7 @@ def test_missing_torch_is_explained_with_and_without_internet(app, widget, monke
 
 
 def test_own_model_can_be_added_chosen_and_removed(app, own_folder, a_tiny_bundle, tmp_path):
-    from NMSWSegment.bundle import list_bundles, remove_bundle
+    from NMSWSegment.files.bundle import list_bundles, remove_bundle
 
     remove_bundle("tiny")
     widget = app.open_panel("NMSWSegment")

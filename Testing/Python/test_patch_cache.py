@@ -1,6 +1,6 @@
 import torch
 
-from NMSWSegment.patch_cache import PatchCache
+from NMSWSegment.engine.patch_cache import PatchCache
 
 PATCH_BYTES = 2 * 8 * 4
 

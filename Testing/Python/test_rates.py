@@ -2,10 +2,10 @@
 
 import pytest
 
-from NMSWSegment.bundle import load_bundle
-from NMSWSegment.engine import segment_volume
+from NMSWSegment.engine.segment import segment_volume
+from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.rates import Rate, Rates
 from NMSWSegment.protocol import SegmentOptions
-from NMSWSegment.rates import Rate, Rates
 
 
 def a_report(**changes) -> dict:

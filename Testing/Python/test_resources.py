@@ -1,6 +1,6 @@
 """Where the files beside the code are found, in a checkout and after installation."""
 
-from NMSWSegment import resources
+from NMSWSegment.files import resources
 
 
 def test_resources_of_a_checkout_hold_what_the_program_reads():
@@ -10,14 +10,14 @@ def test_resources_of_a_checkout_hold_what_the_program_reads():
 
 
 def test_resources_of_a_checkout_lie_beside_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(resources, "__file__", str(tmp_path / "NMSWSegment" / "resources.py"))
+    monkeypatch.setattr(resources, "__file__", str(tmp_path / "NMSWSegment" / "files" / "resources.py"))
     (tmp_path / "NMSWSegment").mkdir()
     (tmp_path / "Resources").mkdir()
     assert resources.resources_folder() == tmp_path / "Resources"
 
 
 def test_resources_of_an_installed_package_lie_inside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(resources, "__file__", str(tmp_path / "NMSWSegment" / "resources.py"))
+    monkeypatch.setattr(resources, "__file__", str(tmp_path / "NMSWSegment" / "files" / "resources.py"))
     (tmp_path / "NMSWSegment" / "Resources").mkdir(parents=True)
     (tmp_path / "Resources").mkdir()  # of some other package
     assert resources.resources_folder() == tmp_path / "NMSWSegment" / "Resources"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import turned
 
+from NMSWSegment.files.roi import voxels_in_roi
 from NMSWSegment.protocol import UserError
-from NMSWSegment.roi import voxels_in_roi
 
 
 def box(center_ras, size_mm, *, degrees=(0.0, 0.0, 0.0)) -> np.ndarray:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from NMSWSegment.run_state import Run, RunState
+from NMSWSegment.panel.run_state import Run, RunState
 
 SIGNATURE = ("volume 1", "torso-unet", "segmentation 1", 1234)
 

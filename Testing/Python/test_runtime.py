@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from NMSWSegment.bundle import Bundle, load_bundle
+from NMSWSegment.engine.runtime import Nets, OutOfMemory, available_devices, memory_explained, open_nets, reproducible, resolve_device
+from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.protocol import UserError
-from NMSWSegment.runtime import Nets, OutOfMemory, available_devices, memory_explained, open_nets, reproducible, resolve_device
 
 TORCHSCRIPT_MESSAGE = (
     "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript (most recent call last):\n"

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from NMSWSegment.grid import CandidateGrid
-from NMSWSegment.selection import candidate_importance, differentiable_top_k, greedy_coverage, pool_mean, select
+from NMSWSegment.engine.selection import candidate_importance, differentiable_top_k, greedy_coverage, pool_mean, select
+from NMSWSegment.files.grid import CandidateGrid
 
 GRID = CandidateGrid.covering((8, 8, 16), patch_size=(8, 8, 8), overlap=0.5)  # three candidates in a row
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from conftest import turned
 
-from NMSWSegment import phantoms, session
-from NMSWSegment.bundle import load_bundle
-from NMSWSegment.engine import segment_volume
+from NMSWSegment.engine import session
+from NMSWSegment.engine.runtime import Nets, OutOfMemory
+from NMSWSegment.engine.segment import segment_volume
+from NMSWSegment.engine.session import Session, UnknownVolume
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.protocol import Cancelled, SegmentOptions, UserError
-from NMSWSegment.runtime import Nets, OutOfMemory
-from NMSWSegment.session import Session, UnknownVolume
 
 ROI = tuple(map(tuple, [[110.0, 20, 0, 40], [-15, 90, 0, 5], [0, 0, 120, 25], [0, 0, 0, 1]]))
 BIG = 1 << 30
@@ -162,7 +163,7 @@ def test_nets_that_left_a_full_gpu_get_another_chance_with_the_next_volume(bundl
         nets.device_steps.append("cuda:0 ran out of memory; the nets went on with the CPU")
         return nets
 
-    monkeypatch.setattr("NMSWSegment.engine.open_nets", open_nets)
+    monkeypatch.setattr("NMSWSegment.engine.segment.open_nets", open_nets)
     warm = Session(max_patch_bytes=BIG)
     for key in ("a", "a", "b"):
         warm.run(key, volume, bundle=bundle, options=cpu())

@@ -8,13 +8,16 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from NMSWSegment.data.axis_filters import apply_along_axes, averaging_matrix
+from NMSWSegment.data.body_extent import measure_body
+from NMSWSegment.files.orientation import to_sar
+from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training import synthesis
-from NMSWSegment.training.scan_range import measure_body, random_box, to_sar
-from NMSWSegment.training.synthesis import AnatomySource, SynthesisOptions
-from NMSWSegment.training.tissues import draw_table, read_tissues, split_shells
-from NMSWSegment.training.warp import WarpLimits, apply_along_axes, averaging_matrix, bspline_matrix, gaussian_matrix, random_warp, slice_matrix, smooth_noise
-from NMSWSegment.volume import Volume
+from NMSWSegment.samples import synthesis
+from NMSWSegment.samples.scan_range import random_box
+from NMSWSegment.samples.synthesis import AnatomySource, SynthesisOptions
+from NMSWSegment.samples.tissues import draw_table, read_tissues, split_shells
+from NMSWSegment.samples.warp import WarpLimits, bspline_matrix, gaussian_matrix, random_warp, slice_matrix, smooth_noise
 
 STILL = WarpLimits(rotation_rad=(0.0, 0.0, 0.0), scale=(1.0, 1.0), shear=0.0, elastic_mm=0.0)
 # id: name, class, kind, HU without contrast, arterial, portal venous, sd

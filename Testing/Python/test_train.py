@@ -12,15 +12,19 @@ import torch
 
 pytest.importorskip("monai")
 
-from NMSWSegment import aggregation, phantoms  # noqa: E402
-from NMSWSegment.bundle import BundleManifest  # noqa: E402
-from NMSWSegment.canonical import to_canonical  # noqa: E402
-from NMSWSegment.engine import coarse_pass, refine  # noqa: E402
-from NMSWSegment.labels import coded_labels  # noqa: E402
+from NMSWSegment.data.training_sample import TrainingSample  # noqa: E402
+from NMSWSegment.engine import aggregation  # noqa: E402
+from NMSWSegment.engine.resampling import to_canonical  # noqa: E402
+from NMSWSegment.engine.runtime import Nets  # noqa: E402
+from NMSWSegment.engine.segment import coarse_pass, refine  # noqa: E402
+from NMSWSegment.engine.selection import Selection  # noqa: E402
+from NMSWSegment.files import phantoms  # noqa: E402
+from NMSWSegment.files.bundle import BundleManifest  # noqa: E402
+from NMSWSegment.files.labels import coded_labels  # noqa: E402
+from NMSWSegment.files.volume import Volume, read_volume  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
-from NMSWSegment.runtime import Nets  # noqa: E402
-from NMSWSegment.selection import Selection  # noqa: E402
+from NMSWSegment.training import iteration as iteration_module  # noqa: E402
 from NMSWSegment.training import run_folder  # noqa: E402
 from NMSWSegment.training import step as step_module  # noqa: E402
 from NMSWSegment.training import train as train_module  # noqa: E402
@@ -28,9 +32,7 @@ from NMSWSegment.training.losses import segmentation_loss  # noqa: E402
 from NMSWSegment.training.options import TrainOptions  # noqa: E402
 from NMSWSegment.training.run_folder import TrainingState, load_checkpoint, load_run_options, save_checkpoint  # noqa: E402
 from NMSWSegment.training.step import local_losses, prepare, trained_parameters, training_losses, volume_losses  # noqa: E402
-from NMSWSegment.training.synthesis import TrainingSample  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
-from NMSWSegment.volume import Volume, read_volume  # noqa: E402
 
 LABELS = {"0": "background", "1": "liver", "2": "spleen", "3": "vertebrae"}
 
@@ -369,7 +371,7 @@ def test_held_out_case_takes_no_part(data, tmp_path, monkeypatch):
         names.append(sample.name)
         return prepare(sample, options)
 
-    monkeypatch.setattr(train_module, "prepare", record)
+    monkeypatch.setattr(iteration_module, "prepare", record)
     train(tiny_options(data, hold_out=("one",), iterations=3), output=tmp_path / "run", num_workers=0)
     assert names == ["two"] * 3
 
@@ -381,7 +383,7 @@ def test_initial_run_gives_the_first_weights(a_run, data, tmp_path, monkeypatch)
         seen.append({key: value.clone() for key, value in net.state_dict().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "volume_losses", stop_at_first)
+    monkeypatch.setattr(iteration_module, "volume_losses", stop_at_first)
     with pytest.raises(KeyboardInterrupt):
         train(tiny_options(data, initial_run=str(a_run)), output=tmp_path / "run", num_workers=0)
     expected = load_checkpoint(a_run)["net"]
@@ -548,7 +550,7 @@ def test_gradient_of_a_batch_is_the_mean_over_its_volumes(data, tmp_path, monkey
         seen.append(torch.cat([parameter.grad.flatten() for parameter in state.net.parameters()]))
         return values
 
-    step = train_module.train_step
+    step = iteration_module.train_step
     monkeypatch.setattr(train_module, "train_step", record)
     constant = {"tau_start": 1.0, "tau_end": 1.0, "gradient_clip": 1e9}
     train(tiny_options(data, iterations=2, **constant), output=tmp_path / "single", num_workers=0)
@@ -565,7 +567,7 @@ def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(data, tmp_path,
         losses = volume_losses(net, *arguments, **facts)
         return replace(losses, total=losses.total * float("nan")) if len(calls) == 2 else losses
 
-    monkeypatch.setattr(train_module, "volume_losses", sometimes_nan)
+    monkeypatch.setattr(iteration_module, "volume_losses", sometimes_nan)
     train(tiny_options(data, iterations=3), output=tmp_path / "run", num_workers=0)
     assert "not finite; this step is left out" in caplog.text
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])

@@ -13,8 +13,8 @@ pytest.importorskip("tensorboard")
 from training_folders import read_array, write_totalsegmentator, write_word  # noqa: E402
 
 from NMSWSegment.command_line import _parser, main  # noqa: E402
+from NMSWSegment.data.totalsegmentator import ORGANS  # noqa: E402
 from NMSWSegment.training.run_folder import load_checkpoint  # noqa: E402
-from NMSWSegment.training.totalsegmentator import ORGANS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--preset compact --augmentation scan --spacing 6 6 6 --patch-size 16 16 16 --coarse-factor 1 1 1 --top-k-patches 1 --random-patches 1 --precision fp32"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from NMSWSegment.bundle import Code, Label
-from NMSWSegment.output_file import check_output_path, replaced_together
+from NMSWSegment.files.bundle import Code, Label
+from NMSWSegment.files.output_file import check_output_path, replaced_together
+from NMSWSegment.files.volume import Volume, read_volume, write_labelmap, write_volume
 from NMSWSegment.protocol import UserError
-from NMSWSegment.volume import Volume, read_volume, write_labelmap, write_volume
 
 ORGAN, RIGHT = Code("SCT", "64033007", "Kidney"), Code("SCT", "24028007", "Right")
 ANATOMY = Code("SCT", "123037004", "Anatomical Structure")
@@ -410,7 +410,7 @@ def test_output_folder_without_permission_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     # Tests may run as root, to whom no folder is closed.
-    monkeypatch.setattr("NMSWSegment.output_file.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("NMSWSegment.files.output_file.tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match="Permission denied.*Choose a folder that you may write to"):
         check_output_path(tmp_path / "labels.nii.gz", (".nii.gz",))
 
@@ -429,7 +429,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         Path(name).write_text("half")
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("NMSWSegment.volume.sitk.WriteImage", fail)
+    monkeypatch.setattr("NMSWSegment.files.volume.sitk.WriteImage", fail)
     with pytest.raises(UserError, match="disk is not full"):
         write_labelmap(a_labelmap(), tmp_path / "labels.nii.gz", labels=LABELS)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("labels.nii.gz", "old")]
@@ -456,7 +456,7 @@ def test_file_that_cannot_take_its_place_takes_the_others_away_again(tmp_path, m
             raise PermissionError(13, "Permission denied")
         replace(source, target)
 
-    monkeypatch.setattr("NMSWSegment.output_file.os.replace", fail_on_b)
+    monkeypatch.setattr("NMSWSegment.files.output_file.os.replace", fail_on_b)
     with pytest.raises(UserError, match="Check that the disk"), replaced_together([tmp_path / "a.txt", tmp_path / "b.txt"]) as temporaries:
         for temporary in temporaries:
             temporary.write_text("x")

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import turned
 
-from NMSWSegment import phantoms
-from NMSWSegment.bundle import load_bundle
-from NMSWSegment.engine import segment_volume
+from NMSWSegment.engine.segment import segment_volume
+from NMSWSegment.engine.worker import Inbox, progress_events
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.protocol import Progress, SegmentOptions
-from NMSWSegment.worker import Inbox, progress_events
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
@@ -25,7 +25,7 @@ PATIENCE_S = 60.0
 # A library that prints, and a local net that takes a minute inside torch.
 NOISY_AND_SLOW = """
 import os, sys
-from NMSWSegment import worker
+from NMSWSegment.engine import worker
 
 def local(nets, patches):
     import torch
@@ -37,7 +37,7 @@ class NoisyServer(worker.Server):
         print("a library says hello")
         os.write(1, b"and so does one in C\\n")
         super().__init__(inbox, send)
-        from NMSWSegment.runtime import Nets
+        from NMSWSegment.engine.runtime import Nets
         Nets.local = local
 
 worker.Server = NoisyServer

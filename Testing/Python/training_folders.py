@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from NMSWSegment import phantoms
-from NMSWSegment.training.layouts import WORD_LABEL_NAMES
-from NMSWSegment.volume import Volume, write_volume
+from NMSWSegment.data.layouts import WORD_LABEL_NAMES
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.volume import Volume, write_volume
 
 SHAPE = (26, 20, 24)
 SPACING_MM = (6.0, 6.0, 6.0)

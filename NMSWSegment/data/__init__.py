@@ -1,0 +1,1 @@
+"""Labelled cases on disk, for training and evaluation."""

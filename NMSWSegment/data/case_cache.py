@@ -1,0 +1,128 @@
+"""Prepared cases on disk, so that a case of a hundred masks is combined once and a case larger than memory is no matter.
+
+An entry is named by everything that decides it: files with their sizes and times, classes, spacing. It is complete or not there,
+and its voxels are checked against a checksum whenever they are read; what does not fit is made again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from NMSWSegment.data.body_extent import BodyExtent
+from NMSWSegment.data.prepared_case import CaseRequest, PreparedCase, prepare_case
+from NMSWSegment.protocol import UserError
+
+logger = logging.getLogger(__name__)
+
+CACHE_FORMAT = 1
+"""Raised when prepare_case gives something else for the same files."""
+FACTS_NAME = "case.json"
+_ARRAYS = ("intensity", "labels")
+_KEY_LENGTH = 16
+
+
+class CaseCache:
+    """A folder of prepared cases; several processes may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Args: folder: made when the first case is stored."""
+        self.folder = Path(folder)
+
+    def entry(self, request: CaseRequest) -> Path:
+        """Where a case is, or will be.
+
+        Raises:
+            UserError: a file of the case is not there.
+        """
+        facts = [CACHE_FORMAT, request.label_names, request.spacing_mm, request.unknown_value]
+        for path in (request.files.image, *request.label_paths):
+            try:
+                state = path.stat()
+            except OSError as error:
+                raise UserError(f"Case '{request.files.name}' has no file '{path}'. Put it back, or leave the case out with --hold-out.") from error
+            facts.append((str(path.absolute()), state.st_size, state.st_mtime_ns))
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:_KEY_LENGTH]
+        return self.folder / f"{request.files.name}-{key}"
+
+    def ensure(self, request: CaseRequest) -> Path:
+        """The entry of a case, made now if it is not there.
+
+        Raises:
+            UserError: the case cannot be used (see prepare_case), or the entry cannot be written.
+        """
+        entry = self.entry(request)
+        if not _is_complete(entry):
+            logger.info("Reading case %s", request.files.name)
+            self._store(prepare_case(request), entry)
+        return entry
+
+    def load(self, request: CaseRequest, entry: Path) -> PreparedCase:
+        """A case from its entry; a damaged entry is made again from the case's files."""
+        try:
+            return _read_entry(entry)
+        except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+            logger.warning("The cache entry '%s' is damaged (%s); the case is read again", entry, error)
+            shutil.rmtree(entry, ignore_errors=True)
+        case = prepare_case(request)
+        self._store(case, self.entry(request))
+        return case
+
+    def _store(self, case: PreparedCase, entry: Path) -> None:
+        """Write an entry under another name, then put it in place."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".partial-") as name:
+                draft = Path(name) / entry.name
+                draft.mkdir()
+                _write_entry(case, draft)
+                shutil.rmtree(entry, ignore_errors=True)
+                try:
+                    os.rename(draft, entry)
+                except OSError:
+                    if not _is_complete(entry):  # otherwise another process was faster, with the same content
+                        raise
+        except OSError as error:
+            megabytes = (case.intensity.nbytes + case.labels.nbytes) / 1e6
+            raise UserError(f"A case of {megabytes:.0f} MB cannot be stored in '{self.folder}' ({error}). Make room on the disk, or give another folder with --cache.") from error
+
+
+def _write_entry(case: PreparedCase, folder: Path) -> None:
+    """The arrays, and what tells that they are whole."""
+    checksums = {}
+    for name in _ARRAYS:
+        array = np.ascontiguousarray(getattr(case, name))
+        np.save(folder / f"{name}.npy", array)
+        checksums[name] = zlib.crc32(array)
+    facts = {"spacing_mm": case.spacing_mm, "extent": asdict(case.extent), "checksums": checksums}
+    (folder / FACTS_NAME).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _read_entry(folder: Path) -> PreparedCase:
+    """A prepared case; ValueError when a checksum does not fit."""
+    facts = json.loads((folder / FACTS_NAME).read_text(encoding="utf-8"))
+    arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
+    for name, array in arrays.items():
+        if zlib.crc32(array) != facts["checksums"][name]:
+            raise ValueError(f"the checksum of {name} does not fit")
+    extent = {key: _tupled(value) for key, value in facts["extent"].items()}
+    return PreparedCase(**arrays, spacing_mm=tuple(facts["spacing_mm"]), extent=BodyExtent(**extent))
+
+
+def _is_complete(entry: Path) -> bool:
+    """Whether all files of an entry are there; their content is checked when it is read."""
+    return all((entry / name).is_file() for name in (FACTS_NAME, *(f"{name}.npy" for name in _ARRAYS)))
+
+
+def _tupled(value: object) -> object:
+    """JSON lists as tuples, at any depth, also inside an object."""
+    if isinstance(value, dict):
+        return {key: _tupled(item) for key, item in value.items()}
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value

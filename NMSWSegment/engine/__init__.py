@@ -1,0 +1,1 @@
+"""The segmentation itself and the process that serves it; needs torch."""

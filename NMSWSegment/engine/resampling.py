@@ -1,0 +1,202 @@
+"""From the volume to the model's frame and back.
+
+The canonical frame is upright in the world: array axes grow to superior, anterior, right (S-A-R, so that index order ijk
+is RAS), at the manifest's spacing, intensity mapped to [0, 1], padded at the far ends to the candidate grid. Oblique,
+mirrored and permuted volumes become the same picture as an upright one, and the nets never see the scanner's frame.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from NMSWSegment.engine.aggregation import uniform_cells
+from NMSWSegment.files.bundle import BundleManifest
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.model_grid import GRID_TOLERANCE, CanonicalFrame, canonical_frame
+from NMSWSegment.files.volume import Volume
+
+VOXELS_AT_ONCE = 1 << 23  # bounds the working memory of one slab: about 250 MB
+
+
+def to_canonical(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, CanonicalFrame, CandidateGrid]:
+    """The net's view of a volume.
+
+    Returns:
+        x (1, 1, D, H, W) float32 in [0, 1], padded; the frame; the grid of all candidates of x.
+
+    Raises:
+        UserError: the volume is too large for the model spacing.
+    """
+    intensity, frame = resample_to_canonical(volume, spacing_mm=manifest.spacing_mm, outside=manifest.intensity_points[0][0])
+    grid = CandidateGrid.covering(frame.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
+    x = normalize_intensity(intensity, manifest.intensity_points)
+    return pad_to_grid(x, grid=grid, value=0)[None, None], frame, grid
+
+
+def resample_to_canonical(volume: Volume, *, spacing_mm: Sequence[float], outside: float) -> tuple[Tensor, CanonicalFrame]:
+    """The volume's intensity on the canonical grid without padding, (D, H, W) float32.
+
+    Finer volumes are averaged before they are interpolated, so that noise and thin structures do not alias.
+
+    Args:
+        spacing_mm: model spacing, KJI.
+        outside: intensity of canonical voxels that the volume does not reach.
+    """
+    frame = canonical_frame(volume.shape, volume.ijk_to_ras, spacing_mm=spacing_mm)
+    source, source_ijk_to_ras = _averaged(volume, spacing_mm=spacing_mm)
+    to_source = np.linalg.inv(source_ijk_to_ras) @ frame.ijk_to_ras
+    result = torch.empty(frame.shape)
+    for slab in _slabs(frame.shape):
+        positions = _positions(to_source, shape=frame.shape, slab=slab)
+        is_inside = torch.ones((), dtype=torch.bool)
+        for p, length in zip(positions, source.shape):
+            is_inside = is_inside & (p >= -0.5 - GRID_TOLERANCE) & (p <= length - 0.5 + GRID_TOLERANCE)
+        result[slab] = torch.where(is_inside, _interpolated(source, positions), torch.tensor(float(outside)))
+    return result, frame
+
+
+def normalize_intensity(intensity: Tensor, points: Sequence[tuple[float, float]]) -> Tensor:
+    """Map intensity to [0, 1] along straight lines through `points` (intensity, value), constant outside; two points are the paper's window."""
+    result = torch.full_like(intensity, points[0][1])
+    for (x0, y0), (x1, y1) in zip(points[:-1], points[1:]):
+        result += (intensity - x0).clamp(0, x1 - x0) * ((y1 - y0) / (x1 - x0))
+    return result
+
+
+def pad_to_grid(tensor: Tensor, *, grid: CandidateGrid, value: float) -> Tensor:
+    """Pad (D, H, W) at the far ends to the grid's volume."""
+    missing = [full - length for full, length in zip(grid.padded_shape, tensor.shape)]
+    return torch.nn.functional.pad(tensor, [0, missing[2], 0, missing[1], 0, missing[0]], value=value)
+
+
+def coarse_input(x: Tensor, *, coarse_factor: Sequence[int]) -> Tensor:
+    """x_low: the mean over r voxels along each axis, (B, 1, D, H, W) -> (B, 1, d, h, w), d = ceil(D / r)."""
+    shape = [-(-length // factor) for length, factor in zip(x.shape[2:], coarse_factor)]
+    return torch.nn.functional.interpolate(x, size=shape, mode="area")
+
+
+def coarse_ijk_to_ras(frame: CanonicalFrame, *, grid: CandidateGrid, shape: Sequence[int]) -> np.ndarray:
+    """Where coarse voxels lie, 4 x 4; the coarse volume of `shape` (KJI) covers the whole padded volume of the grid."""
+    voxels_ijk = np.array(grid.padded_shape[::-1]) / np.array(tuple(shape)[::-1])  # model voxels per coarse voxel, r but for rounding
+    coarse_to_ijk = np.diag([*voxels_ijk, 1.0])
+    coarse_to_ijk[:3, 3] = (voxels_ijk - 1) / 2
+    return frame.ijk_to_ras @ coarse_to_ijk
+
+
+def run_coarse(net: Callable[[Tensor], tuple[Tensor, Tensor]], x_low: Tensor, *, multiple: int) -> tuple[Tensor, Tensor]:
+    """Coarse logits (B, C, d, h, w) and importance map (B, 1, d, h, w) of x_low (B, 1, d, h, w) of any size.
+
+    Args:
+        multiple: sizes that the net takes; x_low is padded at the far ends with 0, the lower bound, and the answer cropped.
+    """
+    d, h, w = x_low.shape[2:]
+    logits, importance_map = net(torch.nn.functional.pad(x_low, [0, -w % multiple, 0, -h % multiple, 0, -d % multiple]))
+    return logits[:, :, :d, :h, :w], importance_map[:, :, :d, :h, :w]
+
+
+def restore_labelmap(labels: Tensor, frame: CanonicalFrame) -> Volume:
+    """The labelmap on the volume's own grid, (K, J, I) uint8; the inverse of to_canonical for labels.
+
+    Every class is interpolated linearly as a 0/1 field and the largest wins, so that surfaces follow the anatomy instead of
+    the model's voxels. A volume on the model's own grid comes back exactly.
+
+    Args:
+        labels: (D, H, W) uint8; padding beyond frame.shape is ignored.
+    """
+    labels = labels[tuple(slice(0, length) for length in frame.shape)].cpu()
+    uniform = uniform_cells(labels.to(torch.int16))
+    to_canonical_ijk = np.linalg.inv(frame.ijk_to_ras) @ frame.source_ijk_to_ras
+    result = torch.empty(frame.source_shape, dtype=torch.uint8)
+    for slab in _slabs(frame.source_shape):
+        positions = _positions(to_canonical_ijk, shape=frame.source_shape, slab=slab)
+        positions = [p.clamp(0, length - 1) for p, length in zip(positions, labels.shape)]
+        lower = [p.floor().long() for p in positions]
+        values = uniform[tuple(lower)].expand(slab.stop - slab.start, *frame.source_shape[1:])
+        slab_labels = values.to(torch.uint8)
+        for voxels in torch.nonzero(values < 0).split(VOXELS_AT_ONCE // 64):
+            at = tuple(voxels.unbind(1))
+            mixed = [p.expand(values.shape)[at] for p in positions]
+            slab_labels[at] = _interpolated_labels(labels, mixed)
+        result[slab] = slab_labels
+    return Volume(array=result.numpy(), ijk_to_ras=frame.source_ijk_to_ras)
+
+
+def _averaged(volume: Volume, *, spacing_mm: Sequence[float]) -> tuple[Tensor, np.ndarray]:
+    """Mean over whole blocks of voxels that fit into one model voxel: float32 array and its ijk_to_ras."""
+    directions = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
+    target_ijk = np.abs(directions).T @ np.array(spacing_mm[::-1], dtype=float) / np.abs(directions).sum(0)
+    factors_ijk = np.maximum(np.floor(target_ijk / np.array(volume.spacing_mm[::-1]) + GRID_TOLERANCE), 1).astype(int)
+    factors_ijk = np.minimum(factors_ijk, volume.shape[::-1])
+    kernel = tuple(int(factor) for factor in factors_ijk[::-1])
+    slab_size = kernel[0] * max(1, VOXELS_AT_ONCE // (kernel[0] * volume.shape[1] * volume.shape[2]))
+    pieces = []
+    for start in range(0, volume.shape[0], slab_size):
+        piece = torch.from_numpy(np.ascontiguousarray(volume.array[start : start + slab_size], dtype=np.float32))
+        if max(kernel) > 1:
+            piece = torch.nn.functional.avg_pool3d(piece[None, None], kernel, ceil_mode=True, count_include_pad=False)[0, 0]
+        pieces.append(piece)
+    to_first = np.diag([*factors_ijk.astype(float), 1.0])
+    to_first[:3, 3] = (factors_ijk - 1) / 2
+    return torch.cat(pieces), volume.ijk_to_ras @ to_first
+
+
+def _slabs(shape: Sequence[int]) -> Iterator[slice]:
+    """Ranges of the first axis that hold at most VOXELS_AT_ONCE voxels."""
+    step = max(1, VOXELS_AT_ONCE // (shape[1] * shape[2]))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _positions(matrix: np.ndarray, *, shape: Sequence[int], slab: slice) -> list[Tensor]:
+    """Where `matrix` (ijk to ijk) sends the voxels of a slab: three coordinates in array order KJI, float64.
+
+    Each has shape 1 along the axes it does not depend on, so that an axis-aligned volume costs three vectors.
+    """
+    k = torch.arange(slab.start, slab.stop, dtype=torch.float64)[:, None, None]
+    j = torch.arange(shape[1], dtype=torch.float64)[None, :, None]
+    i = torch.arange(shape[2], dtype=torch.float64)[None, None, :]
+    positions = []
+    for row in matrix[:3]:
+        position = torch.full((1, 1, 1), float(row[3]), dtype=torch.float64)
+        for coefficient, index in zip(row[:3], (i, j, k)):
+            if abs(coefficient) > 1e-12:
+                position = position + float(coefficient) * index
+        rounded = position.round()
+        positions.append(torch.where((position - rounded).abs() < GRID_TOLERANCE, rounded, position))
+    return positions[::-1]  # ijk -> KJI
+
+
+def _corners(positions: list[Tensor], shape: Sequence[int]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """The eight voxels around every position (KJI), clamped to the array: index and trilinear weight, broadcastable."""
+    positions = [p.clamp(0, length - 1) for p, length in zip(positions, shape)]
+    lower = [p.floor().long() for p in positions]
+    upper = [(low + 1).clamp_max(length - 1) for low, length in zip(lower, shape)]
+    fraction = [(p - low).float() for p, low in zip(positions, lower)]
+    for corner in np.ndindex(2, 2, 2):
+        weight = torch.ones(())
+        for axis in range(3):
+            weight = weight * (fraction[axis] if corner[axis] else 1 - fraction[axis])
+        yield tuple(upper[axis] if corner[axis] else lower[axis] for axis in range(3)), weight
+
+
+def _interpolated(source: Tensor, positions: list[Tensor]) -> Tensor:
+    """Trilinear values at the positions; exact where a position is a voxel."""
+    return sum(weight * source[index] for index, weight in _corners(positions, source.shape))
+
+
+def _interpolated_labels(labels: Tensor, positions: list[Tensor]) -> Tensor:
+    """The label with the largest trilinear weight at every position, (n,) uint8; positions are KJI vectors. Equal weights go to
+    the label of the first corner that has them."""
+    corner_labels, corner_weights = zip(*[(labels[index], weight) for index, weight in _corners(positions, labels.shape)])
+    corners, weights = torch.stack(corner_labels), torch.stack(corner_weights)  # (8, n)
+    low, high = corners.amin(0), corners.amax(0)
+    is_low, is_high = corners == low, corners == high
+    low_weight, high_weight = (weights * is_low).sum(0), (weights * is_high).sum(0)
+    result = torch.where(low_weight == high_weight, corners[0], torch.where(high_weight > low_weight, high, low))
+    several = torch.nonzero(~(is_low | is_high).all(0))[:, 0]  # three labels or more: few, and eight times the work
+    corners, weights = corners[:, several], weights[:, several]
+    support = (weights[None] * (corners[:, None] == corners[None])).sum(1)
+    result[several] = corners.gather(0, support.argmax(0, keepdim=True))[0]
+    return result

@@ -1,0 +1,189 @@
+"""Where the nets run: devices, threads, and what happens when a GPU cannot go on."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from NMSWSegment.engine.resampling import run_coarse
+from NMSWSegment.files.bundle import Bundle, BundleManifest
+from NMSWSegment.protocol import UserError
+
+logger = logging.getLogger(__name__)
+
+GPU_BATCH_SIZE = 4  # patches; on a CPU a batch only takes memory
+OUT_OF_MEMORY = "ran out of memory"
+
+
+class OutOfMemory(UserError):
+    """The computer's own memory does not do; there is no other device to go to."""
+
+
+@dataclass
+class Nets:
+    """The two nets of a bundle on a device. Calls take float32 tensors on any device; results come back on the CPU.
+
+    When a GPU runs out of memory, the batch of patches is halved; when that is no help, or the GPU lacks an operator, the nets
+    move to the CPU for good. `device_steps` says what happened.
+    """
+
+    manifest: BundleManifest
+    coarse_net: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """x_low (1, 1, d, h, w) -> coarse logits (1, C, d, h, w), importance map (1, 1, d, h, w)."""
+    local_net: Callable[[Tensor], Tensor]
+    """(B, 1, P, P, P) -> local logits (B, C, P, P, P)."""
+    device: torch.device
+    device_steps: list[str] = field(default_factory=list)
+    batch_size: int = field(init=False)
+    """Patches that go through the local net together."""
+
+    def __post_init__(self) -> None:
+        self.batch_size = 1 if self.device.type == "cpu" else GPU_BATCH_SIZE
+
+    def coarse(self, x_low: Tensor) -> tuple[Tensor, Tensor]:
+        """Coarse logits (C, d, h, w) and importance map (d, h, w) of x_low (1, 1, d, h, w)."""
+        logits, importance_map = run_coarse(lambda x: self._run("coarse_net", x), x_low, multiple=self.manifest.coarse_multiple)
+        return logits[0], importance_map[0, 0]
+
+    def local(self, patches: Tensor) -> Tensor:
+        """Local logits (B, C, P, P, P) of patches (B, P, P, P); more than `batch_size` go one batch after the other."""
+        batches, num_done = [], 0
+        while num_done < len(patches):
+            batches.append(self._run("local_net", patches[num_done : num_done + self.batch_size, None]))
+            num_done += len(batches[-1])
+        return batches[0] if len(batches) == 1 else torch.cat(batches)
+
+    def _run(self, name: str, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Call a net on as much of x as there is memory for; the only place where a GPU that cannot go on is caught."""
+        try:
+            return self._call(name, x)
+        except RuntimeError as error:
+            reason = _reason_to_leave(error)
+            if self.device.type == "cpu" or reason is None:
+                raise
+            logger.info("%s %s: %s", self.device, reason, error)
+        # After the except block, because the error keeps the frames of the failed call alive, and with them their memory.
+        _free_cached_memory(self.device)
+        if reason == OUT_OF_MEMORY and len(x) > 1:
+            self.batch_size = len(x) // 2
+            self.device_steps.append(f"{self.device} {reason}; the batch went from {len(x)} to {self.batch_size}")
+        else:
+            self._move_to_cpu(reason)
+        return self._run(name, x[: self.batch_size])
+
+    def _call(self, name: str, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The net's outputs on the CPU."""
+        with torch.inference_mode():
+            outputs = getattr(self, name)(x.to(self.device))
+            return tuple(output.float().cpu() for output in outputs) if isinstance(outputs, tuple) else outputs.float().cpu()
+
+    def _move_to_cpu(self, reason: str) -> None:
+        """Leave the device for good."""
+        self.device_steps.append(f"{self.device} {reason}; the nets went on with the CPU")
+        self.coarse_net, self.local_net = self.coarse_net.to("cpu"), self.local_net.to("cpu")
+        self.device, self.batch_size = torch.device("cpu"), 1
+
+
+def _reason_to_leave(error: Exception) -> str | None:
+    """Why a GPU cannot go on although the CPU can; None for any other error."""
+    text = str(error)
+    # TorchScript turns torch's OutOfMemoryError into a plain RuntimeError (pytorch issue 148642); MPS has none
+    if "out of memory" in text:
+        return OUT_OF_MEMORY
+    # MPS lacks 3-D transposed convolution in older versions of torch
+    if "not supported on MPS" in text or "not currently implemented for the MPS" in text:
+        return "lacks an operator of the nets"
+    return None
+
+
+def _free_cached_memory(device: torch.device) -> None:
+    """Give the memory that torch keeps for later back to the GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+@contextmanager
+def memory_explained(shape: Sequence[int]) -> Iterator[None]:
+    """Turn a lack of the computer's own memory, wherever it shows, into a sentence with the way out.
+
+    Args:
+        shape: voxels of the volume, KJI.
+
+    Raises:
+        OutOfMemory: numpy or torch could not get memory in the block.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # Torch's allocator raises a plain RuntimeError, with other words on Windows than elsewhere.
+        if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)):
+            raise
+        size = " x ".join(str(length) for length in reversed(tuple(shape)))
+        raise OutOfMemory(f"This computer ran out of memory with a volume of {size} voxels. Crop the volume, or close other programs; fewer patches help little.") from error
+
+
+def available_devices() -> dict[str, str]:
+    """What is really there: device string -> name for a person; the CPU always, then CUDA GPUs, then MPS."""
+    devices = {"cpu": f"CPU ({os.cpu_count()} cores)"}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    return devices
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a name stands for; auto takes the first GPU, else the CPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    devices = available_devices()
+    if name == "auto":
+        return torch.device(next((key for key in devices if key != "cpu"), "cpu"))
+    key = "cuda:0" if name == "cuda" else name
+    if key not in devices:
+        raise UserError(f"Device '{name}' is not there. This computer has: {', '.join(f'{key} ({title})' for key, title in devices.items())}. Choose one of these, or auto.")
+    return torch.device(key)
+
+
+def open_nets(bundle: Bundle, *, device: str) -> Nets:
+    """Load the nets of a bundle; weights are stored in fp16 and computed in fp32.
+
+    Raises:
+        UserError: the device is not there, or this version of torch cannot read the archives.
+    """
+    target = resolve_device(device)
+    try:
+        coarse, local = (torch.jit.load(str(path), map_location="cpu").float().eval().to(target) for path in (bundle.coarse_path, bundle.local_path))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"Torch {torch.__version__} cannot read the nets of bundle '{bundle.manifest.name}' ({reason}). Use torch 2.2 or later, or install the bundle again.") from error
+    return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=target)
+
+
+def thread_count(threads: int | None) -> int:
+    """CPU threads of a run; None leaves one core free."""
+    return threads or max(1, (os.cpu_count() or 2) - 1)
+
+
+@contextmanager
+def reproducible(threads: int | None) -> Iterator[None]:
+    """Fixed thread count, deterministic cuDNN, no TF32; everything as before at the end.
+
+    Args:
+        threads: CPU threads; None leaves one core free.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(thread_count(threads))
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,296 @@
+"""NMSW inference on one page: canonical -> coarse -> selection -> patches -> labels -> the volume's own grid."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import NMSWSegment
+from NMSWSegment.engine.aggregation import CoarseUpsampler, StreamingAggregator
+from NMSWSegment.engine.patch_cache import PatchCache
+from NMSWSegment.engine.resampling import coarse_ijk_to_ras, coarse_input, restore_labelmap, to_canonical
+from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reproducible
+from NMSWSegment.engine.selection import Selection, select
+from NMSWSegment.files.bundle import Bundle, BundleManifest
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.model_grid import CanonicalFrame
+from NMSWSegment.files.roi import voxels_in_roi
+from NMSWSegment.files.volume import Volume
+from NMSWSegment.protocol import PatchBox, Progress, Report, SegmentOptions, UserError, ignore_progress, unknown_name
+
+PATCHES_FROM, PATCHES_TO = 0.2, 0.9  # share of the progress bar that the patches take
+ROI_MARGIN_VOXELS = 1.0  # coarse voxels; with it every patch counts that reaches a model voxel whose label is seen inside the region
+
+
+@dataclass(frozen=True)
+class CoarsePass:
+    """Everything that is known after the coarse net; the input of the refinement."""
+
+    x: Tensor
+    """Canonical volume, (1, 1, D, H, W)."""
+    frame: CanonicalFrame
+    grid: CandidateGrid
+    coarse_logits: Tensor
+    """(C, d, h, w)."""
+    importance_map: Tensor
+    """(d, h, w) logits."""
+    coarse_labels: Tensor
+    """arg max of the up-sampled coarse logits, (D, H, W) uint8."""
+
+    @property
+    def coarse_ijk_to_ras(self) -> np.ndarray:
+        """4 x 4 of the coarse voxels."""
+        return coarse_ijk_to_ras(self.frame, grid=self.grid, shape=self.importance_map.shape)
+
+
+@dataclass(frozen=True)
+class CoarseResult:
+    """What can be shown while the patches are still running."""
+
+    labelmap: Volume
+    """The result of k = 0, as in SegmentResult."""
+    importance: Volume
+    """p(z | x_low) per coarse voxel as a share of the largest, float32 in (0, 1], on the coarse grid, padding included."""
+    candidates: int
+    """N."""
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """What a run gives."""
+
+    labelmap: Volume
+    """uint8 on the volume's own grid; values are the bundle's label values, 0 is background."""
+    patches: tuple[PatchBox, ...]
+    """Best first."""
+    report: dict
+    """JSON-ready: versions, device, bundle, options, timings in seconds of what was really done, canonical_voxels (before padding),
+    candidates, patches, patches_reused, device steps."""
+
+
+@dataclass
+class Warm:
+    """What earlier runs left for this one, and this one for the next. Whoever hands it on takes out what no longer fits (session.py)."""
+
+    nets: Nets | None = None
+    """Of the bundle and device."""
+    coarse: CoarsePass | None = None
+    """Of the volume, with these nets and threads."""
+    patches: PatchCache = field(default_factory=lambda: PatchCache(max_bytes=0))
+    """Of the volume, with these nets and threads."""
+
+
+def segment_volume(
+    volume: Volume,
+    bundle: Bundle,
+    *,
+    options: SegmentOptions = SegmentOptions(),
+    report: Report = ignore_progress,
+    warm: Warm | None = None,
+    coarse_ready: Callable[[CoarseResult], None] | None = None,
+) -> SegmentResult:
+    """Segment a volume. The same input gives the same answer, bit for bit, on the same computer.
+
+    Args:
+        volume: intensity, (K, J, I); any orientation, spacing and size.
+        report: called before every stage and after every patch; may raise Cancelled.
+        warm: results of earlier runs to take over; filled as far as this run comes, also when it is cancelled.
+        coarse_ready: called with the coarse result before the patches run; None saves the time that it takes.
+
+    Raises:
+        UserError: a structure or device of the options does not exist, the region of interest is not on the volume, the volume
+            does not suit the bundle, or memory ran out.
+    """
+    warm = warm or Warm()
+    timings: dict[str, float] = {}
+    keep = structure_values(bundle.manifest, options.structures)
+    with reproducible(options.threads), memory_explained(volume.shape):
+        threads = torch.get_num_threads()
+        in_roi = _voxels_in_roi(volume, options=options, timings=timings)
+        _warm_up(warm, volume, bundle, device=options.device, report=report, timings=timings)
+        nets, coarse = warm.nets, warm.coarse
+        if coarse_ready:
+            report(Progress("preview", PATCHES_FROM, "Writing the coarse labels to the volume's grid"))
+            with timed(timings, "preview"):
+                preview = coarse_result(coarse, keep=keep, in_roi=in_roi, name=volume.name)
+            coarse_ready(preview)
+        with timed(timings, "select"):
+            selection = choose(coarse, options=options, focus_classes=keep if options.structures else ())
+        num_reused = sum(index in warm.patches for index in selection.indices)
+        labels = refine(coarse, selection, nets, patches=warm.patches, report=report, timings=timings)
+        report(Progress("restore", PATCHES_TO, "Writing labels to the volume's grid"))
+        with timed(timings, "restore"):
+            labelmap = _restored(labels, coarse.frame, keep=keep, in_roi=in_roi, name=volume.name)
+    patches = patch_boxes(selection, grid=coarse.grid, frame=coarse.frame)
+    facts = {
+        "bundle": {"name": bundle.manifest.name, "sha256": bundle.sha256},
+        "options": options.to_dict(),
+        "device": str(nets.device),
+        "threads": threads,
+        "device_steps": list(nets.device_steps),
+        "versions": {"NMSWSegment": NMSWSegment.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform()},
+        "volume": {"name": volume.name, "shape_kji": list(volume.shape), "spacing_mm_kji": list(volume.spacing_mm)},
+        "canonical_voxels": int(np.prod(coarse.frame.shape)),
+        "candidates": coarse.grid.num_candidates,
+        "timings_s": {stage: round(seconds, 4) for stage, seconds in timings.items()},
+        "patches": [asdict(patch) for patch in patches],
+        "patches_reused": num_reused,
+    }
+    report(Progress("done", 1.0, "Done"))
+    return SegmentResult(labelmap=labelmap, patches=patches, report=facts)
+
+
+def coarse_pass(volume: Volume, nets: Nets, *, report: Report = ignore_progress, timings: dict[str, float] | None = None) -> CoarsePass:
+    """Canonical frame and coarse net: what every k of the same volume shares."""
+    timings = {} if timings is None else timings
+    report(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
+    with timed(timings, "canonical"):
+        x, frame, grid = to_canonical(volume, nets.manifest)
+    report(Progress("coarse", 0.12, "Coarse pass over the whole volume"))
+    with timed(timings, "coarse"):
+        coarse_logits, importance_map = nets.coarse(coarse_input(x, coarse_factor=nets.manifest.coarse_factor))
+    with timed(timings, "upsample"):
+        coarse_labels = CoarseUpsampler(coarse_logits, shape=grid.padded_shape).labels()
+    return CoarsePass(x=x, frame=frame, grid=grid, coarse_logits=coarse_logits, importance_map=importance_map, coarse_labels=coarse_labels)
+
+
+def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> CoarseResult:
+    """The answer without patches, and where the coarse net sees reason for them.
+
+    Args:
+        keep: label values to keep.
+        in_roi: voxels of the volume to keep, (K, J, I) bool; None keeps all.
+        name: of the volume.
+    """
+    relative = torch.exp(coarse.importance_map - coarse.importance_map.max())
+    importance = Volume(array=relative.numpy(), ijk_to_ras=coarse.coarse_ijk_to_ras, name=name)
+    return CoarseResult(labelmap=_restored(coarse.coarse_labels, coarse.frame, keep=keep, in_roi=in_roi, name=name), importance=importance, candidates=coarse.grid.num_candidates)
+
+
+def choose(coarse: CoarsePass, *, options: SegmentOptions, focus_classes: tuple[int, ...] = ()) -> Selection:
+    """The candidates to run, best first."""
+    in_roi = None
+    if options.roi_to_ras is not None:
+        mask = voxels_in_roi(coarse.importance_map.shape, ijk_to_ras=coarse.coarse_ijk_to_ras, roi_to_ras=options.roi_to_ras, margin_voxels=ROI_MARGIN_VOXELS)
+        in_roi = torch.from_numpy(mask)
+    return select(
+        coarse.coarse_logits, coarse.importance_map, grid=coarse.grid, num_patches=options.num_patches, policy=options.policy, focus_classes=focus_classes, in_roi=in_roi
+    )
+
+
+def refine(
+    coarse: CoarsePass, selection: Selection, nets: Nets, *, patches: PatchCache | None = None, report: Report = ignore_progress, timings: dict[str, float] | None = None
+) -> Tensor:
+    """Run the chosen patches and aggregate: labels (D, H, W) uint8 of the padded canonical volume.
+
+    Patches run in candidate order, not in rank order: it keeps the fewest blocks in memory, and the answer depends only
+    on the set of patches.
+
+    Args:
+        patches: logits that need not be computed again; takes those that are new.
+    """
+    timings = {} if timings is None else timings
+    patches = PatchCache(max_bytes=0) if patches is None else patches
+    order = sorted(selection.indices)
+    report(Progress("patches", PATCHES_FROM, f"Refining {len(order)} of {coarse.grid.num_candidates} patches", total=len(order)))
+    with timed(timings, "aggregate"):
+        class_weights = torch.tensor(nets.manifest.class_weights)
+        aggregator = StreamingAggregator(
+            coarse.coarse_logits, indices=selection.indices, grid=coarse.grid, class_weights=class_weights, coarse_labels=coarse.coarse_labels
+        )
+    for done, (index, logits) in enumerate(_patch_logits(coarse, order, nets, patches=patches, timings=timings), start=1):
+        with timed(timings, "aggregate"):
+            aggregator.add(index, logits)
+        fraction = PATCHES_FROM + (PATCHES_TO - PATCHES_FROM) * done / len(order)
+        report(Progress("patches", fraction, f"Patch {done} of {len(order)}", done=done, total=len(order)))
+    return aggregator.finish()
+
+
+@contextmanager
+def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of the block to a stage."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started
+
+
+def patch_boxes(selection: Selection, *, grid: CandidateGrid, frame: CanonicalFrame) -> tuple[PatchBox, ...]:
+    """The chosen patches in the world, clipped to the volume's frame, best first."""
+    boxes = []
+    for rank, (index, importance) in enumerate(zip(selection.indices, selection.importance), start=1):
+        start = grid.starts[index]
+        stop = np.minimum(start + np.array(grid.patch_size), np.array(frame.shape))
+        edges_ijk = np.stack([start, stop])[:, ::-1] - 0.5  # KJI voxels -> ijk edges
+        edges_ras = edges_ijk @ frame.ijk_to_ras[:3, :3].T + frame.ijk_to_ras[:3, 3]
+        center, size = edges_ras.mean(0), edges_ras[1] - edges_ras[0]
+        boxes.append(PatchBox(rank=rank, candidate=int(index), importance=importance, center_ras=tuple(map(float, center)), size_mm=tuple(map(float, size))))
+    return tuple(boxes)
+
+
+def structure_values(manifest: BundleManifest, structures: tuple[str, ...]) -> tuple[int, ...]:
+    """Label values of the named structures; of all when none is named.
+
+    Raises:
+        UserError: the bundle has no such structure.
+    """
+    values = {label.name: label.value for label in manifest.labels}
+    for name in structures:
+        if name not in values:
+            raise UserError(unknown_name(f"structure of bundle {manifest.name}", name, manifest.label_names))
+    return tuple(values[name] for name in structures) or tuple(values.values())
+
+
+def _warm_up(warm: Warm, volume: Volume, bundle: Bundle, *, device: str, report: Report, timings: dict[str, float]) -> None:
+    """Open the nets and run the coarse pass, unless an earlier run did."""
+    if warm.nets is None:
+        report(Progress("load", 0.0, f"Loading model {bundle.manifest.name}"))
+        with timed(timings, "load"):
+            warm.nets = open_nets(bundle, device=device)
+    if warm.coarse is None:
+        warm.coarse = coarse_pass(volume, warm.nets, report=report, timings=timings)
+
+
+def _voxels_in_roi(volume: Volume, *, options: SegmentOptions, timings: dict[str, float]) -> np.ndarray | None:
+    """Voxels of the volume to keep, (K, J, I) bool; None where there is no region of interest."""
+    if options.roi_to_ras is None:
+        return None
+    with timed(timings, "roi"):
+        return voxels_in_roi(volume.shape, ijk_to_ras=volume.ijk_to_ras, roi_to_ras=options.roi_to_ras)
+
+
+def _patch_logits(coarse: CoarsePass, order: list[int], nets: Nets, *, patches: PatchCache, timings: dict[str, float]) -> Iterator[tuple[int, Tensor]]:
+    """Candidate and local logits of every candidate of `order`, from the cache or, in batches, from the local net."""
+    missing = [index for index in order if index not in patches]
+    ready: dict[int, Tensor] = {}
+    for index in order:
+        if index in missing:
+            batch = missing[: nets.batch_size]
+            missing = missing[nets.batch_size :]
+            with timed(timings, "patches"):
+                logits = nets.local(torch.stack([coarse.x[0, 0][coarse.grid.slices(other)] for other in batch]))
+            for other, patch in zip(batch, logits):
+                patches.put(other, patch, wanted=order)
+                ready[other] = patch
+        yield index, ready.pop(index) if index in ready else patches.get(index)
+
+
+def _restored(labels: Tensor, frame: CanonicalFrame, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> Volume:
+    """Labels (D, H, W) on the volume's own grid, without what is not to be kept."""
+    labelmap = restore_labelmap(_kept(labels, keep), frame)
+    if in_roi is not None:
+        labelmap.array[~in_roi] = 0
+    return Volume(array=labelmap.array, ijk_to_ras=labelmap.ijk_to_ras, name=name)
+
+
+def _kept(labels: Tensor, keep: tuple[int, ...]) -> Tensor:
+    """Labels with everything but the values to keep turned into background."""
+    table = torch.zeros(256, dtype=torch.uint8)
+    table[list(keep)] = torch.tensor(keep, dtype=torch.uint8)
+    return table[labels.long()]

@@ -1,0 +1,1 @@
+"""Volumes, bundles, result files and the geometry and costs of a run; numpy and SimpleITK, no torch."""

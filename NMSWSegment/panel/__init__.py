@@ -1,0 +1,1 @@
+"""The Slicer panel: what it checks, says and puts into the scene."""

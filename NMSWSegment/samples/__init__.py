@@ -1,0 +1,1 @@
+"""Random training samples, drawn from labelled cases and from anatomies."""
