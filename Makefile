@@ -1,11 +1,11 @@
-# make demo: segment the packaged CT.  make test: run the tests.  make tour: drive the panel outside of Slicer, with its times and
-# pictures.  All set up an environment of their own in .venv.
+# make demo: segment the packaged CT.  make test: run the tests.  make lint: check the style of the code.  make tour: drive the
+# panel outside of Slicer, with its times and pictures.  All set up an environment of their own in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test tour clean
+.PHONY: demo test lint tour clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nmsw segment Resources/SampleData/cptac_pda_3mm.nii.gz -o demo/segmentation.seg.nrrd --preview demo/preview.png --statistics demo/volumes.csv --patches demo/patches.mrk.json --report demo/report.json
@@ -13,6 +13,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 tour: $(VENV)/.test
 	$(BIN)/python Testing/Python/panel_tour.py

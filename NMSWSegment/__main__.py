@@ -9,15 +9,15 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: words after the program's name; None takes those of the process.
     """
-    words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["worker"]:
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["worker"]:
         # Past the other verbs: nothing they import may print into the pipe of the panel, or keep it waiting.
         from NMSWSegment.engine import worker
 
-        return worker.main(words[1:])
+        return worker.main(arguments[1:])
     from NMSWSegment import command_line
 
-    return command_line.main(words)
+    return command_line.main(arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The verbs of the command line: segment a volume, list the models, train and export new ones.
 
-Exit codes: 0 done, 1 a bug, 2 something a person can fix, 130 stopped with Ctrl-C or by SIGTERM.
+Exit codes: 0 done, 1 a bug, 2 something a user can fix, 130 stopped with Ctrl-C or by SIGTERM.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from NMSWSegment.files.bundle import Bundle, Label, install_bundle, list_bundles
 from NMSWSegment.files.output_file import check_output_path, replaced_together
 from NMSWSegment.files.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, STATISTICS_ENDINGS, require_matplotlib, write_patches, write_preview, write_statistics
 from NMSWSegment.files.volume import LABELMAP_ENDINGS, Volume, read_volume, write_labelmap
-from NMSWSegment.protocol import AUTO, Cancelled, Progress, Report, SegmentOptions, UserError, ignore_progress
+from NMSWSegment.progress_bar import progress_bar
+from NMSWSegment.protocol import AUTO, Cancelled, Progress, SegmentOptions, UserError
 
 if TYPE_CHECKING:
     from NMSWSegment.engine.segment import SegmentResult
@@ -63,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         with _sigterm_as_ctrl_c():
-            words = sys.argv[1:] if argv is None else argv
-            arguments = _parser(words).parse_args(words)
+            argv = sys.argv[1:] if argv is None else argv
+            arguments = _parser(argv).parse_args(argv)
             return arguments.run(arguments)
     except SystemExit as exit_:  # --help and --version end so
         return int(exit_.code or DONE)
@@ -90,14 +91,14 @@ def segment(arguments: argparse.Namespace) -> int:
 
     kept_values = structure_values(bundle.manifest, options.structures)
     started = time.perf_counter()
-    with _progress_reports() as report:
-        report(Progress("read", 0.0, f"Reading {arguments.input.name}"))
+    with progress_bar(is_transient=True) as on_progress:
+        on_progress(Progress("read", 0.0, f"Reading {arguments.input.name}"))
         volume = read_volume(arguments.input)
         read_s = time.perf_counter() - started
-        result = segment_volume(volume, bundle, options=options, report=report)
-        result.report["timings_s"] = {"read": round(read_s, 4)} | result.report["timings_s"]
+        result = segment_volume(volume, bundle, options=options, on_progress=on_progress)
+        result.run_info["timings_s"] = {"read": round(read_s, 4)} | result.run_info["timings_s"]
         labels = [label for label in bundle.manifest.labels if label.value in kept_values]
-        report(Progress("write", 1.0, "Writing"))
+        on_progress(Progress("write", 1.0, "Writing"))
         _write_outputs(outputs, volume=volume, result=result, labels=labels)
     for kind, path in outputs.items():
         print(f"{kind}: {path}")
@@ -114,7 +115,7 @@ def models(arguments: argparse.Namespace) -> int:
         except UserError as error:  # one damaged model must not hide the others
             print(f"nmsw: {error}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps([_model_facts(bundle) for bundle in bundles], indent=2))
+        print(json.dumps([_model_info(bundle) for bundle in bundles], indent=2))
         return DONE
     if not bundles:
         print("No model is installed. Train one with 'nmsw train' and make a bundle of it with 'nmsw export'.")
@@ -146,7 +147,7 @@ def remove(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _parser(words: list[str]) -> argparse.ArgumentParser:
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
     """The parser of all verbs; of the verbs with a module of their own only the chosen one fills in its options."""
     parser = _Parser(prog="nmsw", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"NMSWSegment {__version__}")
@@ -167,7 +168,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     remove_parser.set_defaults(run=remove)
     for verb, (module_name, help_text) in _MODULE_VERBS.items():
         verb_parser = verbs.add_parser(verb, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
-        if words[:1] == [verb]:
+        if argv[:1] == [verb]:
             module = _verb_module(module_name, verb=verb)
             module.add_arguments(verb_parser)
             verb_parser.set_defaults(run=module.run)
@@ -195,10 +196,10 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _patch_count(text: str) -> int | str | None:
     """The value of --k: a whole number, None for 'all', or AUTO."""
-    words = {"all": None, AUTO: AUTO}
+    named = {"all": None, AUTO: AUTO}
     word = text.strip().lower()
-    if word in words:
-        return words[word]
+    if word in named:
+        return named[word]
     try:
         return int(text)
     except ValueError as error:
@@ -216,7 +217,7 @@ def _verb_module(module_name: str, *, verb: str) -> ModuleType:
 
 
 def _options(arguments: argparse.Namespace) -> SegmentOptions:
-    """What the person chose; SegmentOptions checks it."""
+    """What the user chose; SegmentOptions checks it."""
     return SegmentOptions(
         bundle=arguments.bundle,
         num_patches=arguments.k,
@@ -258,7 +259,7 @@ def _write_outputs(outputs: dict[str, Path], *, volume: Volume, result: "Segment
         "statistics": lambda path: write_statistics(result.labelmap, volume, labels=labels, path=path),
         "preview": lambda path: write_preview(volume, result.labelmap, labels=labels, patches=result.patches, path=path),
         "patches": lambda path: write_patches(result.patches, path),
-        "report": lambda path: path.write_text(json.dumps(result.report, indent=2) + "\n", encoding="utf-8"),
+        "report": lambda path: path.write_text(json.dumps(result.run_info, indent=2) + "\n", encoding="utf-8"),
     }
     with replaced_together(list(outputs.values())) as temporaries:
         for kind, temporary in zip(outputs, temporaries):
@@ -268,15 +269,15 @@ def _write_outputs(outputs: dict[str, Path], *, volume: Volume, result: "Segment
 def _summary(result: "SegmentResult", *, labels: list[Label], seconds: float) -> str:
     """'5 of 7 structures in 12.3 s, 10 of 42 patches'."""
     num_found = sum(bool((result.labelmap.array == label.value).any()) for label in labels)
-    return f"{num_found} of {len(labels)} structures in {seconds:.1f} s, {len(result.patches)} of {result.report['candidates']} patches"
+    return f"{num_found} of {len(labels)} structures in {seconds:.1f} s, {len(result.patches)} of {result.run_info['candidates']} patches"
 
 
 def _model_row(bundle: Bundle) -> tuple[str, ...]:
     """One line of the table."""
-    facts = _model_facts(bundle)
-    spacing = " x ".join(f"{length:g}" for length in facts["spacing_mm"])
-    scores = ", ".join(f"{case} {_mean_scores(by_k)}" for case, by_k in facts["scores"].items())
-    return facts["name"], facts["backbone"], str(len(facts["structures"])), spacing, f"{facts['size_bytes'] / 1e6:.1f}", scores or "none"
+    info = _model_info(bundle)
+    spacing = " x ".join(f"{length:g}" for length in info["spacing_mm"])
+    scores = ", ".join(f"{case} {_mean_scores(by_k)}" for case, by_k in info["scores"].items())
+    return info["name"], info["backbone"], str(len(info["structures"])), spacing, f"{info['size_bytes'] / 1e6:.1f}", scores or "none"
 
 
 def _mean_scores(by_k: dict) -> str:
@@ -284,8 +285,8 @@ def _mean_scores(by_k: dict) -> str:
     return "DSC " + " ".join(f"{row['mean']:.3f} (k={k})" for k, row in by_k.items())
 
 
-def _model_facts(bundle: Bundle) -> dict:
-    """JSON-ready facts about a bundle; triples are in array order KJI."""
+def _model_info(bundle: Bundle) -> dict:
+    """JSON-ready description of a bundle; triples are in array order KJI."""
     manifest = bundle.manifest
     return {
         "name": manifest.name,
@@ -298,28 +299,9 @@ def _model_facts(bundle: Bundle) -> dict:
         "size_bytes": sum(path.stat().st_size for path in bundle.folder.iterdir() if path.is_file()),
         "sha256": bundle.sha256,
         "scores": manifest.scores,
-        "licence": manifest.licence,
+        "license": manifest.license,
         "attributions": list(manifest.attributions),
     }
-
-
-@contextmanager
-def _progress_reports() -> Iterator[Report]:
-    """A report callback that draws on standard error if that is a terminal, and keeps quiet if not."""
-    if not sys.stderr.isatty():
-        yield ignore_progress
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-    except ImportError:
-        yield lambda progress: print(f"{progress.fraction:4.0%} {progress.message}", file=sys.stderr)
-        return
-    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Starting", total=1.0)
-        yield lambda progress: bar.update(task, completed=progress.fraction, description=progress.message)
 
 
 @contextmanager

@@ -13,11 +13,11 @@ AUTO = "auto"
 
 
 class UserError(Exception):
-    """Something a person can fix; the text is shown as it is."""
+    """Something a user can fix; the text is shown as it is."""
 
 
 class Cancelled(Exception):
-    """The caller asked to stop; raised from a report callback, passes through the library untouched."""
+    """The caller asked to stop; raised from a progress callback, passes through the library untouched."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,23 @@ class Progress:
     fraction: float
     """Share of the whole run that is done, in [0, 1]."""
     message: str
-    """What is going on, for a person."""
+    """What is going on, for the user."""
     done: int = 0
     """Patches that are done, in the stage of the patches."""
     total: int = 0
     """Patches of this run, in the stage of the patches."""
 
 
-Report = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
 def ignore_progress(progress: Progress) -> None:
-    """The report callback of a caller that does not want to hear."""
+    """The progress callback of a caller that does not want to hear."""
 
 
 @dataclass(frozen=True)
 class PatchBox:
-    """A chosen patch in the world, as far as it lies inside the volume's canonical frame; its sides follow the RAS axes."""
+    """A chosen patch in the world, as far as it lies inside the model grid of the volume; its sides follow the RAS axes."""
 
     rank: int
     """1 is the most important."""
@@ -57,10 +57,15 @@ class PatchBox:
     size_mm: tuple[float, float, float]
     """Extent along R, A, S."""
 
+    @classmethod
+    def from_dict(cls, values: dict) -> "PatchBox":
+        """The inverse of dataclasses.asdict, also after JSON."""
+        return cls(**values | {"center_ras": tuple(values["center_ras"]), "size_mm": tuple(values["size_mm"])})
+
 
 @dataclass(frozen=True)
 class SegmentOptions:
-    """What a person chooses for one segmentation; the same in the panel, the command line and the scripts."""
+    """What a user chooses for one segmentation; the same in the panel, the command line and the scripts."""
 
     bundle: str = "torso-unet"
     """Name of an installed bundle, or a bundle folder."""

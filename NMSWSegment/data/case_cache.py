@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_FORMAT = 1
 """Raised when prepare_case gives something else for the same files."""
-FACTS_NAME = "case.json"
+ENTRY_INFO_NAME = "case.json"
 _ARRAYS = ("intensity", "labels")
 _KEY_LENGTH = 16
 
@@ -42,14 +42,14 @@ class CaseCache:
         Raises:
             UserError: a file of the case is not there.
         """
-        facts = [CACHE_FORMAT, request.label_names, request.spacing_mm, request.unknown_value]
+        parts = [CACHE_FORMAT, request.label_names, request.spacing_mm, request.unknown_value]
         for path in (request.files.image, *request.label_paths):
             try:
                 state = path.stat()
             except OSError as error:
                 raise UserError(f"Case '{request.files.name}' has no file '{path}'. Put it back, or leave the case out with --hold-out.") from error
-            facts.append((str(path.absolute()), state.st_size, state.st_mtime_ns))
-        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:_KEY_LENGTH]
+            parts.append((str(path.absolute()), state.st_size, state.st_mtime_ns))
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:_KEY_LENGTH]
         return self.folder / f"{request.files.name}-{key}"
 
     def ensure(self, request: CaseRequest) -> Path:
@@ -95,30 +95,30 @@ class CaseCache:
 
 
 def _write_entry(case: PreparedCase, folder: Path) -> None:
-    """The arrays, and what tells that they are whole."""
+    """The arrays, and their checksums."""
     checksums = {}
     for name in _ARRAYS:
         array = np.ascontiguousarray(getattr(case, name))
         np.save(folder / f"{name}.npy", array)
         checksums[name] = zlib.crc32(array)
-    facts = {"spacing_mm": case.spacing_mm, "extent": asdict(case.extent), "checksums": checksums}
-    (folder / FACTS_NAME).write_text(json.dumps(facts), encoding="utf-8")
+    info = {"spacing_mm": case.spacing_mm, "extent": asdict(case.extent), "checksums": checksums}
+    (folder / ENTRY_INFO_NAME).write_text(json.dumps(info), encoding="utf-8")
 
 
 def _read_entry(folder: Path) -> PreparedCase:
     """A prepared case; ValueError when a checksum does not fit."""
-    facts = json.loads((folder / FACTS_NAME).read_text(encoding="utf-8"))
+    info = json.loads((folder / ENTRY_INFO_NAME).read_text(encoding="utf-8"))
     arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
     for name, array in arrays.items():
-        if zlib.crc32(array) != facts["checksums"][name]:
+        if zlib.crc32(array) != info["checksums"][name]:
             raise ValueError(f"the checksum of {name} does not fit")
-    extent = {key: _tupled(value) for key, value in facts["extent"].items()}
-    return PreparedCase(**arrays, spacing_mm=tuple(facts["spacing_mm"]), extent=BodyExtent(**extent))
+    extent = {key: _tupled(value) for key, value in info["extent"].items()}
+    return PreparedCase(**arrays, spacing_mm=tuple(info["spacing_mm"]), extent=BodyExtent(**extent))
 
 
 def _is_complete(entry: Path) -> bool:
     """Whether all files of an entry are there; their content is checked when it is read."""
-    return all((entry / name).is_file() for name in (FACTS_NAME, *(f"{name}.npy" for name in _ARRAYS)))
+    return all((entry / name).is_file() for name in (ENTRY_INFO_NAME, *(f"{name}.npy" for name in _ARRAYS)))
 
 
 def _tupled(value: object) -> object:

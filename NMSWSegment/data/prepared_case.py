@@ -12,13 +12,14 @@ from NMSWSegment.data.axis_filters import apply_along_axes, averaging_matrix
 from NMSWSegment.data.body_extent import BodyExtent, measure_body
 from NMSWSegment.data.layouts import CaseFiles
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL
+from NMSWSegment.files.boxes import voxel_corners
 from NMSWSegment.files.orientation import Triple_mm, to_sar
 from NMSWSegment.files.volume import Volume, read_volume
 from NMSWSegment.protocol import UserError
 
 GEOMETRY_TOLERANCE_MM = 0.1
-BODY_HU = -300.0
-LANDMARK_WORDS = {"lung": ("lung",), "liver": ("liver",), "hip": ("hip", "femur")}
+BODY_THRESHOLD_HU = -300.0
+LABEL_LANDMARKS = {"lung": ("lung",), "liver": ("liver",), "hip": ("hip", "femur")}
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class Header:
             return f"{_times(self.shape)} and {_times(other.shape)} voxels"
         if not np.allclose(self.spacing_mm, other.spacing_mm, atol=GEOMETRY_TOLERANCE_MM / max(self.shape)):
             return f"voxels of {_times(self.spacing_mm)} and {_times(other.spacing_mm)} mm"
-        corners_ijk1 = np.array([[i, j, k, 1] for i in (0, self.shape[2] - 1) for j in (0, self.shape[1] - 1) for k in (0, self.shape[0] - 1)])
-        distance_mm = np.linalg.norm(((self.ijk_to_lps - other.ijk_to_lps) @ corners_ijk1.T)[:3], axis=0).max()
+        distance_mm = np.linalg.norm(((self.ijk_to_lps - other.ijk_to_lps) @ voxel_corners(self.shape).T)[:3], axis=0).max()
         return f"places that are up to {distance_mm:.1f} mm apart" if distance_mm > GEOMETRY_TOLERANCE_MM else ""
 
 
@@ -121,8 +121,8 @@ def prepare_case(request: CaseRequest) -> PreparedCase:
     intensity = torch.from_numpy(array.astype(np.float32))
     factors = [max(1.0, step / own) for step, own in zip(request.spacing_mm, spacing_mm)]
     intensity = apply_along_axes(intensity, tuple(averaging_matrix(size, width_voxels=width) for size, width in zip(intensity.shape, factors)))
-    landmarks = {key: torch.from_numpy(_slices_with(labels, request.label_names, words)) for key, words in LANDMARK_WORDS.items()}
-    extent = measure_body(intensity > BODY_HU, landmarks, spacing_mm=spacing_mm)
+    landmarks = {key: torch.from_numpy(_slices_with(labels, request.label_names, words)) for key, words in LABEL_LANDMARKS.items()}
+    extent = measure_body(intensity > BODY_THRESHOLD_HU, landmarks, spacing_mm=spacing_mm)
     return PreparedCase(intensity=_compact(intensity.numpy()), labels=labels, spacing_mm=spacing_mm, extent=extent)
 
 
@@ -155,10 +155,10 @@ def _checked_labels(voxels: np.ndarray, request: CaseRequest) -> np.ndarray:
     """Labels as uint8, unknown ones as 255; UserError on a voxel that is no label."""
     num_labels = len(request.label_names) + 1
     known = {*range(num_labels), request.unknown_value}
-    strange = [value for value in np.unique(voxels).tolist() if value not in known]
-    if strange:
+    unexpected = [value for value in np.unique(voxels).tolist() if value not in known]
+    if unexpected:
         raise UserError(
-            f"The label of case '{request.files.name}' holds {strange[:5]}, but the list of labels ends at {num_labels - 1}. "
+            f"The label of case '{request.files.name}' holds {unexpected[:5]}, but the list of labels ends at {num_labels - 1}. "
             "Add the class there, or set those voxels to 0 or to 255 (unknown)."
         )
     return np.where(voxels == request.unknown_value, UNKNOWN_LABEL, voxels).astype(np.uint8)

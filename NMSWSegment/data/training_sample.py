@@ -10,7 +10,7 @@ UNKNOWN_LABEL = 255
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One training volume in the canonical frame, before intensity is mapped to [0, 1]."""
+    """One training volume in the model grid, before intensity is mapped to [0, 1]."""
 
     name: str
     """Where it comes from."""

@@ -1,6 +1,6 @@
-"""From the volume to the model's frame and back.
+"""From the volume to the model grid and back.
 
-The canonical frame is upright in the world: array axes grow to superior, anterior, right (S-A-R, so that index order ijk
+The model grid is upright in the world: array axes grow to superior, anterior, right (S-A-R, so that index order ijk
 is RAS), at the manifest's spacing, intensity mapped to [0, 1], padded at the far ends to the candidate grid. Oblique,
 mirrored and permuted volumes become the same picture as an upright one, and the nets never see the scanner's frame.
 """
@@ -14,47 +14,47 @@ from torch import Tensor
 from NMSWSegment.engine.aggregation import uniform_cells
 from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.model_grid import GRID_TOLERANCE, CanonicalFrame, canonical_frame
+from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid, model_grid_around
 from NMSWSegment.files.volume import Volume
 
 VOXELS_AT_ONCE = 1 << 23  # bounds the working memory of one slab: about 250 MB
 
 
-def to_canonical(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, CanonicalFrame, CandidateGrid]:
+def to_model_grid(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, ModelGrid, CandidateGrid]:
     """The net's view of a volume.
 
     Returns:
-        x (1, 1, D, H, W) float32 in [0, 1], padded; the frame; the grid of all candidates of x.
+        x (1, 1, D, H, W) float32 in [0, 1], padded; the model grid; the grid of all candidates of x.
 
     Raises:
         UserError: the volume is too large for the model spacing.
     """
-    intensity, frame = resample_to_canonical(volume, spacing_mm=manifest.spacing_mm, outside=manifest.intensity_points[0][0])
-    grid = CandidateGrid.covering(frame.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
+    intensity, model_grid = resample_to_model_grid(volume, spacing_mm=manifest.spacing_mm, outside=manifest.intensity_points[0][0])
+    grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
     x = normalize_intensity(intensity, manifest.intensity_points)
-    return pad_to_grid(x, grid=grid, value=0)[None, None], frame, grid
+    return pad_to_grid(x, grid=grid, value=0)[None, None], model_grid, grid
 
 
-def resample_to_canonical(volume: Volume, *, spacing_mm: Sequence[float], outside: float) -> tuple[Tensor, CanonicalFrame]:
-    """The volume's intensity on the canonical grid without padding, (D, H, W) float32.
+def resample_to_model_grid(volume: Volume, *, spacing_mm: Sequence[float], outside: float) -> tuple[Tensor, ModelGrid]:
+    """The volume's intensity on the model grid without padding, (D, H, W) float32.
 
     Finer volumes are averaged before they are interpolated, so that noise and thin structures do not alias.
 
     Args:
         spacing_mm: model spacing, KJI.
-        outside: intensity of canonical voxels that the volume does not reach.
+        outside: intensity of voxels of the model grid that the volume does not reach.
     """
-    frame = canonical_frame(volume.shape, volume.ijk_to_ras, spacing_mm=spacing_mm)
+    model_grid = model_grid_around(volume.shape, volume.ijk_to_ras, spacing_mm=spacing_mm)
     source, source_ijk_to_ras = _averaged(volume, spacing_mm=spacing_mm)
-    to_source = np.linalg.inv(source_ijk_to_ras) @ frame.ijk_to_ras
-    result = torch.empty(frame.shape)
-    for slab in _slabs(frame.shape):
-        positions = _positions(to_source, shape=frame.shape, slab=slab)
+    to_source = np.linalg.inv(source_ijk_to_ras) @ model_grid.ijk_to_ras
+    result = torch.empty(model_grid.shape)
+    for slab in _slabs(model_grid.shape):
+        positions = _positions(to_source, shape=model_grid.shape, slab=slab)
         is_inside = torch.ones((), dtype=torch.bool)
         for p, length in zip(positions, source.shape):
             is_inside = is_inside & (p >= -0.5 - GRID_TOLERANCE) & (p <= length - 0.5 + GRID_TOLERANCE)
         result[slab] = torch.where(is_inside, _interpolated(source, positions), torch.tensor(float(outside)))
-    return result, frame
+    return result, model_grid
 
 
 def normalize_intensity(intensity: Tensor, points: Sequence[tuple[float, float]]) -> Tensor:
@@ -77,12 +77,12 @@ def coarse_input(x: Tensor, *, coarse_factor: Sequence[int]) -> Tensor:
     return torch.nn.functional.interpolate(x, size=shape, mode="area")
 
 
-def coarse_ijk_to_ras(frame: CanonicalFrame, *, grid: CandidateGrid, shape: Sequence[int]) -> np.ndarray:
+def coarse_ijk_to_ras(model_grid: ModelGrid, *, grid: CandidateGrid, shape: Sequence[int]) -> np.ndarray:
     """Where coarse voxels lie, 4 x 4; the coarse volume of `shape` (KJI) covers the whole padded volume of the grid."""
     voxels_ijk = np.array(grid.padded_shape[::-1]) / np.array(tuple(shape)[::-1])  # model voxels per coarse voxel, r but for rounding
     coarse_to_ijk = np.diag([*voxels_ijk, 1.0])
     coarse_to_ijk[:3, 3] = (voxels_ijk - 1) / 2
-    return frame.ijk_to_ras @ coarse_to_ijk
+    return model_grid.ijk_to_ras @ coarse_to_ijk
 
 
 def run_coarse(net: Callable[[Tensor], tuple[Tensor, Tensor]], x_low: Tensor, *, multiple: int) -> tuple[Tensor, Tensor]:
@@ -96,31 +96,31 @@ def run_coarse(net: Callable[[Tensor], tuple[Tensor, Tensor]], x_low: Tensor, *,
     return logits[:, :, :d, :h, :w], importance_map[:, :, :d, :h, :w]
 
 
-def restore_labelmap(labels: Tensor, frame: CanonicalFrame) -> Volume:
-    """The labelmap on the volume's own grid, (K, J, I) uint8; the inverse of to_canonical for labels.
+def restore_labelmap(labels: Tensor, model_grid: ModelGrid) -> Volume:
+    """The labelmap on the volume's own grid, (K, J, I) uint8; the inverse of to_model_grid for labels.
 
     Every class is interpolated linearly as a 0/1 field and the largest wins, so that surfaces follow the anatomy instead of
     the model's voxels. A volume on the model's own grid comes back exactly.
 
     Args:
-        labels: (D, H, W) uint8; padding beyond frame.shape is ignored.
+        labels: (D, H, W) uint8; padding beyond model_grid.shape is ignored.
     """
-    labels = labels[tuple(slice(0, length) for length in frame.shape)].cpu()
+    labels = labels[tuple(slice(0, length) for length in model_grid.shape)].cpu()
     uniform = uniform_cells(labels.to(torch.int16))
-    to_canonical_ijk = np.linalg.inv(frame.ijk_to_ras) @ frame.source_ijk_to_ras
-    result = torch.empty(frame.source_shape, dtype=torch.uint8)
-    for slab in _slabs(frame.source_shape):
-        positions = _positions(to_canonical_ijk, shape=frame.source_shape, slab=slab)
+    to_model_ijk = np.linalg.inv(model_grid.ijk_to_ras) @ model_grid.source_ijk_to_ras
+    result = torch.empty(model_grid.source_shape, dtype=torch.uint8)
+    for slab in _slabs(model_grid.source_shape):
+        positions = _positions(to_model_ijk, shape=model_grid.source_shape, slab=slab)
         positions = [p.clamp(0, length - 1) for p, length in zip(positions, labels.shape)]
         lower = [p.floor().long() for p in positions]
-        values = uniform[tuple(lower)].expand(slab.stop - slab.start, *frame.source_shape[1:])
+        values = uniform[tuple(lower)].expand(slab.stop - slab.start, *model_grid.source_shape[1:])
         slab_labels = values.to(torch.uint8)
         for voxels in torch.nonzero(values < 0).split(VOXELS_AT_ONCE // 64):
             at = tuple(voxels.unbind(1))
             mixed = [p.expand(values.shape)[at] for p in positions]
             slab_labels[at] = _interpolated_labels(labels, mixed)
         result[slab] = slab_labels
-    return Volume(array=result.numpy(), ijk_to_ras=frame.source_ijk_to_ras)
+    return Volume(array=result.numpy(), ijk_to_ras=model_grid.source_ijk_to_ras)
 
 
 def _averaged(volume: Volume, *, spacing_mm: Sequence[float]) -> tuple[Tensor, np.ndarray]:

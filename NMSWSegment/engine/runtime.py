@@ -129,7 +129,7 @@ def memory_explained(shape: Sequence[int]) -> Iterator[None]:
 
 
 def available_devices() -> dict[str, str]:
-    """What is really there: device string -> name for a person; the CPU always, then CUDA GPUs, then MPS."""
+    """What is really there: device string -> display name; the CPU always, then CUDA GPUs, then MPS."""
     devices = {"cpu": f"CPU ({os.cpu_count()} cores)"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)

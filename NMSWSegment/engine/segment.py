@@ -1,4 +1,4 @@
-"""NMSW inference on one page: canonical -> coarse -> selection -> patches -> labels -> the volume's own grid."""
+"""NMSW inference on one page: model grid -> coarse -> selection -> patches -> labels -> the volume's own grid."""
 
 import platform
 import time
@@ -13,15 +13,15 @@ from torch import Tensor
 import NMSWSegment
 from NMSWSegment.engine.aggregation import CoarseUpsampler, StreamingAggregator
 from NMSWSegment.engine.patch_cache import PatchCache
-from NMSWSegment.engine.resampling import coarse_ijk_to_ras, coarse_input, restore_labelmap, to_canonical
+from NMSWSegment.engine.resampling import coarse_ijk_to_ras, coarse_input, restore_labelmap, to_model_grid
 from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reproducible
 from NMSWSegment.engine.selection import Selection, select
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.model_grid import CanonicalFrame
+from NMSWSegment.files.model_grid import ModelGrid
 from NMSWSegment.files.roi import voxels_in_roi
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.protocol import PatchBox, Progress, Report, SegmentOptions, UserError, ignore_progress, unknown_name
+from NMSWSegment.protocol import OnProgress, PatchBox, Progress, SegmentOptions, UserError, ignore_progress, unknown_name
 
 PATCHES_FROM, PATCHES_TO = 0.2, 0.9  # share of the progress bar that the patches take
 ROI_MARGIN_VOXELS = 1.0  # coarse voxels; with it every patch counts that reaches a model voxel whose label is seen inside the region
@@ -32,8 +32,8 @@ class CoarsePass:
     """Everything that is known after the coarse net; the input of the refinement."""
 
     x: Tensor
-    """Canonical volume, (1, 1, D, H, W)."""
-    frame: CanonicalFrame
+    """Volume on the model grid, (1, 1, D, H, W)."""
+    model_grid: ModelGrid
     grid: CandidateGrid
     coarse_logits: Tensor
     """(C, d, h, w)."""
@@ -45,7 +45,7 @@ class CoarsePass:
     @property
     def coarse_ijk_to_ras(self) -> np.ndarray:
         """4 x 4 of the coarse voxels."""
-        return coarse_ijk_to_ras(self.frame, grid=self.grid, shape=self.importance_map.shape)
+        return coarse_ijk_to_ras(self.model_grid, grid=self.grid, shape=self.importance_map.shape)
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class SegmentResult:
     """uint8 on the volume's own grid; values are the bundle's label values, 0 is background."""
     patches: tuple[PatchBox, ...]
     """Best first."""
-    report: dict
+    run_info: dict
     """JSON-ready: versions, device, bundle, options, timings in seconds of what was really done, canonical_voxels (before padding),
     candidates, patches, patches_reused, device steps."""
 
 
 @dataclass
-class Warm:
+class RunCache:
     """What earlier runs left for this one, and this one for the next. Whoever hands it on takes out what no longer fits (session.py)."""
 
     nets: Nets | None = None
@@ -90,44 +90,44 @@ def segment_volume(
     bundle: Bundle,
     *,
     options: SegmentOptions = SegmentOptions(),
-    report: Report = ignore_progress,
-    warm: Warm | None = None,
+    on_progress: OnProgress = ignore_progress,
+    run_cache: RunCache | None = None,
     coarse_ready: Callable[[CoarseResult], None] | None = None,
 ) -> SegmentResult:
     """Segment a volume. The same input gives the same answer, bit for bit, on the same computer.
 
     Args:
         volume: intensity, (K, J, I); any orientation, spacing and size.
-        report: called before every stage and after every patch; may raise Cancelled.
-        warm: results of earlier runs to take over; filled as far as this run comes, also when it is cancelled.
+        on_progress: called before every stage and after every patch; may raise Cancelled.
+        run_cache: results of earlier runs to take over; filled as far as this run comes, also when it is cancelled.
         coarse_ready: called with the coarse result before the patches run; None saves the time that it takes.
 
     Raises:
         UserError: a structure or device of the options does not exist, the region of interest is not on the volume, the volume
             does not suit the bundle, or memory ran out.
     """
-    warm = warm or Warm()
+    run_cache = run_cache or RunCache()
     timings: dict[str, float] = {}
     keep = structure_values(bundle.manifest, options.structures)
     with reproducible(options.threads), memory_explained(volume.shape):
         threads = torch.get_num_threads()
         in_roi = _voxels_in_roi(volume, options=options, timings=timings)
-        _warm_up(warm, volume, bundle, device=options.device, report=report, timings=timings)
-        nets, coarse = warm.nets, warm.coarse
+        _fill_run_cache(run_cache, volume, bundle, device=options.device, on_progress=on_progress, timings=timings)
+        nets, coarse = run_cache.nets, run_cache.coarse
         if coarse_ready:
-            report(Progress("preview", PATCHES_FROM, "Writing the coarse labels to the volume's grid"))
+            on_progress(Progress("preview", PATCHES_FROM, "Writing the coarse labels to the volume's grid"))
             with timed(timings, "preview"):
                 preview = coarse_result(coarse, keep=keep, in_roi=in_roi, name=volume.name)
             coarse_ready(preview)
         with timed(timings, "select"):
             selection = choose(coarse, options=options, focus_classes=keep if options.structures else ())
-        num_reused = sum(index in warm.patches for index in selection.indices)
-        labels = refine(coarse, selection, nets, patches=warm.patches, report=report, timings=timings)
-        report(Progress("restore", PATCHES_TO, "Writing labels to the volume's grid"))
+        num_reused = sum(index in run_cache.patches for index in selection.indices)
+        labels = refine(coarse, selection, nets, patches=run_cache.patches, on_progress=on_progress, timings=timings)
+        on_progress(Progress("restore", PATCHES_TO, "Writing labels to the volume's grid"))
         with timed(timings, "restore"):
-            labelmap = _restored(labels, coarse.frame, keep=keep, in_roi=in_roi, name=volume.name)
-    patches = patch_boxes(selection, grid=coarse.grid, frame=coarse.frame)
-    facts = {
+            labelmap = _restored(labels, coarse.model_grid, keep=keep, in_roi=in_roi, name=volume.name)
+    patches = patch_boxes(selection, grid=coarse.grid, model_grid=coarse.model_grid)
+    run_info = {
         "bundle": {"name": bundle.manifest.name, "sha256": bundle.sha256},
         "options": options.to_dict(),
         "device": str(nets.device),
@@ -135,28 +135,28 @@ def segment_volume(
         "device_steps": list(nets.device_steps),
         "versions": {"NMSWSegment": NMSWSegment.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform()},
         "volume": {"name": volume.name, "shape_kji": list(volume.shape), "spacing_mm_kji": list(volume.spacing_mm)},
-        "canonical_voxels": int(np.prod(coarse.frame.shape)),
+        "canonical_voxels": int(np.prod(coarse.model_grid.shape)),
         "candidates": coarse.grid.num_candidates,
         "timings_s": {stage: round(seconds, 4) for stage, seconds in timings.items()},
         "patches": [asdict(patch) for patch in patches],
         "patches_reused": num_reused,
     }
-    report(Progress("done", 1.0, "Done"))
-    return SegmentResult(labelmap=labelmap, patches=patches, report=facts)
+    on_progress(Progress("done", 1.0, "Done"))
+    return SegmentResult(labelmap=labelmap, patches=patches, run_info=run_info)
 
 
-def coarse_pass(volume: Volume, nets: Nets, *, report: Report = ignore_progress, timings: dict[str, float] | None = None) -> CoarsePass:
-    """Canonical frame and coarse net: what every k of the same volume shares."""
+def coarse_pass(volume: Volume, nets: Nets, *, on_progress: OnProgress = ignore_progress, timings: dict[str, float] | None = None) -> CoarsePass:
+    """Model grid and coarse net: what every k of the same volume shares."""
     timings = {} if timings is None else timings
-    report(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
+    on_progress(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
     with timed(timings, "canonical"):
-        x, frame, grid = to_canonical(volume, nets.manifest)
-    report(Progress("coarse", 0.12, "Coarse pass over the whole volume"))
+        x, model_grid, grid = to_model_grid(volume, nets.manifest)
+    on_progress(Progress("coarse", 0.12, "Coarse pass over the whole volume"))
     with timed(timings, "coarse"):
         coarse_logits, importance_map = nets.coarse(coarse_input(x, coarse_factor=nets.manifest.coarse_factor))
     with timed(timings, "upsample"):
         coarse_labels = CoarseUpsampler(coarse_logits, shape=grid.padded_shape).labels()
-    return CoarsePass(x=x, frame=frame, grid=grid, coarse_logits=coarse_logits, importance_map=importance_map, coarse_labels=coarse_labels)
+    return CoarsePass(x=x, model_grid=model_grid, grid=grid, coarse_logits=coarse_logits, importance_map=importance_map, coarse_labels=coarse_labels)
 
 
 def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> CoarseResult:
@@ -169,7 +169,7 @@ def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarr
     """
     relative = torch.exp(coarse.importance_map - coarse.importance_map.max())
     importance = Volume(array=relative.numpy(), ijk_to_ras=coarse.coarse_ijk_to_ras, name=name)
-    return CoarseResult(labelmap=_restored(coarse.coarse_labels, coarse.frame, keep=keep, in_roi=in_roi, name=name), importance=importance, candidates=coarse.grid.num_candidates)
+    return CoarseResult(labelmap=_restored(coarse.coarse_labels, coarse.model_grid, keep=keep, in_roi=in_roi, name=name), importance=importance, candidates=coarse.grid.num_candidates)
 
 
 def choose(coarse: CoarsePass, *, options: SegmentOptions, focus_classes: tuple[int, ...] = ()) -> Selection:
@@ -184,9 +184,9 @@ def choose(coarse: CoarsePass, *, options: SegmentOptions, focus_classes: tuple[
 
 
 def refine(
-    coarse: CoarsePass, selection: Selection, nets: Nets, *, patches: PatchCache | None = None, report: Report = ignore_progress, timings: dict[str, float] | None = None
+    coarse: CoarsePass, selection: Selection, nets: Nets, *, patches: PatchCache | None = None, on_progress: OnProgress = ignore_progress, timings: dict[str, float] | None = None
 ) -> Tensor:
-    """Run the chosen patches and aggregate: labels (D, H, W) uint8 of the padded canonical volume.
+    """Run the chosen patches and aggregate: labels (D, H, W) uint8 of the padded volume on the model grid.
 
     Patches run in candidate order, not in rank order: it keeps the fewest blocks in memory, and the answer depends only
     on the set of patches.
@@ -197,7 +197,7 @@ def refine(
     timings = {} if timings is None else timings
     patches = PatchCache(max_bytes=0) if patches is None else patches
     order = sorted(selection.indices)
-    report(Progress("patches", PATCHES_FROM, f"Refining {len(order)} of {coarse.grid.num_candidates} patches", total=len(order)))
+    on_progress(Progress("patches", PATCHES_FROM, f"Refining {len(order)} of {coarse.grid.num_candidates} patches", total=len(order)))
     with timed(timings, "aggregate"):
         class_weights = torch.tensor(nets.manifest.class_weights)
         aggregator = StreamingAggregator(
@@ -207,7 +207,7 @@ def refine(
         with timed(timings, "aggregate"):
             aggregator.add(index, logits)
         fraction = PATCHES_FROM + (PATCHES_TO - PATCHES_FROM) * done / len(order)
-        report(Progress("patches", fraction, f"Patch {done} of {len(order)}", done=done, total=len(order)))
+        on_progress(Progress("patches", fraction, f"Patch {done} of {len(order)}", done=done, total=len(order)))
     return aggregator.finish()
 
 
@@ -221,14 +221,14 @@ def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
         timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started
 
 
-def patch_boxes(selection: Selection, *, grid: CandidateGrid, frame: CanonicalFrame) -> tuple[PatchBox, ...]:
-    """The chosen patches in the world, clipped to the volume's frame, best first."""
+def patch_boxes(selection: Selection, *, grid: CandidateGrid, model_grid: ModelGrid) -> tuple[PatchBox, ...]:
+    """The chosen patches in the world, clipped to the model grid of the volume, best first."""
     boxes = []
     for rank, (index, importance) in enumerate(zip(selection.indices, selection.importance), start=1):
         start = grid.starts[index]
-        stop = np.minimum(start + np.array(grid.patch_size), np.array(frame.shape))
+        stop = np.minimum(start + np.array(grid.patch_size), np.array(model_grid.shape))
         edges_ijk = np.stack([start, stop])[:, ::-1] - 0.5  # KJI voxels -> ijk edges
-        edges_ras = edges_ijk @ frame.ijk_to_ras[:3, :3].T + frame.ijk_to_ras[:3, 3]
+        edges_ras = edges_ijk @ model_grid.ijk_to_ras[:3, :3].T + model_grid.ijk_to_ras[:3, 3]
         center, size = edges_ras.mean(0), edges_ras[1] - edges_ras[0]
         boxes.append(PatchBox(rank=rank, candidate=int(index), importance=importance, center_ras=tuple(map(float, center)), size_mm=tuple(map(float, size))))
     return tuple(boxes)
@@ -247,14 +247,14 @@ def structure_values(manifest: BundleManifest, structures: tuple[str, ...]) -> t
     return tuple(values[name] for name in structures) or tuple(values.values())
 
 
-def _warm_up(warm: Warm, volume: Volume, bundle: Bundle, *, device: str, report: Report, timings: dict[str, float]) -> None:
+def _fill_run_cache(run_cache: RunCache, volume: Volume, bundle: Bundle, *, device: str, on_progress: OnProgress, timings: dict[str, float]) -> None:
     """Open the nets and run the coarse pass, unless an earlier run did."""
-    if warm.nets is None:
-        report(Progress("load", 0.0, f"Loading model {bundle.manifest.name}"))
+    if run_cache.nets is None:
+        on_progress(Progress("load", 0.0, f"Loading model {bundle.manifest.name}"))
         with timed(timings, "load"):
-            warm.nets = open_nets(bundle, device=device)
-    if warm.coarse is None:
-        warm.coarse = coarse_pass(volume, warm.nets, report=report, timings=timings)
+            run_cache.nets = open_nets(bundle, device=device)
+    if run_cache.coarse is None:
+        run_cache.coarse = coarse_pass(volume, run_cache.nets, on_progress=on_progress, timings=timings)
 
 
 def _voxels_in_roi(volume: Volume, *, options: SegmentOptions, timings: dict[str, float]) -> np.ndarray | None:
@@ -281,9 +281,9 @@ def _patch_logits(coarse: CoarsePass, order: list[int], nets: Nets, *, patches: 
         yield index, ready.pop(index) if index in ready else patches.get(index)
 
 
-def _restored(labels: Tensor, frame: CanonicalFrame, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> Volume:
+def _restored(labels: Tensor, model_grid: ModelGrid, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> Volume:
     """Labels (D, H, W) on the volume's own grid, without what is not to be kept."""
-    labelmap = restore_labelmap(_kept(labels, keep), frame)
+    labelmap = restore_labelmap(_kept(labels, keep), model_grid)
     if in_roi is not None:
         labelmap.array[~in_roi] = 0
     return Volume(array=labelmap.array, ijk_to_ras=labelmap.ijk_to_ras, name=name)

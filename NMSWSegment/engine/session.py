@@ -1,36 +1,22 @@
 """What stays in memory between runs, so that a larger k runs only new patches and a smaller one only aggregates again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from NMSWSegment.engine.patch_cache import PatchCache
 from NMSWSegment.engine.runtime import OutOfMemory, open_nets, resolve_device, thread_count
-from NMSWSegment.engine.segment import CoarseResult, SegmentResult, Warm, segment_volume
+from NMSWSegment.engine.segment import CoarseResult, RunCache, SegmentResult, segment_volume
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.memory import available_memory_bytes, cache_limit_bytes
+from NMSWSegment.files.rates import Rate
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.protocol import Report, SegmentOptions, ignore_progress
+from NMSWSegment.protocol import OnProgress, SegmentOptions, ignore_progress
 
 PLANNING_S = 1.0
 """Far above what torch takes to plan a net at its first call; a measurement that is longer need not be repeated."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How long the work takes on a device."""
-
-    device: str
-    """The device that the nets really ran on."""
-    patch_s: float
-    """Seconds of one patch through the local net and into the result."""
-    voxel_s: float
-    """Seconds per canonical voxel of everything else but the restoring."""
-    source_voxel_s: float
-    """Seconds to restore the labels of one voxel of the volume."""
 
 
 class UnknownVolume(KeyError):
@@ -45,7 +31,7 @@ class Session:
     def __init__(self, *, max_patch_bytes: int | None = None) -> None:
         """Args: max_patch_bytes: for logits of patches; None suits the memory that is available now."""
         budget = cache_limit_bytes(available_memory_bytes()) if max_patch_bytes is None else max_patch_bytes
-        self._warm = Warm(patches=PatchCache(max_bytes=budget))
+        self._run_cache = RunCache(patches=PatchCache(max_bytes=budget))
         self._key: tuple[str, torch.device | None, int] = ("", None, 0)  # bundle, device and threads of what is kept
         self._volume_key: str | None = None
         self._volume: Volume | None = None
@@ -57,10 +43,10 @@ class Session:
         *,
         bundle: Bundle,
         options: SegmentOptions,
-        report: Report = ignore_progress,
+        on_progress: OnProgress = ignore_progress,
         coarse_ready: Callable[[CoarseResult], None] | None = None,
     ) -> SegmentResult:
-        """As engine.segment_volume, with everything that earlier runs left and that still fits.
+        """As segment.segment_volume, with everything that earlier runs left and that still fits.
 
         Args:
             volume_key: names the voxels and their place; another key is another volume.
@@ -68,7 +54,7 @@ class Session:
 
         Raises:
             UnknownVolume: the volume is None and the session does not hold it.
-            UserError: as engine.segment_volume.
+            UserError: as segment.segment_volume.
         """
         if volume is None and not self.holds(volume_key):
             raise UnknownVolume(volume_key)
@@ -76,25 +62,26 @@ class Session:
         if not self.holds(volume_key):
             self._take_volume(volume_key, volume)
         try:
-            return segment_volume(self._volume, bundle, options=options, report=report, warm=self._warm, coarse_ready=coarse_ready)
+            return segment_volume(self._volume, bundle, options=options, on_progress=on_progress, run_cache=self._run_cache, coarse_ready=coarse_ready)
         except OutOfMemory:
             self.forget()
             raise
 
-    def measure(self, bundle: Bundle, *, device: str, threads: int | None) -> Speed:
-        """Segment a small volume and look at the clock; the nets stay for the runs to come."""
+    def measure(self, bundle: Bundle, *, device: str, threads: int | None) -> tuple[str, Rate]:
+        """Segment a small volume and look at the clock; the nets stay for the runs to come.
+
+        Returns:
+            The device that the nets really ran on, and how fast it is.
+        """
         self._keep_what_fits(bundle, device=device, threads=threads)
-        self._warm.nets = nets = self._warm.nets or open_nets(bundle, device=device)
+        self._run_cache.nets = nets = self._run_cache.nets or open_nets(bundle, device=device)
         volume = _finer_phantom(bundle.manifest)
         options = SegmentOptions(num_patches=None, device=device, threads=threads)
         for _ in range(2):
-            facts = segment_volume(volume, bundle, options=options, warm=Warm(nets=nets)).report
-            timings = dict(facts["timings_s"])
-            if sum(timings.values()) > PLANNING_S:
+            run_info = segment_volume(volume, bundle, options=options, run_cache=RunCache(nets=nets)).run_info
+            if sum(run_info["timings_s"].values()) > PLANNING_S:
                 break
-        patch_s = (timings.pop("patches") + timings.pop("aggregate")) / len(facts["patches"])
-        source_voxel_s = timings.pop("restore") / volume.array.size
-        return Speed(device=facts["device"], patch_s=patch_s, voxel_s=sum(timings.values()) / facts["canonical_voxels"], source_voxel_s=source_voxel_s)
+        return run_info["device"], Rate.of_whole_run(run_info)
 
     def holds(self, volume_key: str) -> bool:
         """Whether a run with this key needs no volume."""
@@ -109,7 +96,7 @@ class Session:
         """Drop the nets of another bundle or device, and results of other nets or of another number of threads."""
         key = (bundle.sha256, resolve_device(device), thread_count(threads))
         if key[:2] != self._key[:2]:
-            self._warm.nets = None
+            self._run_cache.nets = None
         if key != self._key:
             # Threads share out the sums, so that the last digits of a logit may depend on their number.
             self._drop_results()
@@ -119,13 +106,13 @@ class Session:
         """Another volume. Nets that lacked memory for the last one get the GPU back."""
         self._drop_results()
         self._volume_key, self._volume = volume_key, volume
-        if self._warm.nets and self._warm.nets.device_steps:
-            self._warm.nets = None
+        if self._run_cache.nets and self._run_cache.nets.device_steps:
+            self._run_cache.nets = None
 
     def _drop_results(self) -> None:
         """Drop what was computed of the volume."""
-        self._warm.coarse = None
-        self._warm.patches.clear()
+        self._run_cache.coarse = None
+        self._run_cache.patches.clear()
 
 
 def _finer_phantom(manifest: BundleManifest) -> Volume:

@@ -10,7 +10,7 @@ Requests on standard input:
 End of input: stop at once, wherever it is.
 
 Events on standard output: ready (before torch is loaded), devices, rate, progress, coarse, done, cancelled, unknown_volume, and
-error with kind "user" (the message is for a person) or "bug" (the details are a traceback). Results lie in the request's folder.
+error with kind "user" (the message is for the user) or "bug" (the details are a traceback). Results lie in the request's folder.
 
 At file scope only what loads at once and prints nothing: standard output belongs to the protocol before any library comes in.
 """
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
     from NMSWSegment.files.volume import Volume
 
 PROGRESS_INTERVAL_S = 0.05
-"""Progress inside one stage is told at most this often."""
+"""Progress inside one stage is sent at most this often."""
 DONE, NO_TORCH = 0, 2
 
 Send = Callable[[dict], None]
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """`nmsw worker`, before anything but this file is imported."""
     parser = argparse.ArgumentParser(prog="nmsw worker", description="Serve the Slicer panel: JSON lines on standard input and output.")
     add_arguments(parser)
     try:
-        arguments = parser.parse_args(words)
+        arguments = parser.parse_args(argv)
     except SystemExit as exit_:  # --help ends so
         return int(exit_.code or DONE)
     return run(arguments)
@@ -156,8 +156,8 @@ class Server:
         from NMSWSegment.files.bundle import load_bundle
 
         folder, run_id = Path(request["folder"]), request["id"]
-        report = progress_events(self._send, run_id=run_id, is_cancelled=lambda: self._inbox.is_cancelled(number))
-        report(Progress("start", 0.0, "Starting"))
+        on_progress = progress_events(self._send, run_id=run_id, is_cancelled=lambda: self._inbox.is_cancelled(number))
+        on_progress(Progress("start", 0.0, "Starting"))
         options = SegmentOptions.from_dict(request["options"])
         bundle = load_bundle(options.bundle)
         key = json.dumps([request["volume"]["key"], request["volume"]["ijk_to_ras"]])
@@ -166,17 +166,17 @@ class Server:
             self._session.forget()  # makes room
             volume = _read_volume(folder, request["volume"])
         coarse_ready = (lambda coarse: self._send(_coarse_event(coarse, folder=folder, run_id=run_id))) if request["coarse_first"] else None
-        result = self._session.run(key, volume, bundle=bundle, options=options, report=report, coarse_ready=coarse_ready)
+        result = self._session.run(key, volume, bundle=bundle, options=options, on_progress=on_progress, coarse_ready=coarse_ready)
         _write_array(folder, "labels.npy", result.labelmap.array)
-        self._send({"event": "done", "id": run_id, "labelmap": "labels.npy", "report": result.report, "holds": request["volume"]["key"]})
+        self._send({"event": "done", "id": run_id, "labelmap": "labels.npy", "run_info": result.run_info, "holds": request["volume"]["key"]})
 
     def _measure(self, request: dict) -> None:
-        """Open the nets and tell how fast they are."""
+        """Open the nets and measure how fast they are."""
         from NMSWSegment.files.bundle import load_bundle
 
         bundle = load_bundle(request["bundle"])
-        speed = asdict(self._session.measure(bundle, device=request["device"], threads=request["threads"]))
-        self._send({"event": "rate", "bundle": bundle.manifest.name, "device": speed.pop("device"), "rate": speed})
+        device, rate = self._session.measure(bundle, device=request["device"], threads=request["threads"])
+        self._send({"event": "rate", "bundle": bundle.manifest.name, "device": device, "rate": asdict(rate)})
 
 
 def _taken_standard_streams() -> tuple[BinaryIO, BinaryIO]:
@@ -223,10 +223,10 @@ def _read_requests(stream: BinaryIO, inbox: Inbox, send: Send, folder: Path | No
 
 
 def progress_events(send: Send, *, run_id: int, is_cancelled: Callable[[], bool]) -> Callable[[Progress], None]:
-    """A report callback that sends events, the first of every stage and then not too many."""
+    """A progress callback that sends events, the first of every stage and then not too many."""
     last_stage, last_time = "", 0.0
 
-    def report(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         nonlocal last_stage, last_time
         if is_cancelled():
             raise Cancelled
@@ -235,7 +235,7 @@ def progress_events(send: Send, *, run_id: int, is_cancelled: Callable[[], bool]
             last_stage, last_time = progress.stage, now
             send({"event": "progress", "id": run_id} | asdict(progress))
 
-    return report
+    return on_progress
 
 
 def _coarse_event(coarse: "CoarseResult", *, folder: Path, run_id: int) -> dict:
@@ -246,7 +246,7 @@ def _coarse_event(coarse: "CoarseResult", *, folder: Path, run_id: int) -> dict:
     return {"event": "coarse", "id": run_id, "labelmap": "coarse.npy", "importance": importance, "candidates": coarse.candidates}
 
 
-def _read_volume(folder: Path, facts: dict) -> "Volume":
+def _read_volume(folder: Path, volume_info: dict) -> "Volume":
     """The volume of a request.
 
     Raises:
@@ -266,10 +266,10 @@ def _read_volume(folder: Path, facts: dict) -> "Volume":
     if not (np.isfinite(array.min()) and np.isfinite(array.max())):
         num_bad = int((~np.isfinite(array)).sum())
         raise UserError(
-            f"The volume '{facts['name']}' has {num_bad} voxels that are no number (NaN or infinite). Replace them, for example by -1024 (air), and "
+            f"The volume '{volume_info['name']}' has {num_bad} voxels that are no number (NaN or infinite). Replace them, for example by -1024 (air), and "
             "segment again."
         )
-    return Volume(array=array, ijk_to_ras=np.array(facts["ijk_to_ras"], dtype=np.float64), name=facts["name"])
+    return Volume(array=array, ijk_to_ras=np.array(volume_info["ijk_to_ras"], dtype=np.float64), name=volume_info["name"])
 
 
 def _write_array(folder: Path, name: str, array: "np.ndarray") -> None:
@@ -292,7 +292,7 @@ def _write_array(folder: Path, name: str, array: "np.ndarray") -> None:
 
 
 def _error_event(run_id: int | None, kind: str, message: str, details: str = "") -> dict:
-    """The event that tells of an error; it belongs to no run where the id is None."""
+    """The event of an error; it belongs to no run where the id is None."""
     return {"event": "error", "id": run_id, "kind": kind, "message": message, "details": details}
 
 

@@ -1,18 +1,15 @@
 """`nmsw compare`: NMSW against honest baselines, on labelled cases or, for speed alone, on random weights."""
 
 import argparse
-import importlib.util
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from NMSWSegment.evaluation import fusion_speed, speed
 from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, read_case, was_held_out
 from NMSWSegment.evaluation.charts import write_dsc_by_k, write_pareto
 from NMSWSegment.evaluation.comparison_page import ABLATION_ONLY, comparison_page, put_into_page
-from NMSWSegment.evaluation.comparison_run import CompareOptions, Job, labelmap_path, run_comparison
+from NMSWSegment.evaluation.comparison_run import CaseOfBundle, CompareOptions, labelmap_path, run_comparison
 from NMSWSegment.evaluation.evaluate import make_folder, patch_counts
 from NMSWSegment.evaluation.methods import Method, comparison_methods
 from NMSWSegment.evaluation.plots import write_errors
@@ -21,7 +18,8 @@ from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.output_file import replaced_file
 from NMSWSegment.files.outputs import require_matplotlib
 from NMSWSegment.files.volume import read_volume
-from NMSWSegment.protocol import PatchBox, UserError, unknown_name
+from NMSWSegment.progress_bar import progress_bar
+from NMSWSegment.protocol import OnProgress, PatchBox, UserError, unknown_name
 
 ABLATIONS = {"policy": ("top_k", "greedy", "random_fair"), "class_weights": ("greedy", "no_weights"), "pooling": ("top_k", "one_voxel")}
 """Name -> methods at every k. The estimator and the k of training need a training run each and are not here."""
@@ -47,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw compare`."""
     make_folder(arguments.output)
-    with progress_bar() as tell:
+    with progress_bar(is_transient=False) as on_progress:
         carry_out = speed.run_speed if arguments.speed else fusion_speed.run_fusion if arguments.fusion else _compare
-        page, pictures, sentence = carry_out(arguments, tell=tell)
+        page, pictures, sentence = carry_out(arguments, on_progress=on_progress)
     _write_text(arguments.output / "table.md", page)
     if arguments.docs:
         _write_docs(page, pictures, docs=arguments.docs, folder=arguments.output)
@@ -73,21 +71,7 @@ def chosen_methods(*, ks: Sequence[int], wanted: str, ablations: Sequence[str]) 
     return [method for name, method in every.items() if name in (*names, *added)]
 
 
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """A callback that draws what comes next and the share that is done, on standard error; plain lines where that is no terminal or rich is missing."""
-    if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):
-        yield lambda message, fraction: print(f"{fraction:4.0%} {message}", file=sys.stderr, flush=True)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    with Progress(BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task("Starting", total=1.0)
-        yield lambda message, fraction: bar.update(task, completed=fraction, description=message)
-
-
-def _compare(arguments: argparse.Namespace, *, tell: Callable[[str, float], None]) -> tuple[str, list[str], str]:
+def _compare(arguments: argparse.Namespace, *, on_progress: OnProgress) -> tuple[str, list[str], str]:
     """Measure and write everything but the page: the page, its pictures, the sentence."""
     require_matplotlib()
     if not arguments.data:
@@ -98,22 +82,22 @@ def _compare(arguments: argparse.Namespace, *, tell: Callable[[str, float], None
         if name not in ABLATIONS:
             raise UserError(unknown_name("ablation", name, list(ABLATIONS)))
     methods = chosen_methods(ks=ks, wanted=arguments.methods, ablations=ablations)
-    jobs = _jobs(arguments)
+    bundle_cases = _bundle_cases(arguments)
     options = CompareOptions(
-        bundles={job.bundle.manifest.name: job.bundle.sha256 for job in jobs},
+        bundles={bundle_case.bundle.manifest.name: bundle_case.bundle.sha256 for bundle_case in bundle_cases},
         data=tuple(arguments.data),
-        cases={name: tuple(job.case.files.name for job in jobs if job.bundle.manifest.name == name) for name in dict.fromkeys(job.bundle.manifest.name for job in jobs)},
+        cases={name: tuple(bundle_case.case.files.name for bundle_case in bundle_cases if bundle_case.bundle.manifest.name == name) for name in dict.fromkeys(bundle_case.bundle.manifest.name for bundle_case in bundle_cases)},
         methods=tuple(method.name for method in methods),
         device=arguments.device,
         threads=arguments.threads,
         held_out=arguments.held_out,
     )
-    results = run_comparison(jobs, methods, options=options, folder=arguments.output, tell=tell)
+    results = run_comparison(bundle_cases, methods, options=options, folder=arguments.output, on_progress=on_progress)
     groups = table_groups(results["records"], held_out=arguments.held_out)
     pictures = []
     for number, (_, records) in enumerate(groups.items(), start=1):
         prefix = "" if len(groups) == 1 else f"{number}-"
-        pictures += [f"{prefix}{name}" for name in _write_files(records, jobs=jobs, ks=ks, folder=arguments.output, prefix=prefix)]
+        pictures += [f"{prefix}{name}" for name in _write_files(records, bundle_cases=bundle_cases, ks=ks, folder=arguments.output, prefix=prefix)]
     page = comparison_page(groups, results=results, ks=ks, ablations={name: ABLATIONS[name] for name in ablations}, pictures=pictures)
     return page, pictures, plain_sentence(summary_rows(next(iter(groups.values()))))
 
@@ -126,47 +110,47 @@ def table_groups(records: Sequence[dict], *, held_out: bool) -> dict[str, list[d
     return {f"Bundle {name}": [record for record in records if record["bundle"] == name] for name in dict.fromkeys(record["bundle"] for record in records)}
 
 
-def _jobs(arguments: argparse.Namespace) -> list[Job]:
+def _bundle_cases(arguments: argparse.Namespace) -> list[CaseOfBundle]:
     """Every bundle with its cases.
 
     Raises:
         UserError: two bundles have one name, or --held-out leaves nothing.
     """
-    jobs: list[Job] = []
+    bundle_cases: list[CaseOfBundle] = []
     for source in arguments.bundle:
         bundle = load_bundle(source)
-        if any(job.bundle.manifest.name == bundle.manifest.name for job in jobs):
+        if any(bundle_case.bundle.manifest.name == bundle.manifest.name for bundle_case in bundle_cases):
             raise UserError(f"Two bundles are named '{bundle.manifest.name}'. Export one of them under another name.")
         cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases, split=arguments.split)
         cases = [case for case in cases if not arguments.held_out or was_held_out(case.files.name, bundle.manifest)]
         if not cases:
             raise UserError(f"The training of bundle '{bundle.manifest.name}' held out none of the cases. Leave --held-out away, or give the cases that it held out.")
-        jobs += [Job(bundle=bundle, source=str(source), case=case) for case in cases]
-    return jobs
+        bundle_cases += [CaseOfBundle(bundle=bundle, source=str(source), case=case) for case in cases]
+    return bundle_cases
 
 
-def _write_files(records: Sequence[dict], *, jobs: Sequence[Job], ks: Sequence[int], folder: Path, prefix: str) -> list[str]:
+def _write_files(records: Sequence[dict], *, bundle_cases: Sequence[CaseOfBundle], ks: Sequence[int], folder: Path, prefix: str) -> list[str]:
     """Tables and pictures of one group; the names of the pictures without the prefix."""
     rows = summary_rows(records)
     _write_text(folder / f"{prefix}table.csv", csv_text(rows))
     _write_text(folder / f"{prefix}structures.csv", structures_csv_text(records, METRICS))
     write_pareto(rows, folder / f"{prefix}pareto.png")
     write_dsc_by_k(rows, folder / f"{prefix}dsc_by_k.png")
-    _write_error_picture(records, jobs=jobs, ks=ks, path=folder / f"{prefix}errors.png")
+    _write_error_picture(records, bundle_cases=bundle_cases, ks=ks, path=folder / f"{prefix}errors.png")
     return list(PICTURES)
 
 
-def _write_error_picture(records: Sequence[dict], *, jobs: Sequence[Job], ks: Sequence[int], path: Path) -> None:
+def _write_error_picture(records: Sequence[dict], *, bundle_cases: Sequence[CaseOfBundle], ks: Sequence[int], path: Path) -> None:
     """Where some methods err on the first case, and the patches they chose."""
     first = records[0]
-    job = next(job for job in jobs if (job.bundle.manifest.name, job.case.files.name) == (first["bundle"], first["case"]))
-    volume, reference = read_case(job.case)
+    bundle_case = next(bundle_case for bundle_case in bundle_cases if (bundle_case.bundle.manifest.name, bundle_case.case.files.name) == (first["bundle"], first["case"]))
+    volume, reference = read_case(bundle_case.case)
     k = sorted(ks)[len(ks) // 2] if ks else 0
     results = []
     for record in records:
         if record["case"] == first["case"] and record["bundle"] == first["bundle"] and record["method"] in ("coarse", f"top_k_{k}", f"greedy_{k}", "sw_0.50"):
             labelmap = read_volume(labelmap_path(path.parent, bundle=record["bundle"], case=record["case"], method=record["method"]))
-            results.append((record["title"], labelmap, [PatchBox(**patch) for patch in record["patches"]]))
+            results.append((record["title"], labelmap, [PatchBox.from_dict(patch) for patch in record["patches"]]))
     write_errors(volume, reference, results or [(first["title"], reference, ())], title=first["case"], path=path)
 
 

@@ -1,21 +1,21 @@
 """The measurements of a comparison: one record a bundle, case and method, written as it comes, so that a stopped run goes on."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from NMSWSegment.data.prepared_case import CaseRequest
 from NMSWSegment.evaluation.cases import read_case, score_labelmap, was_held_out
 from NMSWSegment.evaluation.costs import bundle_costs
-from NMSWSegment.evaluation.measurement import in_own_process, json_text, machine_facts, measure, today
+from NMSWSegment.evaluation.measurement import in_own_process, json_text, machine_info, measure, today
 from NMSWSegment.evaluation.methods import Method
 from NMSWSegment.files.bundle import Bundle
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.model_grid import canonical_frame
+from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.files.output_file import replaced_file
 from NMSWSegment.files.volume import Volume, read_volume
-from NMSWSegment.protocol import UserError
+from NMSWSegment.protocol import OnProgress, Progress, UserError
 
 RESULTS_NAME = "results.json"
 LABELMAPS_FOLDER = "labelmaps"
@@ -38,7 +38,7 @@ class CompareOptions:
 
 
 @dataclass(frozen=True)
-class Job:
+class CaseOfBundle:
     """One bundle on one case."""
 
     bundle: Bundle
@@ -47,47 +47,47 @@ class Job:
     case: CaseRequest
 
 
-def run_comparison(jobs: Sequence[Job], methods: Sequence[Method], *, options: CompareOptions, folder: Path, tell: Callable[[str, float], None]) -> dict:
+def run_comparison(bundle_cases: Sequence[CaseOfBundle], methods: Sequence[Method], *, options: CompareOptions, folder: Path, on_progress: OnProgress) -> dict:
     """Measure what is missing in the folder's results and return all of them.
 
     Args:
-        tell: called with what comes next and the share that is done.
+        on_progress: called with what comes next and the share that is done.
 
     Returns:
         {"options", "machine", "date", "records"}, as in results.json.
 
     Raises:
-        UserError: the folder holds the results of other options or of another computer, or a method failed in a way a person can fix.
+        UserError: the folder holds the results of other options or of another computer, or a method failed in a way a user can fix.
     """
     results = open_results(folder, options=options, device=options.device, threads=options.threads)
     done = {(record["bundle"], record["case"], record["method"]) for record in results["records"]}
-    num_steps = len(jobs) * len(methods)
-    for number, job in enumerate(jobs):
-        missing = [method for method in methods if (job.bundle.manifest.name, job.case.files.name, method.name) not in done]
+    num_steps = len(bundle_cases) * len(methods)
+    for number, bundle_case in enumerate(bundle_cases):
+        missing = [method for method in methods if (bundle_case.bundle.manifest.name, bundle_case.case.files.name, method.name) not in done]
         if not missing:
             continue
-        volume, reference = read_case(job.case)
+        volume, reference = read_case(bundle_case.case)
         for method in missing:
-            tell(f"{job.case.files.name}, {job.bundle.manifest.name}: {method.title}", (number * len(methods) + methods.index(method)) / num_steps)
-            results["records"].append(measured_record(job, method, volume=volume, reference=reference, options=options, folder=folder))
+            on_progress(Progress("compare", (number * len(methods) + methods.index(method)) / num_steps, f"{bundle_case.case.files.name}, {bundle_case.bundle.manifest.name}: {method.title}"))
+            results["records"].append(measured_record(bundle_case, method, volume=volume, reference=reference, options=options, folder=folder))
             write_results(results, folder)
     return results
 
 
-def measured_record(job: Job, method: Method, *, volume: Volume, reference: Volume, options: CompareOptions, folder: Path) -> dict:
+def measured_record(bundle_case: CaseOfBundle, method: Method, *, volume: Volume, reference: Volume, options: CompareOptions, folder: Path) -> dict:
     """Everything about one method on one case, JSON-ready."""
-    manifest = job.bundle.manifest
-    path = labelmap_path(folder, bundle=manifest.name, case=job.case.files.name, method=method.name)
+    manifest = bundle_case.bundle.manifest
+    path = labelmap_path(folder, bundle=manifest.name, case=bundle_case.case.files.name, method=method.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = in_own_process(measure, method, bundle=job.source, image=job.case.files.image, labelmap=path, device=options.device, threads=options.threads)
-    frame = canonical_frame(volume.shape, volume.ijk_to_ras, spacing_mm=manifest.spacing_mm)
-    costs = bundle_costs(manifest, CandidateGrid.covering(frame.shape, patch_size=manifest.patch_size, overlap=manifest.overlap))
-    record = {"bundle": manifest.name, "case": job.case.files.name, "held_out": was_held_out(job.case.files.name, manifest), "method": method.name, "title": method.title}
+    measured = in_own_process(measure, method, bundle=bundle_case.source, image=bundle_case.case.files.image, labelmap=path, device=options.device, threads=options.threads)
+    model_grid = model_grid_around(volume.shape, volume.ijk_to_ras, spacing_mm=manifest.spacing_mm)
+    costs = bundle_costs(manifest, CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap))
+    record = {"bundle": manifest.name, "case": bundle_case.case.files.name, "held_out": was_held_out(bundle_case.case.files.name, manifest), "method": method.name, "title": method.title}
     record |= {
-        "macs": costs.true.total(facts["windows"], uses_coarse=method.uses_coarse) if costs else None,
-        "paper_macs": costs.paper.total(facts["windows"], uses_coarse=method.uses_coarse) if costs else None,
+        "macs": costs.true.total(measured["windows"], uses_coarse=method.uses_coarse) if costs else None,
+        "paper_macs": costs.paper.total(measured["windows"], uses_coarse=method.uses_coarse) if costs else None,
     }
-    return record | facts | {"scores": score_labelmap(read_volume(path), reference, manifest=manifest)}
+    return record | measured | {"scores": score_labelmap(read_volume(path), reference, manifest=manifest)}
 
 
 def open_results(folder: Path, *, options: object, device: str, threads: int | None) -> dict:
@@ -100,7 +100,7 @@ def open_results(folder: Path, *, options: object, device: str, threads: int | N
         UserError: the file is damaged, or its figures belong to other options or to another computer.
     """
     path = folder / RESULTS_NAME
-    now = {"options": json.loads(json.dumps(asdict(options))), "machine": machine_facts(device=device, threads=threads)}
+    now = {"options": json.loads(json.dumps(asdict(options))), "machine": machine_info(device=device, threads=threads)}
     if not path.exists():
         return now | {"date": today(), "records": []}
     try:

@@ -60,7 +60,7 @@ def bundle_costs(manifest: BundleManifest, grid: CandidateGrid) -> Costs | None:
 
 
 def coarse_shape(shape: Sequence[int], *, manifest: BundleManifest) -> tuple[int, int, int]:
-    """Voxels that the coarse net sees of a canonical volume of `shape`, its padding to whole multiples included, KJI."""
+    """Voxels that the coarse net sees of a volume on the model grid of `shape`, its padding to whole multiples included, KJI."""
     multiple = manifest.coarse_multiple
     lengths = [-(-length // factor) for length, factor in zip(shape, manifest.coarse_factor)]
     return tuple(-(-length // multiple) * multiple for length in lengths)

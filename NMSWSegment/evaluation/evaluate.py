@@ -51,9 +51,9 @@ def evaluate(
         for k in ks:
             started = time.perf_counter()
             result = segment_volume(volume, bundle, options=SegmentOptions(num_patches=k, policy=policy, device=device, threads=threads))
-            facts = {"seconds": round(time.perf_counter() - started, 2), "candidates": result.report["candidates"]}
+            run_info = {"seconds": round(time.perf_counter() - started, 2), "candidates": result.run_info["candidates"]}
             k_name = "all" if k is None else str(k)
-            scores[name][k_name] = facts | score_labelmap(result.labelmap, reference, manifest=bundle.manifest)
+            scores[name][k_name] = run_info | score_labelmap(result.labelmap, reference, manifest=bundle.manifest)
             if pictures:
                 title = f"{name}, {bundle.manifest.name}, k = {k_name}"
                 write_side_by_side(volume, reference, result.labelmap, labels=bundle.manifest.labels, title=title, path=pictures / f"{name}-k{k_name}.png")
@@ -131,9 +131,9 @@ def patch_counts(text: str) -> list[int | None]:
         UserError: a word is neither a whole number nor 'all'.
     """
     words = [word.strip() for word in text.split(",")]
-    strange = [word for word in words if word != "all" and not word.lstrip("-").isdigit()]
-    if strange:
-        raise UserError(f"--k holds '{strange[0]}'. Give whole numbers or 'all', for example 0,5,10,all.")
+    unexpected = [word for word in words if word != "all" and not word.lstrip("-").isdigit()]
+    if unexpected:
+        raise UserError(f"--k holds '{unexpected[0]}'. Give whole numbers or 'all', for example 0,5,10,all.")
     return [None if word == "all" else int(word) for word in words]
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from NMSWSegment.evaluation.tables import markdown
 from NMSWSegment.nets.e2enet import fusion_convolutions, without_unused_channels
 from NMSWSegment.nets.macs import count_macs
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet
+from NMSWSegment.protocol import OnProgress, Progress
 from NMSWSegment.training.sparse import SPARSITIES, FusionSparsity, SparsityOptions
 
 
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fusion", action="store_true", help="E2ENet dense, masked and sliced on one patch, random weights; with --preset, --classes, --windows (rounds) of --speed")
 
 
-def run_fusion(arguments: argparse.Namespace, *, tell: Callable[[str, float], None]) -> tuple[str, list[str], str]:
+def run_fusion(arguments: argparse.Namespace, *, on_progress: OnProgress) -> tuple[str, list[str], str]:
     """The page, no pictures, and a sentence."""
     options = FusionOptions(classes=arguments.classes, preset=arguments.preset, rounds=arguments.windows, device=arguments.device, threads=arguments.threads)
     folder: Path = arguments.output
     results = open_results(folder, options=options, device=options.device, threads=options.threads)
     if not results["records"]:
-        tell("E2ENet dense, masked, sliced", 0.0)
+        on_progress(Progress("compare", 0.0, "E2ENet dense, masked, sliced"))
         results["records"] = in_own_process(measure_fusion, options)
         write_results(results, folder)
     return fusion_page(results, options), [], fusion_sentence(results["records"])

@@ -17,7 +17,7 @@ import torch
 
 import NMSWSegment
 from NMSWSegment.engine.runtime import available_devices, resolve_device, thread_count
-from NMSWSegment.engine.segment import Warm, timed
+from NMSWSegment.engine.segment import RunCache, timed
 from NMSWSegment.evaluation.methods import Method
 from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.volume import read_volume, write_labelmap
@@ -44,28 +44,28 @@ def measure(method: Method, *, bundle: str, image: Path, labelmap: Path, device:
         Python and its imports are in neither.
 
     Raises:
-        UserError: as engine.segment_volume.
+        UserError: as segment.segment_volume.
     """
-    loaded, warm, facts = load_bundle(bundle), Warm(), {}
+    loaded, run_cache, measured = load_bundle(bundle), RunCache(), {}
     options = SegmentOptions(bundle=bundle, num_patches=method.num_patches, policy=method.policy, device=device, threads=threads)
     on_gpu = resolve_device(device).type == "cuda"
     for run in RUNS:
         timings: dict[str, float] = {}
         with timed(timings, "read"):
             volume = read_volume(image)
-        result = method.segment(volume, loaded, options=options, warm=warm)
-        timings |= result.report["timings_s"]
+        result = method.segment(volume, loaded, options=options, run_cache=run_cache)
+        timings |= result.run_info["timings_s"]
         with timed(timings, "write"):
             write_labelmap(result.labelmap, labelmap, labels=loaded.manifest.labels)
-        facts[f"seconds_{run}"] = {stage: round(timings.get(stage, 0.0), 4) for stage in STAGES}
+        measured[f"seconds_{run}"] = {stage: round(timings.get(stage, 0.0), 4) for stage in STAGES}
         if run == "cold":
-            facts["peak_memory_bytes"] = peak_memory_bytes()
-            facts["gpu_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
-        warm = Warm(nets=warm.nets)
-    return facts | {
-        "windows": result.report.get("windows", len(result.patches)),
-        "candidates": result.report["candidates"],
-        "device": result.report["device"],
+            measured["peak_memory_bytes"] = peak_memory_bytes()
+            measured["gpu_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
+        run_cache = RunCache(nets=run_cache.nets)
+    return measured | {
+        "windows": result.run_info.get("windows", len(result.patches)),
+        "candidates": result.run_info["candidates"],
+        "device": result.run_info["device"],
         "patches": [asdict(patch) for patch in result.patches],
     }
 
@@ -103,7 +103,7 @@ def peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def machine_facts(*, device: str, threads: int | None) -> dict:
+def machine_info(*, device: str, threads: int | None) -> dict:
     """What figures depend on besides the method, JSON-ready."""
     return {
         "processor": _processor_name(),

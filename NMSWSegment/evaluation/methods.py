@@ -17,7 +17,7 @@ from NMSWSegment.evaluation.baselines import (
 from NMSWSegment.protocol import AUTO
 
 Segment = Callable[..., SegmentResult]
-"""(volume, bundle, *, options, report, warm) -> SegmentResult, as engine.segment_volume."""
+"""(volume, bundle, *, options, on_progress, run_cache) -> SegmentResult, as segment.segment_volume."""
 
 
 @dataclass(frozen=True)

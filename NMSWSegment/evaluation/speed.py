@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from NMSWSegment.evaluation.speed_measurement import METHODS, SpeedOptions, meas
 from NMSWSegment.evaluation.tables import markdown
 from NMSWSegment.files.memory import available_memory_bytes
 from NMSWSegment.nets.backbones import BACKBONES, NUM_FEATURES
-from NMSWSegment.protocol import UserError
+from NMSWSegment.protocol import OnProgress, Progress, UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--windows", type=int, default=3, metavar="N", help="windows of each method that are measured; the others are extrapolated (default: %(default)s)")
 
 
-def run_speed(arguments: argparse.Namespace, *, tell: Callable[[str, float], None]) -> tuple[str, list[str], str]:
+def run_speed(arguments: argparse.Namespace, *, on_progress: OnProgress) -> tuple[str, list[str], str]:
     """The page, no pictures, and a sentence."""
     options = SpeedOptions(
         shape=tuple(arguments.shape),
@@ -45,7 +44,7 @@ def run_speed(arguments: argparse.Namespace, *, tell: Callable[[str, float], Non
     for number, method in enumerate(METHODS):
         if method in done:
             continue
-        tell(f"{options.backbone}: {_title(method)}", number / len(METHODS))
+        on_progress(Progress("compare", number / len(METHODS), f"{options.backbone}: {_title(method)}"))
         _check_memory(method, options)
         record = in_own_process(measure_speed, method, options)
         macs, paper_macs = speed_macs(method, options, windows=record["windows"])

@@ -15,14 +15,14 @@ from NMSWSegment.engine.aggregation import CoarseUpsampler
 from NMSWSegment.engine.resampling import coarse_input
 from NMSWSegment.engine.runtime import Nets, reproducible, resolve_device
 from NMSWSegment.engine.segment import CoarsePass, choose, refine, timed
-from NMSWSegment.evaluation.baselines import Work, slide
+from NMSWSegment.evaluation.baselines import MethodRun, slide
 from NMSWSegment.evaluation.costs import coarse_shape, run_costs
 from NMSWSegment.evaluation.measurement import peak_memory_bytes
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.labels import coded_labels
-from NMSWSegment.files.model_grid import canonical_frame
+from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import SegmentOptions, UserError, ignore_progress
 
@@ -92,23 +92,23 @@ def measure_speed(method: str, options: SpeedOptions) -> dict:
     net = NMSWNet(options.architecture).eval().to(device)
     local = FirstCalls(net.local, limit=options.windows)
     nets = Nets(manifest=manifest, coarse_net=net.coarse, local_net=local, device=device)
-    work = Work(nets=nets, options=SegmentOptions(num_patches=METHODS[method]), report=ignore_progress)
+    run = MethodRun(nets=nets, options=SegmentOptions(num_patches=METHODS[method]), on_progress=ignore_progress)
     x = torch.rand(1, 1, *options.grid.padded_shape)
     with reproducible(options.threads), torch.inference_mode():
         if method.startswith("sw"):
             x = x[(..., *(slice(0, length) for length in options.shape))].contiguous()
-            windows = slide(x, work, grid=options.grid, overlap=OVERLAP)[1]
+            windows = slide(x, run, grid=options.grid, overlap=OVERLAP)[1]
         else:
-            coarse = _coarse_pass(x, work, options=options)
-            with timed(work.timings, "select"):
-                selection = choose(coarse, options=work.options)
-            refine(coarse, selection, nets, timings=work.timings)
+            coarse = _coarse_pass(x, run, options=options)
+            with timed(run.timings, "select"):
+                selection = choose(coarse, options=run.options)
+            refine(coarse, selection, nets, timings=run.timings)
             windows = len(selection.indices)
     return {
         "method": method,
         "windows": windows,
         "seconds_per_patch": [round(seconds, 4) for seconds in local.seconds_per_patch],
-        "seconds": {stage: round(seconds, 3) for stage, seconds in work.timings.items() if stage != "patches"},
+        "seconds": {stage: round(seconds, 3) for stage, seconds in run.timings.items() if stage != "patches"},
         "peak_memory_bytes": peak_memory_bytes(),
         "gpu_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }
@@ -127,15 +127,15 @@ def speed_macs(method: str, options: SpeedOptions, *, windows: int) -> tuple[int
     return true.total(windows, uses_coarse=uses_coarse), paper.total(windows, uses_coarse=uses_coarse)
 
 
-def _coarse_pass(x: Tensor, work: Work, *, options: SpeedOptions) -> CoarsePass:
+def _coarse_pass(x: Tensor, run: MethodRun, *, options: SpeedOptions) -> CoarsePass:
     """The coarse net really runs; its logits are replaced by smooth ones, because those of random weights would make every cell a mixed one."""
-    with timed(work.timings, "coarse"):
-        logits, importance_map = work.nets.coarse(coarse_input(x, coarse_factor=work.nets.manifest.coarse_factor))
+    with timed(run.timings, "coarse"):
+        logits, importance_map = run.nets.coarse(coarse_input(x, coarse_factor=run.nets.manifest.coarse_factor))
     logits = _phantom_logits(tuple(logits.shape[1:]), classes=options.classes)
-    with timed(work.timings, "upsample"):
+    with timed(run.timings, "upsample"):
         labels = CoarseUpsampler(logits, shape=options.grid.padded_shape).labels()
-    frame = canonical_frame(options.grid.padded_shape, np.eye(4), spacing_mm=(1.0, 1.0, 1.0))
-    return CoarsePass(x=x, frame=frame, grid=options.grid, coarse_logits=logits, importance_map=importance_map, coarse_labels=labels)
+    model_grid = model_grid_around(options.grid.padded_shape, np.eye(4), spacing_mm=(1.0, 1.0, 1.0))
+    return CoarsePass(x=x, model_grid=model_grid, grid=options.grid, coarse_logits=logits, importance_map=importance_map, coarse_labels=labels)
 
 
 def _phantom_logits(shape: tuple[int, int, int], *, classes: int) -> Tensor:

@@ -1,7 +1,7 @@
 """A bundle: a folder with a manifest and two TorchScript nets, checked before it is trusted.
 
 The manifest says everything that inference needs to know: labels, spacing, intensity, patches, hashes. Bundles come with
-the program, or a person installs them into a folder of their own, which an update of the program leaves alone.
+the program, or a user installs them into a folder of their own, which an update of the program leaves alone.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ MANIFEST_NAME = "manifest.json"
 BUNDLES_FOLDER = resources_folder() / "Bundles"
 """The bundles that come with the program."""
 USER_FOLDER_VARIABLE = "NMSW_BUNDLES"
-"""Environment variable that moves the folder of a person's own bundles, for example to a network drive of the department."""
+"""Environment variable that moves the folder of user-installed bundles, for example to a network drive of the department."""
 NET_NAMES = ("coarse.pt", "local.pt")
 MAX_NAME_LENGTH = 64  # Windows takes 260 characters for a whole path
 _WINDOWS_CHARACTERS = frozenset('<>:"/\\|?*')
@@ -60,7 +60,7 @@ class Label:
 
     @property
     def title(self) -> str:
-        """Name for a person: 'right kidney' for kidney_right."""
+        """Display name: 'right kidney' for kidney_right."""
         words = self.name.split("_")
         if words[-1] in ("left", "right"):
             words = [words[-1], *words[:-1]]
@@ -104,7 +104,7 @@ class BundleManifest:
     """What the weights were trained on and how; for people."""
     scores: dict = field(default_factory=dict)
     """Held-out scores; for people."""
-    licence: str = "Apache-2.0"
+    license: str = "Apache-2.0"
     attributions: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
@@ -132,8 +132,10 @@ class BundleManifest:
         found_version = values.get("format_version", FORMAT_VERSION)
         if found_version != FORMAT_VERSION:
             raise UserError(f"The bundle has format {found_version}, this program reads format {FORMAT_VERSION}. Update NMSWSegment or export the bundle again.")
-        reject_unknown_keys(cls, values, where="the bundle manifest")
         values = dict(values)
+        if "licence" in values:  # as the key was spelled at first
+            values.setdefault("license", values.pop("licence"))
+        reject_unknown_keys(cls, values, where="the bundle manifest")
         try:
             values["labels"] = tuple(_label_from_dict(label) for label in values["labels"])
             for key in ("spacing_mm", "patch_size", "coarse_factor", "class_weights"):
@@ -169,7 +171,7 @@ class Bundle:
 
 
 def user_bundles_folder() -> Path:
-    """Where a person's own bundles lie; it need not exist."""
+    """Where user-installed bundles lie; it need not exist."""
     chosen = os.environ.get(USER_FOLDER_VARIABLE)
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -183,7 +185,7 @@ def user_bundles_folder() -> Path:
 
 
 def list_bundles(*folders: Path) -> list[str]:
-    """Names of the bundles in some folders, sorted; without a folder all that are installed, the packaged and the person's own."""
+    """Names of the bundles in some folders, sorted; without a folder all that are installed, the packaged and the user-installed ones."""
     folders = folders or (BUNDLES_FOLDER, user_bundles_folder())
     names = {path.parent.name for folder in folders for path in Path(folder).glob(f"*/{MANIFEST_NAME}")}
     return sorted(name for name in names if not name.startswith("."))  # a dot: half installed or half removed
@@ -192,13 +194,13 @@ def list_bundles(*folders: Path) -> list[str]:
 def load_bundle(name_or_folder: str | Path) -> Bundle:
     """Find a bundle by name or folder, read its manifest and check the hashes of its files.
 
-    A name means the packaged bundle, else the person's own, else a folder.
+    A name means the packaged bundle, else the user-installed one, else a folder.
 
     Raises:
         UserError: there is no such bundle, or a file is missing or was changed.
     """
     folder = Path(name_or_folder)
-    with _told_to_person(f"Bundle '{name_or_folder}' could not be found"):
+    with _as_user_error(f"Bundle '{name_or_folder}' could not be found"):
         if _is_plain_name(str(name_or_folder)):
             installed = [parent / name_or_folder for parent in (BUNDLES_FOLDER, user_bundles_folder())]
             folder = next((path for path in installed if (path / MANIFEST_NAME).is_file()), folder)
@@ -208,9 +210,9 @@ def load_bundle(name_or_folder: str | Path) -> Bundle:
 
 
 def install_bundle(source_folder: str | Path, *, folder: Path | None = None, replace: bool = False) -> Bundle:
-    """Copy a bundle under its own name into the person's folder, all of it or nothing.
+    """Copy a bundle under its own name into the user's folder, all of it or nothing.
 
-    A bundle holds TorchScript, that is, code that runs with the person's rights: only bundles from a trusted source may be installed.
+    A bundle holds TorchScript, that is, code that runs with the user's rights: only bundles from a trusted source may be installed.
 
     Args:
         source_folder: what 'nmsw export' wrote; files beside those of the manifest come along, links to files as the files themselves.
@@ -231,7 +233,7 @@ def install_bundle(source_folder: str | Path, *, folder: Path | None = None, rep
     _check_name(name, folder=folder, replace=replace)
     files = _files_inside(source)
     copy = folder / f".{name}.installing"
-    with _told_to_person(f"Bundle '{name}' could not be installed in '{folder}'"):
+    with _as_user_error(f"Bundle '{name}' could not be installed in '{folder}'"):
         try:
             shutil.rmtree(copy, ignore_errors=True)  # of an installation that crashed
             for file in files:
@@ -245,13 +247,13 @@ def install_bundle(source_folder: str | Path, *, folder: Path | None = None, rep
 
 
 def remove_bundle(name: str, *, folder: Path | None = None) -> None:
-    """Delete one of the person's own bundles; a packaged one stays.
+    """Delete a user-installed bundle; a packaged one stays.
 
     Args:
         folder: None is user_bundles_folder().
 
     Raises:
-        UserError: there is no such bundle among the person's own, or its files cannot be deleted.
+        UserError: there is no such bundle among the user-installed ones, or its files cannot be deleted.
     """
     folder = user_bundles_folder() if folder is None else Path(folder)
     is_own = folder.resolve() != BUNDLES_FOLDER.resolve() and name in list_bundles(folder)
@@ -259,7 +261,7 @@ def remove_bundle(name: str, *, folder: Path | None = None) -> None:
         raise UserError(f"Bundle '{name}' comes with the program and stays. Only bundles that you installed yourself can be removed.")
     if not is_own:
         raise UserError(unknown_name("bundle of your own", name, list_bundles(folder)))
-    with _told_to_person(f"Bundle '{name}' could not be removed from '{folder}'"):
+    with _as_user_error(f"Bundle '{name}' could not be removed from '{folder}'"):
         _delete(_set_aside(folder / name))
 
 
@@ -270,7 +272,7 @@ def file_sha256(path: Path) -> str:
 
 def _checked_bundle(folder: Path) -> Bundle:
     """Read the manifest of a folder and compare every listed hash with the file on disk."""
-    with _told_to_person(f"The bundle in '{folder}' could not be read"):
+    with _as_user_error(f"The bundle in '{folder}' could not be read"):
         if not (folder / MANIFEST_NAME).is_file():
             raise UserError(f"The folder '{folder}' is not a bundle: it has no {MANIFEST_NAME}. Give the folder that 'nmsw export' wrote.")
         manifest_bytes = (folder / MANIFEST_NAME).read_bytes()
@@ -367,7 +369,7 @@ def _delete(path: Path) -> None:
 
 
 @contextmanager
-def _told_to_person(what: str) -> Iterator[None]:
+def _as_user_error(what: str) -> Iterator[None]:
     """Turn what the file system refuses into a sentence with the way out."""
     try:
         yield

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from NMSWSegment.files.boxes import box_corners
 from NMSWSegment.files.volume import Volume
 
 # Index of the RAS axis that runs across, up and through the picture.
@@ -48,8 +49,7 @@ def display_slices(volume: Volume, labelmap: Volume) -> tuple[DisplaySlice, ...]
 
 def _corners_ras(volume: Volume) -> np.ndarray:
     """Outer corners of the corner voxels, (8, 3)."""
-    ends_ijk = [(-0.5, length - 0.5) for length in volume.shape[::-1]]
-    corners_ijk = np.stack(np.meshgrid(*ends_ijk, indexing="ij"), axis=-1).reshape(-1, 3)
+    corners_ijk = box_corners(-0.5, np.array(volume.shape[::-1]) - 0.5)[:, :3]
     return corners_ijk @ volume.ijk_to_ras[:3, :3].T + volume.ijk_to_ras[:3, 3]
 
 

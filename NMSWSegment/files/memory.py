@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.model_grid import GRID_TOLERANCE, CanonicalFrame
+from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid
 
 MAX_CACHE_BYTES = 2 << 30
 """Most that the worker spends on the logits of patches for the next run; of little memory it takes a quarter."""
@@ -22,7 +22,7 @@ MAX_CACHE_BYTES = 2 << 30
 # oblique volumes of 1.6 to 105 million voxels. The factors follow from the code of the stages (how many arrays live at
 # once); those of the nets are upper bounds, one patch of the preset's size on one thread, random weights.
 _WORKER_BYTES = 370_000_000  # Python, numpy, SimpleITK, torch and both nets
-_SLAB_VOXELS = 1 << 23  # canonical.VOXELS_AT_ONCE: what resampling and restoring hold at once
+_SLAB_VOXELS = 1 << 23  # resampling.VOXELS_AT_ONCE: what resampling and restoring hold at once
 _RESAMPLE_SLAB_BYTES, _RESAMPLE_OBLIQUE_SLAB_BYTES = 28, 115  # an oblique volume needs three coordinates for every voxel
 _RESTORE_SLAB_BYTES, _RESTORE_OBLIQUE_SLAB_BYTES = 20, 92
 _RESTORE_CHUNK_BYTES = 90_000_000  # eight corners of 2^17 voxels, compared with each other
@@ -55,7 +55,7 @@ def cache_limit_bytes(available_bytes: int | None) -> int:
 
 
 def needed_memory_bytes(
-    frame: CanonicalFrame,
+    model_grid: ModelGrid,
     grid: CandidateGrid,
     *,
     bytes_per_voxel: int,
@@ -69,8 +69,8 @@ def needed_memory_bytes(
     """Upper bound of what a process takes at the peak of a run on the CPU, the volume, torch and the nets included.
 
     Args:
-        frame: of the volume.
-        grid: of the frame.
+        model_grid: of the volume.
+        grid: of the model grid.
         bytes_per_voxel: of the volume's own dtype.
         num_classes: C, with background.
         num_patches: how many go through the local net.
@@ -79,43 +79,43 @@ def needed_memory_bytes(
 
     On a GPU the nets work in its own memory, so that this is more than is taken.
     """
-    source, canonical, padded = (int(np.prod(shape, dtype=float)) for shape in (frame.source_shape, frame.shape, grid.padded_shape))
+    source, model, padded = (int(np.prod(shape, dtype=float)) for shape in (model_grid.source_shape, model_grid.shape, grid.padded_shape))
     coarse = int(np.prod([-(-length // factor) for length, factor in zip(grid.padded_shape, coarse_factor)], dtype=float))
     patch_logits = 4 * num_classes * int(np.prod(grid.patch_size))
     stays = 4 * padded + 4 * (num_classes + 1) * coarse  # x, coarse logits, importance map
-    to_source = np.linalg.inv(frame.ijk_to_ras) @ frame.source_ijk_to_ras
+    to_source = np.linalg.inv(model_grid.ijk_to_ras) @ model_grid.source_ijk_to_ras
     is_oblique = bool((np.abs(to_source[:3, :3]) > 1e-12).sum() > 3)
     restore_slab_bytes = _RESTORE_OBLIQUE_SLAB_BYTES if is_oblique else _RESTORE_SLAB_BYTES
     stages = [
-        _resample_bytes(frame, is_oblique=is_oblique),
-        16 * canonical + 4 * padded,  # intensity, its copy and two terms; padding
+        _resample_bytes(model_grid, is_oblique=is_oblique),
+        16 * model + 4 * padded,  # intensity, its copy and two terms; padding
         stays + _net_bytes(coarse, num_classes=num_classes, floats=_NET_FLOATS["unet"]["paper"]),
         stays + (32 * num_classes + 48) * coarse,  # selection: four float64 copies of the logits
         stays + _UPSAMPLE_CLASS_BYTES * num_classes + 60 * coarse + 7 * padded,
         stays + padded + _patch_bytes(grid, num_classes=num_classes, num_patches=num_patches, floats=_local_floats(backbone, preset)),
         stays + 10 * padded,  # labels, as int64 too, to drop structures
-        stays + padded + 10 * canonical + _RESTORE_CHUNK_BYTES + restore_slab_bytes * min(_SLAB_VOXELS, source),
+        stays + padded + 10 * model + _RESTORE_CHUNK_BYTES + restore_slab_bytes * min(_SLAB_VOXELS, source),
     ]
     labelmaps = 2 * source  # the coarse one and the final one
     cache = min(cache_bytes, num_patches * patch_logits)
     return int(_WORKER_BYTES + _ALLOCATOR * (bytes_per_voxel * source + max(stages) + labelmaps + cache))
 
 
-def _resample_bytes(frame: CanonicalFrame, *, is_oblique: bool) -> int:
-    """Source slab, averaged source twice (its pieces, then together), canonical slab, canonical volume."""
-    source, canonical = np.prod(frame.source_shape, dtype=float), np.prod(frame.shape, dtype=float)
+def _resample_bytes(model_grid: ModelGrid, *, is_oblique: bool) -> int:
+    """Source slab, averaged source twice (its pieces, then together), slab of the model grid, volume on the model grid."""
+    source, model = np.prod(model_grid.source_shape, dtype=float), np.prod(model_grid.shape, dtype=float)
     slab_bytes = _RESAMPLE_OBLIQUE_SLAB_BYTES if is_oblique else _RESAMPLE_SLAB_BYTES
-    return int(4 * min(_SLAB_VOXELS, source) + 8 * _averaged_voxels(frame) + slab_bytes * min(_SLAB_VOXELS, canonical) + 4 * canonical)
+    return int(4 * min(_SLAB_VOXELS, source) + 8 * _averaged_voxels(model_grid) + slab_bytes * min(_SLAB_VOXELS, model) + 4 * model)
 
 
-def _averaged_voxels(frame: CanonicalFrame) -> float:
-    """Voxels of the source after the averaging of canonical.resample_to_canonical."""
-    axes = frame.source_ijk_to_ras[:3, :3]
+def _averaged_voxels(model_grid: ModelGrid) -> float:
+    """Voxels of the source after the averaging of resampling.resample_to_model_grid."""
+    axes = model_grid.source_ijk_to_ras[:3, :3]
     source_mm_ijk = np.linalg.norm(axes, axis=0)
     directions = np.abs(axes / source_mm_ijk)
-    target_mm_ijk = directions.T @ np.array(frame.spacing_mm[::-1]) / directions.sum(0)
+    target_mm_ijk = directions.T @ np.array(model_grid.spacing_mm[::-1]) / directions.sum(0)
     factors_ijk = np.maximum(np.floor(target_mm_ijk / source_mm_ijk + GRID_TOLERANCE), 1)
-    return float(np.prod(np.ceil(np.array(frame.source_shape[::-1]) / factors_ijk)))
+    return float(np.prod(np.ceil(np.array(model_grid.source_shape[::-1]) / factors_ijk)))
 
 
 def _local_floats(backbone: str, preset: str) -> int:

@@ -1,4 +1,4 @@
-"""What ITK does not tell about a NIfTI file: that it breaks off, and which voxels are no number.
+"""What ITK does not report about a NIfTI file: that it breaks off, and which voxels are no number.
 
 ITK reads a truncated file without a word and leaves arbitrary voxels at its end; NaN and infinite voxels it turns into 0.
 """

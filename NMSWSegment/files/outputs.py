@@ -137,7 +137,7 @@ def _cell(value: float | int | str) -> str:
 
 
 def _roi_markup(patch: PatchBox, *, count: int) -> dict:
-    """One box of Slicer's Markups file format, which has no key for the fill: a person turns it off in the Markups module."""
+    """One box of Slicer's Markups file format, which has no key for the fill: a user turns it off in the Markups module."""
     color = list(rank_color(patch.rank, count=count))
     name = f"Patch {patch.rank}"
     description = f"candidate {patch.candidate}, importance {patch.importance:.4g}"

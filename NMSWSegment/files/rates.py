@@ -7,7 +7,7 @@ from dataclasses import asdict, astuple, dataclass
 NEWEST_RUN = 0.5
 """Share of the newest run in a remembered rate; the rest is what was known before."""
 VOXEL_STAGES = ("canonical", "coarse", "select", "upsample")
-"""Stages of the engine whose time grows with the canonical volume."""
+"""Stages of the engine whose time grows with the volume on the model grid."""
 
 
 @dataclass(frozen=True)
@@ -17,22 +17,29 @@ class Rate:
     patch_s: float
     """Seconds of one patch: local net and aggregation."""
     voxel_s: float
-    """Seconds of everything else but the restoring, for one canonical voxel."""
+    """Seconds of everything else but the restoring, for one voxel of the model grid."""
     source_voxel_s: float = 0.0
     """Seconds to restore the labels of one voxel of the volume, of the coarse result too where it is shown first."""
 
     @classmethod
-    def from_report(cls, report: dict) -> "Rate | None":
-        """The rate of a run, from the report of the engine; None where it did not do all of the work, because the worker still had a
+    def from_run_info(cls, run_info: dict) -> "Rate | None":
+        """The rate of a run, from the run_info of the engine; None where it did not do all of the work, because the worker still had a
         part or a GPU gave up."""
-        timings = report["timings_s"]
-        computed = len(report["patches"]) - report["patches_reused"]
-        if computed < 1 or report["device_steps"] or not all(timings.get(stage) for stage in (*VOXEL_STAGES, "patches", "restore")):
+        timings = run_info["timings_s"]
+        computed = len(run_info["patches"]) - run_info["patches_reused"]
+        if computed < 1 or run_info["device_steps"] or not all(timings.get(stage) for stage in (*VOXEL_STAGES, "patches", "restore")):
             return None
+        return cls.of_whole_run(run_info)
+
+    @classmethod
+    def of_whole_run(cls, run_info: dict) -> "Rate":
+        """The rate of a run that is known to have done all of the work, whatever the device did meanwhile."""
+        timings = run_info["timings_s"]
+        computed = len(run_info["patches"]) - run_info["patches_reused"]
         return cls(
-            patch_s=timings["patches"] / computed + timings["aggregate"] / len(report["patches"]),
-            voxel_s=sum(timings[stage] for stage in VOXEL_STAGES) / report["canonical_voxels"],
-            source_voxel_s=(timings["restore"] + timings.get("preview", 0.0)) / math.prod(report["volume"]["shape_kji"]),
+            patch_s=timings["patches"] / computed + timings["aggregate"] / len(run_info["patches"]),
+            voxel_s=sum(timings[stage] for stage in VOXEL_STAGES) / run_info["canonical_voxels"],
+            source_voxel_s=(timings["restore"] + timings.get("preview", 0.0)) / math.prod(run_info["volume"]["shape_kji"]),
         )
 
 
@@ -44,7 +51,7 @@ class Rates:
         self._expected: dict[tuple[str, str], Rate] = {}
 
     def expect(self, bundle: str, device: str, rate: Rate) -> None:
-        """Take a measurement of the worker, until a run tells better."""
+        """Take a measurement of the worker, until a run gives a better one."""
         self._expected[bundle, device] = rate
 
     def learn(self, bundle: str, device: str, rate: Rate) -> None:

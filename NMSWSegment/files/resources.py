@@ -8,3 +8,8 @@ def resources_folder() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "Resources"
     return installed if installed.is_dir() else package.parent / "Resources"
+
+
+SAMPLE_PATH = resources_folder() / "SampleData" / "cptac_pda_3mm.nii.gz"
+SAMPLE_NAME = "NMSWTorsoCT"
+"""What the sample volume is called in a scene."""

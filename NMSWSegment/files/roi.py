@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from NMSWSegment.files.boxes import box_corners
 from NMSWSegment.protocol import UserError
 
 FACE_TOLERANCE = 1e-9  # of an edge: a voxel center on a face is inside, however the last digit was rounded
@@ -60,7 +61,8 @@ def _check_edges(roi_to_ras: np.ndarray) -> None:
 
 def _bounding_box(to_roi: np.ndarray, *, limits: np.ndarray, shape: Sequence[int]) -> tuple[slice, slice, slice]:
     """The voxels of the grid between the corners of the (grown) box, KJI."""
-    corners = np.array([[x, y, z, 1] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * [*limits, 1]
+    limits = np.asarray(limits)
+    corners = box_corners(-limits, limits)
     corners_kji = (np.linalg.inv(to_roi) @ corners.T)[2::-1]  # ijk -> KJI
     low, high = np.floor(corners_kji.min(1)), np.ceil(corners_kji.max(1)) + 1
     return tuple(slice(int(np.clip(first, 0, length)), int(np.clip(stop, 0, length))) for first, stop, length in zip(low, high, shape))
@@ -85,6 +87,6 @@ def _coordinate(row: np.ndarray, *, i: np.ndarray, j: np.ndarray, k: np.ndarray)
 
 def _span(to_ras: np.ndarray, size_ijk: Sequence[int]) -> str:
     """'R -20 to 35, A 0 to 40, S 10 to 90 mm': the extent of a box of so many steps of a 4 x 4; the first is centered on 0."""
-    corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * size_ijk - 0.5
+    corners = box_corners(-0.5, np.array(size_ijk) - 0.5)[:, :3]
     points_ras = corners @ to_ras[:3, :3].T + to_ras[:3, 3]
     return ", ".join(f"{name} {low:.0f} to {high:.0f}" for name, low, high in zip("RAS", points_ras.min(0), points_ras.max(0))) + " mm"

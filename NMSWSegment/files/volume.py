@@ -257,7 +257,7 @@ def _times(size: Sequence[int]) -> str:
 
 @contextmanager
 def _quiet_itk() -> Iterator[None]:
-    """Keep ITK's own warnings from the terminal: the reader says what is wrong in our words.
+    """Keep ITK's own warnings from the terminal: the reader says what is wrong in its own messages.
 
     The format libraries below ITK (MetaIO, GDCM, NIfTI) print to the file descriptor itself, past SimpleITK's switch.
     """

@@ -1,6 +1,6 @@
 """What the panel may do and show, without Qt, torch or Slicer.
 
-Everything here gives values and keys; the module file puts them into words, so that they can be translated.
+Everything here gives values and keys; messages.py makes sentences of them, so that they can be translated.
 """
 
 import math
@@ -10,21 +10,28 @@ from enum import Enum
 
 import numpy as np
 
+from NMSWSegment.files.boxes import bounds_after
 from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.memory import cache_limit_bytes, needed_memory_bytes
-from NMSWSegment.files.model_grid import CanonicalFrame, canonical_frame
+from NMSWSegment.files.model_grid import ModelGrid, model_grid_around
 from NMSWSegment.files.rates import Rate
 from NMSWSegment.files.roi import has_volume
 from NMSWSegment.protocol import AUTO, UserError
 
-AIR_HU = -200.0
+CT_HAS_VOXELS_BELOW_HU = -200.0
 """A CT volume has voxels below this, air or at least lung and fat; an MR volume has none."""
-"""Three axes this close to one plane have no volume."""
 
 
-class Problem(Enum):
-    """What stops a run, or what a person should know before it; in the order in which to tell."""
+class Severity(Enum):
+    """What an input check means for a run."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+class CheckKind(Enum):
+    """What stops a run, or what the user should know before it; the first one is shown first."""
 
     NO_VOLUME = "no_volume"
     NOT_A_VOLUME = "not_a_volume"
@@ -42,17 +49,22 @@ class Problem(Enum):
     UNLIKE_CT = "unlike_ct"
 
     @property
-    def is_blocking(self) -> bool:
-        """Whether a run is impossible; the others are advice."""
-        return self not in (Problem.MEMORY_SHORT, Problem.UNLIKE_CT)
+    def severity(self) -> Severity:
+        """An error makes a run impossible, a warning is advice."""
+        return Severity.WARNING if self in (CheckKind.MEMORY_SHORT, CheckKind.UNLIKE_CT) else Severity.ERROR
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A problem, with the values that its sentence shows."""
+class InputCheck:
+    """Something in the input that the user has to know, with the values that its message shows."""
 
-    problem: Problem
+    kind: CheckKind
     values: dict = field(default_factory=dict)
+
+    @property
+    def severity(self) -> Severity:
+        """That of its kind."""
+        return self.kind.severity
 
 
 @dataclass(frozen=True)
@@ -88,14 +100,14 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Work:
+class RunEstimate:
     """How much a run has to do."""
 
     candidates: int
     """N."""
     patches: int | None
-    """k, clipped to the candidates that are left; None for auto, before any run has told."""
-    canonical_voxels: int
+    """k, clipped to the candidates that are left; None for auto, before the first run."""
+    model_voxels: int
     """Voxels of the volume at the model's spacing, before padding."""
     source_voxels: int
     """Voxels of the volume."""
@@ -108,20 +120,20 @@ class Work:
         return None if self.patches is None else self.patches / self.candidates
 
 
-def problems(inputs: Inputs) -> tuple[Finding, ...]:
-    """What stands against a run, the first thing to tell first; empty when all is well."""
+def input_checks(inputs: Inputs) -> tuple[InputCheck, ...]:
+    """What the user has to know before a run, the most important first; empty when all is well."""
     if inputs.geometry is None:
-        found = [Finding(Problem.NO_VOLUME)]
+        checks = [InputCheck(CheckKind.NO_VOLUME)]
     else:
-        found = _volume_problems(inputs, inputs.geometry)
+        checks = _volume_checks(inputs, inputs.geometry)
     if inputs.manifest is None:
-        found.append(Finding(Problem.NO_MODEL))
-    if not found:
-        found = _work_problems(inputs)
-    return tuple(found)
+        checks.append(InputCheck(CheckKind.NO_MODEL))
+    if not checks:
+        checks = _run_checks(inputs)
+    return tuple(checks)
 
 
-def work(
+def estimate_run(
     geometry: Geometry,
     manifest: BundleManifest,
     *,
@@ -129,11 +141,11 @@ def work(
     roi_to_ras: Sequence[Sequence[float]] | None = None,
     expected_patches: int | None = None,
     available_bytes: int | None = None,
-) -> Work:
+) -> RunEstimate:
     """How much a run has to do.
 
     Args:
-        geometry: of a volume in which `problems` finds nothing that blocks.
+        geometry: of a volume in which `input_checks` finds nothing that blocks.
         num_patches: k as in SegmentOptions.
         roi_to_ras: as in SegmentOptions; patches are counted in the box around it, which may be a few more than the engine runs.
         expected_patches: those of the last run, for k = auto.
@@ -142,13 +154,13 @@ def work(
     Raises:
         UserError: the volume is too large for the model's spacing.
     """
-    frame = canonical_frame(geometry.shape, geometry.ijk_to_ras, spacing_mm=manifest.spacing_mm)
-    grid = CandidateGrid.covering(frame.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
-    most = grid.num_candidates if roi_to_ras is None else _candidates_near(roi_to_ras, frame=frame, grid=grid)
+    model_grid = model_grid_around(geometry.shape, geometry.ijk_to_ras, spacing_mm=manifest.spacing_mm)
+    grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
+    most = grid.num_candidates if roi_to_ras is None else _candidates_near(roi_to_ras, model_grid=model_grid, grid=grid)
     wanted = {AUTO: expected_patches, None: most}.get(num_patches, num_patches)
     patches = None if wanted is None else min(wanted, most)
     memory_bytes = needed_memory_bytes(
-        frame,
+        model_grid,
         grid,
         bytes_per_voxel=geometry.bytes_per_voxel,
         num_classes=manifest.num_classes,
@@ -158,79 +170,72 @@ def work(
         preset=manifest.architecture.get("preset", ""),
         cache_bytes=cache_limit_bytes(available_bytes),
     )
-    return Work(
+    return RunEstimate(
         candidates=grid.num_candidates,
         patches=patches,
-        canonical_voxels=math.prod(frame.shape),
+        model_voxels=math.prod(model_grid.shape),
         source_voxels=math.prod(geometry.shape),
         memory_bytes=memory_bytes,
     )
 
 
-def seconds(work: Work, rate: Rate, *, reused: int = 0) -> float | None:
+def estimate_seconds(estimate: RunEstimate, rate: Rate, *, reused: int = 0) -> float | None:
     """How long a run will take; None while the number of patches is unknown.
 
     Args:
         reused: patches that the worker still has.
     """
-    if work.patches is None:
+    if estimate.patches is None:
         return None
-    return max(0, work.patches - reused) * rate.patch_s + work.canonical_voxels * rate.voxel_s + work.source_voxels * rate.source_voxel_s
+    return max(0, estimate.patches - reused) * rate.patch_s + estimate.model_voxels * rate.voxel_s + estimate.source_voxels * rate.source_voxel_s
 
 
-def _volume_problems(inputs: Inputs, geometry: Geometry) -> list[Finding]:
+def _volume_checks(inputs: Inputs, geometry: Geometry) -> list[InputCheck]:
     """What makes a node no volume that can be segmented; at most one, because the others follow from it."""
     axes = geometry.ijk_to_ras[:3, :3]
     low, high = inputs.intensity_range or (-math.inf, math.inf)
     is_found = {
-        Problem.NOT_A_VOLUME: inputs.is_labelmap,
-        Problem.EMPTY_VOLUME: min(geometry.shape) < 1,
-        Problem.COLOR_VOLUME: inputs.components != 1,
-        Problem.ONE_SLICE: min(geometry.shape) == 1,
-        Problem.NONLINEAR_TRANSFORM: not inputs.is_transform_linear,
-        Problem.BROKEN_GEOMETRY: not np.isfinite(geometry.ijk_to_ras).all() or not has_volume(axes),
-        Problem.UNIFORM_VOLUME: low == high,
+        CheckKind.NOT_A_VOLUME: inputs.is_labelmap,
+        CheckKind.EMPTY_VOLUME: min(geometry.shape) < 1,
+        CheckKind.COLOR_VOLUME: inputs.components != 1,
+        CheckKind.ONE_SLICE: min(geometry.shape) == 1,
+        CheckKind.NONLINEAR_TRANSFORM: not inputs.is_transform_linear,
+        CheckKind.BROKEN_GEOMETRY: not np.isfinite(geometry.ijk_to_ras).all() or not has_volume(axes),
+        CheckKind.UNIFORM_VOLUME: low == high,
     }
-    values = {Problem.COLOR_VOLUME: {"components": inputs.components}, Problem.UNIFORM_VOLUME: {"intensity": low}}
-    return [Finding(problem, values.get(problem, {})) for problem, is_so in is_found.items() if is_so][:1]
+    values = {CheckKind.COLOR_VOLUME: {"components": inputs.components}, CheckKind.UNIFORM_VOLUME: {"intensity": low}}
+    return [InputCheck(kind, values.get(kind, {})) for kind, is_so in is_found.items() if is_so][:1]
 
 
-def _work_problems(inputs: Inputs) -> list[Finding]:
+def _run_checks(inputs: Inputs) -> list[InputCheck]:
     """What a sound volume and a model have against each other, the region of interest and the computer."""
     geometry, manifest, roi_to_ras = inputs.geometry, inputs.manifest, inputs.roi_to_ras
-    found = []
+    checks = []
     if roi_to_ras is not None and not has_volume(np.asarray(roi_to_ras, dtype=float)[:3, :3]):
-        found.append(Finding(Problem.ROI_EMPTY))
+        checks.append(InputCheck(CheckKind.ROI_EMPTY))
     elif roi_to_ras is not None and not _boxes_meet(roi_to_ras, geometry):
-        found.append(Finding(Problem.ROI_OUTSIDE))
+        checks.append(InputCheck(CheckKind.ROI_OUTSIDE))
     try:
-        needed = work(geometry, manifest, num_patches=inputs.num_patches, roi_to_ras=roi_to_ras, available_bytes=inputs.available_bytes).memory_bytes
+        needed = estimate_run(geometry, manifest, num_patches=inputs.num_patches, roi_to_ras=roi_to_ras, available_bytes=inputs.available_bytes).memory_bytes
     except UserError as error:
-        return [Finding(Problem.VOLUME_TOO_LARGE, {"message": str(error)}), *found]
+        return [InputCheck(CheckKind.VOLUME_TOO_LARGE, {"message": str(error)}), *checks]
     if inputs.available_bytes is not None and needed > inputs.available_bytes:
-        found.append(Finding(Problem.MEMORY_SHORT, {"needed_bytes": needed, "available_bytes": inputs.available_bytes}))
-    if manifest.modality == "CT" and inputs.intensity_range is not None and inputs.intensity_range[0] > AIR_HU:
-        found.append(Finding(Problem.UNLIKE_CT, {"lowest": inputs.intensity_range[0]}))
-    return found
+        checks.append(InputCheck(CheckKind.MEMORY_SHORT, {"needed_bytes": needed, "available_bytes": inputs.available_bytes}))
+    if manifest.modality == "CT" and inputs.intensity_range is not None and inputs.intensity_range[0] > CT_HAS_VOXELS_BELOW_HU:
+        checks.append(InputCheck(CheckKind.UNLIKE_CT, {"lowest": inputs.intensity_range[0]}))
+    return checks
 
 
 def _boxes_meet(roi_to_ras: Sequence[Sequence[float]], geometry: Geometry) -> bool:
     """Whether the upright boxes around the region of interest and around the volume overlap."""
-    roi_low, roi_high = _bounds(np.asarray(roi_to_ras, dtype=float), low=np.full(3, -0.5), high=np.full(3, 0.5))
-    low, high = _bounds(geometry.ijk_to_ras, low=np.full(3, -0.5), high=np.array(geometry.shape[::-1]) - 0.5)
+    roi_low, roi_high = bounds_after(np.asarray(roi_to_ras, dtype=float), low=-0.5, high=0.5)
+    low, high = bounds_after(geometry.ijk_to_ras, low=-0.5, high=np.array(geometry.shape[::-1]) - 0.5)
     return bool((roi_low < high).all() and (low < roi_high).all())
 
 
-def _candidates_near(roi_to_ras: Sequence[Sequence[float]], *, frame: CanonicalFrame, grid: CandidateGrid) -> int:
+def _candidates_near(roi_to_ras: Sequence[Sequence[float]], *, model_grid: ModelGrid, grid: CandidateGrid) -> int:
     """How many candidates overlap the upright box around the region of interest."""
-    roi_to_ijk = np.linalg.inv(frame.ijk_to_ras) @ np.asarray(roi_to_ras, dtype=float)
-    low_ijk, high_ijk = _bounds(roi_to_ijk, low=np.full(3, -0.5), high=np.full(3, 0.5))
+    roi_to_ijk = np.linalg.inv(model_grid.ijk_to_ras) @ np.asarray(roi_to_ras, dtype=float)
+    low_ijk, high_ijk = bounds_after(roi_to_ijk, low=-0.5, high=0.5)
     low, high = low_ijk[::-1] + 0.5, high_ijk[::-1] + 0.5  # ijk -> KJI; voxel centers -> voxel edges
     return int(((grid.starts < high) & (grid.starts + grid.patch_size > low)).all(1).sum())
-
-
-def _bounds(matrix: np.ndarray, *, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest coordinates of a box after a 4 x 4."""
-    corners = np.array([[x, y, z, 1] for x in (low[0], high[0]) for y in (low[1], high[1]) for z in (low[2], high[2])])
-    points = (matrix @ corners.T)[:3]
-    return points.min(1), points.max(1)

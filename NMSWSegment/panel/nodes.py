@@ -11,6 +11,7 @@ import slicer
 import vtk
 from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
+from NMSWSegment.files.boxes import voxel_corners
 from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.labels import MAX_LABELS
 from NMSWSegment.files.volume import Volume
@@ -96,7 +97,7 @@ def import_labelmap(
     for name, segment in segments.items():
         segmentation.AddSegment(segment, name)
     # The segments are in the coordinates of the volume node, so the same parent transform puts both in the same place,
-    # and keeps them there when a person moves it.
+    # and keeps them there when a user moves it.
     segmentation_node.SetAndObserveTransformNodeID(reference_node.GetTransformNodeID())
     segmentation_node.SetReferenceImageGeometryParameterFromVolumeNode(reference_node)
     place_beside(segmentation_node, reference_node)
@@ -224,9 +225,8 @@ def _check_same_grid(labelmap: Volume, node: "slicer.vtkMRMLScalarVolumeNode") -
     shape = tuple(reversed(node.GetImageData().GetDimensions()))
     if labelmap.shape != shape:
         raise ValueError(f"the labelmap has shape {labelmap.shape}, the volume '{node.GetName()}' has {shape}")
-    corners_ijk = np.array([[i, j, k, 1] for i in (0, shape[2] - 1) for j in (0, shape[1] - 1) for k in (0, shape[0] - 1)])
     ijk_to_ras = node_to_world_matrix(node) @ ijk_to_node_matrix(node)
-    distance_mm = np.abs(corners_ijk @ (labelmap.ijk_to_ras - ijk_to_ras).T).max()
+    distance_mm = np.abs(voxel_corners(shape) @ (labelmap.ijk_to_ras - ijk_to_ras).T).max()
     if distance_mm > SAME_GRID_ATOL_MM:
         raise ValueError(f"the labelmap is up to {distance_mm:.3g} mm off the volume '{node.GetName()}'")
 

@@ -1,6 +1,6 @@
 """What is drawn over a volume: outlines of the patches, the importance map, the coarse result while a run goes on.
 
-All of it can be drawn again, so it goes away without asking; a person's own nodes stay.
+All of it can be drawn again, so it goes away without asking; the user's own nodes stay.
 """
 
 import logging
@@ -17,7 +17,7 @@ from NMSWSegment.protocol import PatchBox
 
 PATCH_FOLDER_NAME = "NMSW patches"
 PATCH_ATTRIBUTE = "NMSW.Patch"
-"""Node attribute of a patch outline, its rank; tells our outlines from a person's own regions of interest."""
+"""Node attribute of a patch outline, its rank; tells our outlines from the user's own regions of interest."""
 MAX_OUTLINES = 60
 """Further patches are not outlined: each outline costs the views time, and that many hide the image."""
 IMPORTANCE_NAME = "NMSW importance"
@@ -64,7 +64,7 @@ def set_patches_visible(scene: "slicer.vtkMRMLScene", is_visible: bool) -> None:
 
 
 def remove_patches(scene: "slicer.vtkMRMLScene") -> None:
-    """Remove the outlines of the previous run and their folder; a person's own nodes stay."""
+    """Remove the outlines of the previous run and their folder; the user's own nodes stay."""
     hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
     folders = set()
     for node in _patch_nodes(scene):
@@ -157,7 +157,7 @@ def remove_node(node: "slicer.vtkMRMLNode") -> None:
 
 
 def _patch_nodes(scene: "slicer.vtkMRMLScene") -> list["slicer.vtkMRMLMarkupsROINode"]:
-    """Our outlines, not a person's own regions of interest."""
+    """Our outlines, not the user's own regions of interest."""
     return [node for node in nodes_of_class(scene, "vtkMRMLMarkupsROINode") if node.GetAttribute(PATCH_ATTRIBUTE)]
 
 

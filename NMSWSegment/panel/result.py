@@ -15,7 +15,7 @@ from NMSWSegment.protocol import PatchBox, UserError
 
 def apply_result(
     labelmap: Volume,
-    report: dict,
+    run_info: dict,
     *,
     labels: Sequence[Label],
     volume_node: "slicer.vtkMRMLScalarVolumeNode",
@@ -26,16 +26,16 @@ def apply_result(
 
     Args:
         labelmap: labels on the grid of the volume, (K, J, I).
-        report: of the engine.
+        run_info: of the engine.
         started: time.perf_counter() at the click.
 
     Returns:
-        Seconds since then: the whole run, as the person waited for it.
+        Seconds since then: the whole run, as the user waited for it.
 
     Raises:
         UserError: a node was removed, or the volume is no longer the one that was segmented.
     """
-    # The application goes on during a run, so a person may have closed the scene or moved the volume meanwhile.
+    # The application goes on during a run, so a user may have closed the scene or moved the volume meanwhile.
     if volume_node.GetScene() is None or segmentation_node.GetScene() is None:
         raise UserError("The input volume or the segmentation was removed during the run. Load the volume and segment it again.")
     try:
@@ -43,9 +43,9 @@ def apply_result(
     except ValueError as error:
         raise UserError(f"The volume '{volume_node.GetName()}' was moved or changed during the run ({error}). Segment it again.") from error
     write_volumes_table(segmentation_node, voxels_by_name, voxel_mm3=abs(float(np.linalg.det(labelmap.ijk_to_ras[:3, :3]))))
-    show_patches(volume_node.GetScene(), patches_of(report), parent_node=volume_node)
+    show_patches(volume_node.GetScene(), [PatchBox.from_dict(patch) for patch in run_info["patches"]], parent_node=volume_node)
     seconds = time.perf_counter() - started
-    _store_provenance(segmentation_node, report, seconds=seconds)
+    _store_provenance(segmentation_node, run_info, seconds=seconds)
     return seconds
 
 
@@ -55,13 +55,8 @@ def new_segmentation_node(volume_node: "slicer.vtkMRMLScalarVolumeNode", *, name
     return scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(name))
 
 
-def patches_of(report: dict) -> list[PatchBox]:
-    """The chosen patches of a run, best first."""
-    return [PatchBox(**patch | {"center_ras": tuple(patch["center_ras"]), "size_mm": tuple(patch["size_mm"])}) for patch in report["patches"]]
-
-
 def segments_state(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> tuple:
-    """Changes when a person edits, renames, recolors, adds or removes a segment; not when surfaces or views change."""
+    """Changes when a user edits, renames, recolors, adds or removes a segment; not when surfaces or views change."""
     segmentation = segmentation_node.GetSegmentation()
     segments = [segmentation.GetNthSegment(index) for index in range(segmentation.GetNumberOfSegments())]
     return tuple((segment.GetName(), segment.GetColor(), _modified_time(segment.GetRepresentation(LABELMAP_REPRESENTATION))) for segment in segments)
@@ -73,21 +68,21 @@ def _modified_time(labelmap: "slicer.vtkOrientedImageData | None") -> int | None
     return None if scalars is None else scalars.GetMTime()
 
 
-def _store_provenance(node: "slicer.vtkMRMLSegmentationNode", report: dict, *, seconds: float) -> None:
+def _store_provenance(node: "slicer.vtkMRMLSegmentationNode", run_info: dict, *, seconds: float) -> None:
     """Write on the node how it was made; the attributes are saved with the scene."""
-    options = report["options"]
-    facts = {
-        "Version": report["versions"]["NMSWSegment"],
-        "Bundle": report["bundle"]["name"],
-        "BundleSHA256": report["bundle"]["sha256"],
+    options = run_info["options"]
+    attributes = {
+        "Version": run_info["versions"]["NMSWSegment"],
+        "Bundle": run_info["bundle"]["name"],
+        "BundleSHA256": run_info["bundle"]["sha256"],
         "NumPatches": "all" if options["num_patches"] is None else str(options["num_patches"]),
-        "PatchesRun": str(len(report["patches"])),
-        "PatchesReused": str(report["patches_reused"]),
+        "PatchesRun": str(len(run_info["patches"])),
+        "PatchesReused": str(run_info["patches_reused"]),
         "Policy": options["policy"],
-        "Device": report["device"],
-        "DeviceSteps": "; ".join(report["device_steps"]),
+        "Device": run_info["device"],
+        "DeviceSteps": "; ".join(run_info["device_steps"]),
         "Structures": ", ".join(options["structures"]) or "all",
         "Seconds": f"{seconds:.2f}",
     }
-    for name, fact in facts.items():
-        node.SetAttribute(f"NMSW.{name}", fact)
+    for name, value in attributes.items():
+        node.SetAttribute(f"NMSW.{name}", value)

@@ -42,7 +42,7 @@ class Run:
 
     @property
     def is_num_patches_enabled(self) -> bool:
-        """Whether k may be changed: also while a live update runs, because a person still drags the slider."""
+        """Whether k may be changed: also while a live update runs, because a user still drags the slider."""
         return self.state is RunState.IDLE or self.is_live
 
     def start(self, run_id: int, *, num_patches: int | str | None, is_live: bool = False) -> None:
@@ -56,7 +56,7 @@ class Run:
         self.state, self._run_id, self.num_patches, self.is_live = RunState.RUNNING, run_id, num_patches, is_live
 
     def request_cancel(self) -> None:
-        """A person clicked Cancel, or the scene goes away."""
+        """A user clicked Cancel, or the scene goes away."""
         if self.state is RunState.RUNNING:
             self.state = RunState.CANCELLING
 
@@ -75,20 +75,20 @@ class Run:
             self._result = signature, (self.num_patches,)
         return is_ours
 
-    def cancelled(self, run_id: int, *, by_person: bool) -> bool:
+    def cancelled(self, run_id: int, *, by_user: bool) -> bool:
         """The run stopped; the result before it stands.
 
         Args:
-            by_person: a person does not want this k, so that no live update tries it again until k changes.
+            by_user: a user does not want this k, so that no live update tries it again until k changes.
         """
         is_ours = self._end(run_id)
-        if is_ours and by_person and self._result is not None:
+        if is_ours and by_user and self._result is not None:
             signature, settled = self._result
             self._result = signature, (*settled, self.num_patches)
         return is_ours
 
     def failed(self, run_id: int | None) -> bool:
-        """The run ended with an error; no live update until a person has started another one."""
+        """The run ended with an error; no live update until a user has started another one."""
         is_ours = self._end(run_id)
         if is_ours:
             self._result = None

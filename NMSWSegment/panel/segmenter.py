@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Job:
+class _ActiveRun:
     """The run that is going on."""
 
     run_id: int
@@ -59,7 +59,7 @@ class Segmenter:
         """Args: on_event: takes every event of the worker; on_log: takes every line of its log."""
         self._on_event = on_event
         self._worker = Worker(on_event=self._handle, on_log=on_log)
-        self._job: _Job | None = None
+        self._active: _ActiveRun | None = None
         self._run_count = 0
         self._own_states: dict[str, tuple] = {}
         self._importance: tuple[str, Volume] | None = None
@@ -67,7 +67,7 @@ class Segmenter:
     @property
     def is_running(self) -> bool:
         """Whether a run is going on."""
-        return self._job is not None
+        return self._active is not None
 
     @property
     def worker(self) -> Worker:
@@ -105,16 +105,16 @@ class Segmenter:
         self._worker.start()
         self._run_count += 1
         folder = Path(tempfile.mkdtemp(dir=self._worker.folder))
-        facts = {"key": _volume_key(volume_node, volume), "name": volume.name, "ijk_to_ras": volume.ijk_to_ras.tolist()}
-        request = {"request": "segment", "id": self._run_count, "folder": str(folder), "volume": facts, "options": options.to_dict(), "coarse_first": coarse_first}
-        self._job = _Job(
+        volume_info = {"key": _volume_key(volume_node, volume), "name": volume.name, "ijk_to_ras": volume.ijk_to_ras.tolist()}
+        request = {"request": "segment", "id": self._run_count, "folder": str(folder), "volume": volume_info, "options": options.to_dict(), "coarse_first": coarse_first}
+        self._active = _ActiveRun(
             run_id=self._run_count, volume_node=volume_node, segmentation_node=segmentation_node, output_name=output_name, bundle=bundle,
             request=request, ijk_to_ras=volume.ijk_to_ras, folder=folder, started=time.perf_counter(),
         )  # fmt: skip
         try:
-            self._send(volume, is_sent=self._worker.holds != facts["key"])
+            self._send(volume, is_sent=self._worker.holds != volume_info["key"])
         except UserError:
-            self._end_job()
+            self._end_run()
             raise
         return self._run_count
 
@@ -124,9 +124,9 @@ class Segmenter:
 
     def abandon(self) -> None:
         """Forget the run and the volume without another event: the scene goes away."""
-        if self._job is not None:
+        if self._active is not None:
             self._worker.cancel()
-            self._end_job()
+            self._end_run()
         if self._worker.is_alive:
             self._worker.send({"request": "forget"})
             self._worker.holds = None
@@ -140,7 +140,7 @@ class Segmenter:
     def close(self) -> None:
         """End the worker; nothing of it stays, no event follows."""
         self._worker.stop()
-        self._end_job()
+        self._end_run()
 
     def is_untouched(self, segmentation_node: "slicer.vtkMRMLSegmentationNode") -> bool:
         """Whether a segmentation is empty or exactly as a run of this session left it, so that replacing it loses nothing."""
@@ -148,86 +148,86 @@ class Segmenter:
         return not state or self._own_states.get(segmentation_node.GetID()) == state
 
     def _send(self, volume: Volume, *, is_sent: bool) -> None:
-        """Send the request of the job, with the voxels unless the worker has them."""
-        job = self._job
+        """Send the request of the run, with the voxels unless the worker has them."""
+        active = self._active
         if is_sent:
             try:
-                np.save(job.folder / "volume.npy", volume.array)
+                np.save(active.folder / "volume.npy", volume.array)
             except OSError as error:
                 raise UserError(
-                    f"The volume could not be written to the temporary folder '{job.folder.parent.parent}' ({error.strerror}). Free some space there, or choose "
+                    f"The volume could not be written to the temporary folder '{active.folder.parent.parent}' ({error.strerror}). Free some space there, or choose "
                     "another folder in Edit > Application Settings > Modules > Temporary directory."
                 ) from error
-        self._worker.send(job.request | {"send": is_sent})
+        self._worker.send(active.request | {"send": is_sent})
 
     def _handle(self, event: dict) -> None:
         """Bring what an event carries into the scene, then pass it on."""
-        job = self._job
+        active = self._active
         kind = event["event"]
-        if event.get("id") is not None and (job is None or event["id"] != job.run_id):
+        if event.get("id") is not None and (active is None or event["id"] != active.run_id):
             return  # of a run that was given up
         try:
             if kind == "unknown_volume":
-                self._send(volume_from_node(job.volume_node), is_sent=True)
+                self._send(volume_from_node(active.volume_node), is_sent=True)
                 return
             if kind == "coarse":
                 self._show_coarse(event)
             if kind == "done":
                 event = event | self._finish(event)
         except UserError as error:
-            event = {"event": "error", "id": job.run_id, "kind": "user", "message": str(error), "details": ""}
+            event = {"event": "error", "id": active.run_id, "kind": "user", "message": str(error), "details": ""}
         except Exception as error:  # the boundary between Qt's event loop and us
             _logger.exception("event %s", kind)
-            event = {"event": "error", "id": job.run_id, "kind": "bug", "message": str(error), "details": traceback.format_exc()}
-        if job is not None and event["event"] in ENDINGS and (event["id"] == job.run_id or event["event"] == "died"):
+            event = {"event": "error", "id": active.run_id, "kind": "bug", "message": str(error), "details": traceback.format_exc()}
+        if active is not None and event["event"] in ENDINGS and (event["id"] == active.run_id or event["event"] == "died"):
             if kind not in ENDINGS:
                 self._worker.cancel()
-            self._end_job()
+            self._end_run()
         self._on_event(event)
 
     def _show_coarse(self, event: dict) -> None:
         """The coarse result in a node of its own; the previous result is hidden meanwhile."""
-        job = self._job
-        if job.volume_node.GetScene() is None:
+        active = self._active
+        if active.volume_node.GetScene() is None:
             return
-        facts = event["importance"]
-        ijk_to_node = np.linalg.inv(node_to_world_matrix(job.volume_node)) @ np.array(facts["ijk_to_ras"])  # world -> node
-        self._importance = job.volume_node.GetID(), Volume(array=np.load(job.folder / facts["file"]), ijk_to_ras=ijk_to_node)
-        labelmap = Volume(array=np.load(job.folder / event["labelmap"]), ijk_to_ras=job.ijk_to_ras)
-        job.coarse_node = show_coarse_result(labelmap, labels=job.bundle.manifest.labels, reference_node=job.volume_node)
-        if job.segmentation_node is not None and job.segmentation_node.GetDisplayVisibility():
-            job.segmentation_node.SetDisplayVisibility(False)
-            job.hidden_node = job.segmentation_node
+        importance = event["importance"]
+        ijk_to_node = np.linalg.inv(node_to_world_matrix(active.volume_node)) @ np.array(importance["ijk_to_ras"])  # world -> node
+        self._importance = active.volume_node.GetID(), Volume(array=np.load(active.folder / importance["file"]), ijk_to_ras=ijk_to_node)
+        labelmap = Volume(array=np.load(active.folder / event["labelmap"]), ijk_to_ras=active.ijk_to_ras)
+        active.coarse_node = show_coarse_result(labelmap, labels=active.bundle.manifest.labels, reference_node=active.volume_node)
+        if active.segmentation_node is not None and active.segmentation_node.GetDisplayVisibility():
+            active.segmentation_node.SetDisplayVisibility(False)
+            active.hidden_node = active.segmentation_node
 
     def _finish(self, event: dict) -> dict:
         """The result in its node; what the event says besides."""
-        job = self._job
-        labelmap = Volume(array=np.load(job.folder / event["labelmap"]), ijk_to_ras=job.ijk_to_ras)
+        active = self._active
+        labelmap = Volume(array=np.load(active.folder / event["labelmap"]), ijk_to_ras=active.ijk_to_ras)
         created = None
-        if job.segmentation_node is None and job.volume_node.GetScene() is not None:
-            created = job.segmentation_node = new_segmentation_node(job.volume_node, name=job.output_name)
+        if active.segmentation_node is None and active.volume_node.GetScene() is not None:
+            created = active.segmentation_node = new_segmentation_node(active.volume_node, name=active.output_name)
         try:
             seconds = apply_result(
-                labelmap, event["report"], labels=job.bundle.manifest.labels, volume_node=job.volume_node, segmentation_node=job.segmentation_node,
-                started=job.started,
+                labelmap, event["run_info"], labels=active.bundle.manifest.labels, volume_node=active.volume_node, segmentation_node=active.segmentation_node,
+                started=active.started,
             )  # fmt: skip
         except BaseException:
             if created is not None:
                 remove_node(created)
             raise
-        self._own_states[job.segmentation_node.GetID()] = segments_state(job.segmentation_node)
-        return {"segmentation": job.segmentation_node, "seconds": seconds}
+        self._own_states[active.segmentation_node.GetID()] = segments_state(active.segmentation_node)
+        return {"segmentation": active.segmentation_node, "seconds": seconds}
 
-    def _end_job(self) -> None:
+    def _end_run(self) -> None:
         """Drop what only the run needed."""
-        job, self._job = self._job, None
-        if job is None:
+        active, self._active = self._active, None
+        if active is None:
             return
-        if job.coarse_node is not None and job.coarse_node.GetScene() is not None:
-            remove_coarse_result(job.coarse_node)
-        if job.hidden_node is not None and job.hidden_node.GetScene() is not None:
-            job.hidden_node.SetDisplayVisibility(True)
-        shutil.rmtree(job.folder, ignore_errors=True)
+        if active.coarse_node is not None and active.coarse_node.GetScene() is not None:
+            remove_coarse_result(active.coarse_node)
+        if active.hidden_node is not None and active.hidden_node.GetScene() is not None:
+            active.hidden_node.SetDisplayVisibility(True)
+        shutil.rmtree(active.folder, ignore_errors=True)
 
 
 def _volume_key(node: "slicer.vtkMRMLScalarVolumeNode", volume: Volume) -> str:

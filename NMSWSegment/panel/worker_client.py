@@ -24,7 +24,7 @@ CANCEL_MS = 700
 STOP_MS = 1000
 FOLDER_PREFIX = "NMSWSegment-"
 LOG_LINES = 40
-"""Last lines of the worker's standard error that are told when it dies."""
+"""Last lines of the worker's standard error that the user sees when it dies."""
 
 
 class Worker:

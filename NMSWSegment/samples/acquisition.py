@@ -1,6 +1,6 @@
 """What a scanner adds to a body: the table, arms, field of view, blur, thick slices, noise and streaks.
 
-All functions change the intensity (HU, (D, H, W) float32, canonical S-A-R) in place or return a new one; none moves a label.
+All functions change the intensity (HU, (D, H, W) float32, S-A-R) in place or return a new one; none moves a label.
 """
 
 import math

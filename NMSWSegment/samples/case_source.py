@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from NMSWSegment.data.case_cache import CaseCache
-from NMSWSegment.data.prepared_case import BODY_HU, CaseRequest, PreparedCase, prepare_case
+from NMSWSegment.data.prepared_case import BODY_THRESHOLD_HU, CaseRequest, PreparedCase, prepare_case
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
 from NMSWSegment.files.orientation import Triple_mm
 from NMSWSegment.samples.acquisition import AIR_HU, HU_RANGE, add_noise, blur, cut_field_of_view, lower_resolution
@@ -54,7 +54,7 @@ def _scan(case: PreparedCase, intensity: Tensor, labels: Tensor, *, options: Syn
     box_mm = random_box(case.extent, min_range_mm=options.min_range_mm, generator=generator)
     warp = random_warp(box_mm, limits=options.warp, spacing_mm=options.spacing_mm, max_voxels=options.max_voxels, generator=generator)
     intensity, labels = _resampled(intensity, labels, warp, case.spacing_mm)
-    body = intensity > BODY_HU
+    body = intensity > BODY_THRESHOLD_HU
     intensity = _recontrasted(intensity, labels, generator)
     intensity = _rescanned(intensity, body, spacing_mm=options.spacing_mm, generator=generator)
     if chance(generator, options.circular_share):

@@ -32,7 +32,7 @@ TISSUES_NAME = "tissues.json"
 SUBVOXEL_OFFSETS = ((0.25, 0.25, 0.25), (0.25, -0.25, -0.25), (-0.25, 0.25, -0.25), (-0.25, -0.25, 0.25))
 ARM_WORDS = ("arms", "humeri", "ulnae", "wrists")
 """Words in the names of tissues of whole arms; a map that only cuts a humerus does not have arms."""
-LANDMARK_WORDS = {"lung": ("lung",), "liver": ("liver",), "hip": ("hip_", "pelvis,", "pelvis_")}
+TISSUE_LANDMARKS = {"lung": ("lung",), "liver": ("liver",), "hip": ("hip_", "pelvis,", "pelvis_")}
 ARMS_REMOVED_SHARE = 0.65
 
 
@@ -84,7 +84,7 @@ class AnatomySource:
         self._is_air = kind_lookup(self._tissues, ("air",))
         self._is_arm = _name_lookup(self._tissues, ARM_WORDS)
         trunk = ~(self._is_air | self._is_arm)[self._tissue_map.int()]
-        landmarks = {name: _name_lookup(self._tissues, words)[self._tissue_map.int()].any(dim=2).any(dim=1) for name, words in LANDMARK_WORDS.items()}
+        landmarks = {name: _name_lookup(self._tissues, words)[self._tissue_map.int()].any(dim=2).any(dim=1) for name, words in TISSUE_LANDMARKS.items()}
         self._extent = measure_body(trunk, landmarks, spacing_mm=self._spacing_mm)
 
     def draw(self, generator: torch.Generator, options: SynthesisOptions) -> TrainingSample:
@@ -144,9 +144,9 @@ def scanned(intensity: Tensor, body: Tensor, labels: Tensor, *, options: Synthes
 
 def _check_known(array: np.ndarray, tissues: tuple[Tissue, ...], *, name: str) -> None:
     """Raise UserError when a map holds an id that no tissue explains."""
-    strangers = sorted(set(np.unique(array).tolist()) - {tissue.index for tissue in tissues})
-    if strangers:
-        raise UserError(f"The map of anatomy '{name}' holds tissue ids {strangers}, which its {TISSUES_NAME} does not list. Add them there with name, unified, kind and hu.")
+    unexpected = sorted(set(np.unique(array).tolist()) - {tissue.index for tissue in tissues})
+    if unexpected:
+        raise UserError(f"The map of anatomy '{name}' holds tissue ids {unexpected}, which its {TISSUES_NAME} does not list. Add them there with name, unified, kind and hu.")
 
 
 def _name_lookup(tissues: tuple[Tissue, ...], words: tuple[str, ...]) -> Tensor:

@@ -1,6 +1,6 @@
 """Random geometry of a training sample: the scanned box, the warp from it into the source, and separable filters.
 
-Arrays are canonical S-A-R: axis 0 grows to superior, 1 to anterior, 2 to the patient's right. Source points are millimetres along
+Arrays are S-A-R: axis 0 grows to superior, 1 to anterior, 2 to the patient's right. Source points are millimetres along
 these axes, 0 at the center of the source's first voxel. No warp mirrors: the sides of the body are classes of their own.
 """
 

@@ -12,7 +12,7 @@ from NMSWSegment.samples.augment import PaperAugmentation
 from NMSWSegment.samples.case_source import CaseSource
 from NMSWSegment.samples.synthesis import MAP_NAME, AnatomySource, SynthesisOptions
 from NMSWSegment.samples.training_set import TrainingSet, check_not_empty
-from NMSWSegment.training.distributed import Team
+from NMSWSegment.training.distributed import ProcessGroup
 from NMSWSegment.training.options import TrainOptions
 
 ANATOMIES = "anatomies"
@@ -60,23 +60,23 @@ def find_data(options: TrainOptions) -> TrainingData:
     return TrainingData(requests=tuple(requests), anatomies=tuple(anatomies), label_names=label_names, num_held_out=len(found) - len(requests) - len(anatomies))
 
 
-def open_training_set(options: TrainOptions, *, data: TrainingData | None = None, cache: CaseCache | None = None, team: Team | None = None) -> TrainingSet:
+def open_training_set(options: TrainOptions, *, data: TrainingData | None = None, cache: CaseCache | None = None, group: ProcessGroup | None = None) -> TrainingSet:
     """Check every case and anatomy and make their samples available.
 
     Args:
         options: of the run.
         data: what to open; None is find_data(options).
         cache: where prepared cases are kept; None keeps them in memory.
-        team: processes that share the work of filling the cache.
+        group: processes that share the work of filling the cache.
 
     Raises:
         UserError: a case or an anatomy cannot be used, or the cache cannot be written.
     """
     data = data or find_data(options)
-    if cache and team:
-        for request in team.share(data.requests):
+    if cache and group:
+        for request in group.share(data.requests):
             cache.ensure(request)
-        team.wait()
+        group.wait()
     points = options.intensity_points
     augmentation = PaperAugmentation(window_hu=(points[0][0], points[-1][0])) if options.augmentation == "paper" else None
     return TrainingSet(

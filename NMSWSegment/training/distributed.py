@@ -16,13 +16,13 @@ from torch import Tensor
 
 from NMSWSegment.protocol import UserError
 
-PATIENCE = timedelta(hours=12)
+TIMEOUT = timedelta(hours=12)
 """How long a process waits for the others; the first use of a large data set is read and cached by all of them, some slower."""
 _FIRST_PORT, _NUM_PORTS = 20000, 20000
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """This process among all processes of the run."""
 
     device: torch.device
@@ -63,8 +63,8 @@ class Team:
 
 
 @contextmanager
-def joined_team(device: str) -> Iterator[Team]:
-    """The team of this run, left when the block ends.
+def joined_group(device: str) -> Iterator[ProcessGroup]:
+    """The group of this run, left when the block ends.
 
     Args:
         device: cpu, cuda or cuda:N; with several processes on a computer, 'cuda' is the GPU of this process's number there.
@@ -80,16 +80,16 @@ def joined_team(device: str) -> Iterator[Team]:
         own = torch.device("cuda", local_rank)
         torch.cuda.set_device(own)
     if size == 1:
-        yield Team(device=own)
+        yield ProcessGroup(device=own)
         return
     for name, value in rendezvous(os.environ).items():
         os.environ.setdefault(name, value)
     try:
-        torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=PATIENCE)
+        torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"The {size} processes cannot find each other ({error}). Check MASTER_ADDR and MASTER_PORT, or start them with torchrun or srun.") from error
     try:
-        yield Team(device=own, rank=rank, size=size)
+        yield ProcessGroup(device=own, rank=rank, size=size)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -11,7 +11,7 @@ from NMSWSegment.nets.backbones import check_patch_size, memory_format
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.training_set import sample_generator
-from NMSWSegment.training.distributed import Team
+from NMSWSegment.training.distributed import ProcessGroup
 from NMSWSegment.training.options import TrainOptions
 from NMSWSegment.training.run_folder import TrainingState
 from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions
@@ -23,42 +23,42 @@ NOISE = 1
 """Purpose of a sample's generator: Gumbel noise and random patches."""
 
 
-def new_state(options: TrainOptions, *, num_classes: int, team: Team) -> TrainingState:
+def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -> TrainingState:
     """New nets, the same on every process, with their optimizer.
 
     Raises:
         UserError: the nets do not take the patch size, or there are more processes than volumes.
     """
-    if options.batch_size < team.size:
-        raise UserError(f"There are {team.size} processes for batch_size {options.batch_size}. Give --batch-size {team.size} or more, or start fewer processes.")
+    if options.batch_size < group.size:
+        raise UserError(f"There are {group.size} processes for batch_size {options.batch_size}. Give --batch-size {group.size} or more, or start fewer processes.")
     architecture = Architecture(num_classes=num_classes, backbone=options.backbone, preset=options.preset)
     check_patch_size(options.backbone, preset=options.preset, patch_size=options.patch_size)
     torch.manual_seed(options.seed)
-    net = NMSWNet(architecture).to(team.device).train()
+    net = NMSWNet(architecture).to(group.device).train()
     net.coarse.to(memory_format=torch.channels_last_3d)  # a UNet
     net.local.to(memory_format=memory_format(options.backbone))
     optimizer = torch.optim.AdamW(trained_parameters(net, options), lr=options.learning_rate, weight_decay=options.weight_decay)
     warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False)
-    thinned = SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
-    sparsity = FusionSparsity(net.local.backbone, optimizer, options=thinned, seed=options.seed) if thinned else None
+    sparsified = SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
+    sparsity = FusionSparsity(net.local.backbone, optimizer, options=sparsified, seed=options.seed) if sparsified else None
     return TrainingState(net=net, optimizer=optimizer, schedule=schedule, sparsity=sparsity)
 
 
-def train_step(state: TrainingState, samples: Iterator[tuple[int, TrainingSample]], *, options: TrainOptions, tau: float, team: Team) -> torch.Tensor:
+def train_step(state: TrainingState, samples: Iterator[tuple[int, TrainingSample]], *, options: TrainOptions, tau: float, group: ProcessGroup) -> torch.Tensor:
     """One optimizer step on this process's share of the volumes; its share of the mean losses, in the order of Losses' fields."""
     share = 1 / options.batch_size
-    values = torch.zeros(len(fields(Losses)), device=team.device)
+    values = torch.zeros(len(fields(Losses)), device=group.device)
     state.optimizer.zero_grad()
-    for _ in team.share(range(options.batch_size)):
+    for _ in group.share(range(options.batch_size)):
         number, sample = next(samples)
         x, labels, grid = prepare(sample, options)
         generator = sample_generator(seed=options.seed, number=number, purpose=NOISE)
-        losses = volume_losses(state.net, x.to(team.device), labels.to(team.device), grid=grid, options=options, tau=tau, generator=generator)
+        losses = volume_losses(state.net, x.to(group.device), labels.to(group.device), grid=grid, options=options, tau=tau, generator=generator)
         (losses.total * share).backward()
         values += losses.values() * share
     parameters = [parameter for parameter in state.net.parameters() if parameter.requires_grad]
-    team.sum_gradients(parameters)
+    group.sum_gradients(parameters)
     state.iteration += 1
     norm = torch.nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
     if torch.isfinite(norm):  # the same on all processes, because the gradients are

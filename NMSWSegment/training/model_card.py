@@ -19,7 +19,7 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
         f"- Backbone: {manifest.backbone} (coarse net: unet), {manifest.architecture.get('preset', '')} preset",
         f"- Modality: {manifest.modality}; model spacing {spacing} mm (S, A, R); patch {patch} voxels, overlap {manifest.overlap:g}",
         f"- Structures ({len(manifest.labels)}): {', '.join(label.title for label in manifest.labels)}",
-        f"- Licence of the weights: {manifest.licence}",
+        f"- License of the weights: {manifest.license}",
         "",
         *([f"![A volume that took no part in training]({PICTURE_NAME})", ""] if has_picture else []),
         "## Training",

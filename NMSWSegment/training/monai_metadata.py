@@ -1,6 +1,6 @@
 """configs/metadata.json of a bundle, in the format that MONAI's bundle tools read (MONAI Bundle Specification).
 
-It tells about the local net, which takes one patch. The nets themselves stay where they are: MONAI's tools that start a net
+It describes the local net, which takes one patch. The nets themselves stay where they are: MONAI's tools that start a net
 (run, verify_net_in_out, ckpt_export) look for models/ and a network definition, which these bundles do not have.
 """
 
@@ -32,7 +32,7 @@ def monai_metadata(manifest: BundleManifest) -> dict:
         "description": manifest.description,
         "authors": "see MODEL_CARD.md",
         "data_source": "; ".join(manifest.attributions),
-        "copyright": manifest.licence,
+        "copyright": manifest.license,
         "intended_use": "Research. Not for clinical use.",
         "network_data_format": {"inputs": {"image": _image_format(manifest)}, "outputs": {"pred": _logits_format(manifest)}},
     }

@@ -164,7 +164,7 @@ def changed_options(old: TrainOptions, new: TrainOptions) -> str:
 
 
 def _comma_list(text: str) -> tuple[str, ...]:
-    """The words between commas."""
+    """The names between commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 

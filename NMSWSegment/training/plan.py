@@ -12,9 +12,9 @@ import torch
 
 from NMSWSegment.data.prepared_case import Header, check_headers
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.model_grid import canonical_frame
+from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.training.datasets import TrainingData, find_data, open_training_set
-from NMSWSegment.training.distributed import Team, joined_team
+from NMSWSegment.training.distributed import ProcessGroup, joined_group
 from NMSWSegment.training.iteration import new_state, temperature, train_step
 from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions
 from NMSWSegment.training.run_folder import CHECKPOINT_NAME, TrainingState, load_initial_weights
@@ -37,19 +37,19 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
     """
     data = find_data(options)
     headers = [check_headers(request) for request in data.requests]
-    with joined_team(device) as team:
-        state = new_state(options, num_classes=len(data.label_names) + 1, team=team)
+    with joined_group(device) as group:
+        state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
         load_initial_weights(state, options)
         yield from _data_lines(data, headers, options)
         coarse, local = (sum(parameter.numel() for parameter in net.parameters()) for net in (state.net.coarse, state.net.local))
         yield f"Nets        {options.backbone} ({options.preset}), trains: {options.train}; coarse {coarse / 1e6:.2f} M, local {local / 1e6:.2f} M parameters"
-        yield f"Run         {options.iterations} iterations, batch size {options.batch_size}, processes {team.size}, on {team.device.type}, {options.precision}, augmentation {options.augmentation}"
+        yield f"Run         {options.iterations} iterations, batch size {options.batch_size}, processes {group.size}, on {group.device.type}, {options.precision}, augmentation {options.augmentation}"
         yield from _file_lines(output, cache, headers, num_parameters=coarse + local)
         yield f"Timing      {TIMED_ITERATIONS} iterations on the first cases ..."
-        seconds, draw_seconds = _timed(state, data, options=options, team=team)
+        seconds, draw_seconds = _timed(state, data, options=options, group=group)
         yield f"Time        {seconds:.2f} s an iteration: {_duration(seconds * options.iterations)} for all, if samples do not keep it waiting"
         yield f"            {draw_seconds:.2f} s to draw a process's samples of one iteration: {max(1, math.ceil(draw_seconds / seconds))} workers keep up"
-        yield f"Memory      {_gigabytes(_peak_bytes(team.device))} at most so far{' on the GPU' if team.device.type == 'cuda' else ' in this process; every worker takes its own'}"
+        yield f"Memory      {_gigabytes(_peak_bytes(group.device))} at most so far{' on the GPU' if group.device.type == 'cuda' else ' in this process; every worker takes its own'}"
         yield "Nothing was written. Voxels were read of the first cases only; label values of the others are checked when the run starts."
 
 
@@ -61,7 +61,7 @@ def _data_lines(data: TrainingData, headers: Sequence[Header], options: TrainOpt
     yield f"Grid        patches of {_times(options.patch_size)} voxels of {_times(options.spacing_mm)} mm, overlap {options.overlap:g}, coarse factor {_times(options.coarse_factor)}"
     if not headers:
         return
-    shapes = [canonical_frame(header.shape, header.ijk_to_lps, spacing_mm=options.spacing_mm).shape for header in headers]  # LPS or RAS: as many voxels
+    shapes = [model_grid_around(header.shape, header.ijk_to_lps, spacing_mm=options.spacing_mm).shape for header in headers]  # LPS or RAS: as many voxels
     counts = [CandidateGrid.covering(shape, patch_size=options.patch_size, overlap=options.overlap).num_candidates for shape in shapes]
     yield f"Candidates  {min(counts)} / {np.median(counts):g} / {max(counts)} a volume (fewest, median, most)"
     small = [name for name, shape in zip(names, shapes) if any(length < size for length, size in zip(shape, options.patch_size))]
@@ -79,22 +79,22 @@ def _file_lines(output: Path, cache: Path, headers: Sequence[Header], *, num_par
         yield f"            {cache}: about {_gigabytes(sum(math.prod(header.shape) for header in headers) * _BYTES_PER_VOXEL)} of prepared cases, twice that where fine slices are averaged"
 
 
-def _timed(state: TrainingState, data: TrainingData, *, options: TrainOptions, team: Team) -> tuple[float, float]:
+def _timed(state: TrainingState, data: TrainingData, *, options: TrainOptions, group: ProcessGroup) -> tuple[float, float]:
     """Seconds of an iteration and of drawing its samples; of the last one, because the first warms up."""
     few = replace(data, requests=data.requests[:CASES_TIMED], anatomies=data.anatomies[:CASES_TIMED])
     training_set = open_training_set(options, data=few)
     for iteration in range(TIMED_ITERATIONS):
         started = time.perf_counter()
-        numbers = team.share(range(iteration * options.batch_size, (iteration + 1) * options.batch_size))
+        numbers = group.share(range(iteration * options.batch_size, (iteration + 1) * options.batch_size))
         samples = [(number, training_set[number]) for number in numbers]
         drawn = time.perf_counter()
-        float(train_step(state, iter(samples), options=options, tau=temperature(0, options), team=team).sum())  # waits for the GPU
+        float(train_step(state, iter(samples), options=options, tau=temperature(0, options), group=group).sum())  # waits for the GPU
         stepped = time.perf_counter()
     return stepped - drawn, drawn - started
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Most memory that was in use: of the GPU, or of this process; 0 where the system does not tell."""
+    """Most memory that was in use: of the GPU, or of this process; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     if sys.platform == "win32":

@@ -25,7 +25,7 @@ SPARSITIES = (0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class SparsityOptions:
-    """How the fusion convolutions are thinned out."""
+    """How the fusion convolutions are sparsified."""
 
     iterations: int
     """T: optimizer steps of the whole run."""

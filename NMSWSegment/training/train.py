@@ -1,7 +1,7 @@
 """Train the coarse net, the local net and the class weights together (paper section 4).
 
     for every volume of an iteration:
-        x, labels <- a drawn sample             canonical frame, padded to its candidate grid
+        x, labels <- a drawn sample             model grid, padded to its candidate grid
         losses <- the nets on x                 step.py, Eq. 7
     gradients of all volumes and processes -> one optimizer step
 
@@ -20,7 +20,7 @@ from NMSWSegment.data.case_cache import CaseCache
 from NMSWSegment.data.training_sample import TrainingSample
 from NMSWSegment.samples.training_set import TrainingSet
 from NMSWSegment.training.datasets import find_data, open_training_set
-from NMSWSegment.training.distributed import Team, joined_team
+from NMSWSegment.training.distributed import ProcessGroup, joined_group
 from NMSWSegment.training.iteration import new_state, temperature, train_step
 from NMSWSegment.training.monitor import Monitor
 from NMSWSegment.training.options import TrainOptions, add_option_arguments, options_from_arguments
@@ -63,29 +63,29 @@ def train(
         UserError: the run folder holds a run (without resume) or other options (with it), the data, the nets or the initial run
             cannot be used, or the disk is full.
     """
-    with joined_team(device) as team:
+    with joined_group(device) as group:
         check_run_folder(output, options, resume=resume)
         data = find_data(options)
-        state = new_state(options, num_classes=len(data.label_names) + 1, team=team)
+        state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
         if resume:
             restore_checkpoint(output, state)
         else:
             load_initial_weights(state, options)
-        training_set = open_training_set(options, data=data, cache=CaseCache(cache or output / CACHE_NAME), team=team)
-        team.wait()  # until every process has looked at the run folder
-        if team.is_first and not resume:  # only now: a start that failed leaves no run behind
+        training_set = open_training_set(options, data=data, cache=CaseCache(cache or output / CACHE_NAME), group=group)
+        group.wait()  # until every process has looked at the run folder
+        if group.is_first and not resume:  # only now: a start that failed leaves no run behind
             create_run(output, options)
-        monitor = Monitor(output, options=options, label_names=training_set.label_names, first_iteration=state.iteration) if team.is_first else None
-        samples = _samples(training_set, first=state.iteration, options=options, num_workers=num_workers, team=team)
+        monitor = Monitor(output, options=options, label_names=training_set.label_names, first_iteration=state.iteration) if group.is_first else None
+        samples = _samples(training_set, first=state.iteration, options=options, num_workers=num_workers, group=group)
         try:
             while state.iteration < options.iterations:
                 tau = temperature(state.iteration, options)
-                losses = team.sum_values(train_step(state, samples, options=options, tau=tau, team=team))
+                losses = group.sum_values(train_step(state, samples, options=options, tau=tau, group=group))
                 if monitor and state.iteration % log_every == 0:
                     monitor.log(state, losses, tau=tau)
                 if monitor and show_every and options.train != "local" and state.iteration % show_every == 0:
                     monitor.show_selection(state, training_set[0])
-                if team.is_first and (state.iteration % checkpoint_every == 0 or state.iteration == options.iterations):
+                if group.is_first and (state.iteration % checkpoint_every == 0 or state.iteration == options.iterations):
                     save_checkpoint(output, state, label_names=training_set.label_names)
         finally:
             if monitor:
@@ -132,9 +132,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _samples(training_set: TrainingSet, *, first: int, options: TrainOptions, num_workers: int, team: Team) -> Iterator[tuple[int, TrainingSample]]:
+def _samples(training_set: TrainingSet, *, first: int, options: TrainOptions, num_workers: int, group: ProcessGroup) -> Iterator[tuple[int, TrainingSample]]:
     """Number and sample of this process's volumes from iteration `first` on; a sample depends on the seed and its number alone."""
-    numbers = [number for iteration in range(first, options.iterations) for number in team.share(range(iteration * options.batch_size, (iteration + 1) * options.batch_size))]
+    numbers = [number for iteration in range(first, options.iterations) for number in group.share(range(iteration * options.batch_size, (iteration + 1) * options.batch_size))]
     loader = torch.utils.data.DataLoader(
         training_set,
         sampler=numbers,

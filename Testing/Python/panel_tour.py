@@ -21,7 +21,7 @@ import slicer  # noqa: E402
 from standins.application import Application  # noqa: E402
 
 PICTURE_WIDTH = 500
-PATIENCE_S = 120
+TIMEOUT_S = 120
 
 
 def main(folder: Path) -> None:
@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
         widget = app.open_panel("NMSWSegment")
         tell("panel opened", time.perf_counter() - opened)
         app.save_picture(widget, folder / "panel-before.png", width=PICTURE_WIDTH)
-        app.wait_until(lambda: widget._rate() is not None, PATIENCE_S)
+        app.wait_until(lambda: widget._rate() is not None, TIMEOUT_S)
         tell("worker warm, devices and speed known", time.perf_counter() - opened)
         widget.ui.sampleButton.click()
         node = widget.logic.getParameterNode()
@@ -55,7 +55,7 @@ def first_run(app: Application, widget, folder: Path) -> None:
     widget.logic.getParameterNode().numPatches = 5
     clicked = time.perf_counter()
     widget.ui.segmentButton.click()
-    app.wait_until(lambda: slicer.mrmlScene.GetFirstNodeByName("NMSW coarse result"), PATIENCE_S)
+    app.wait_until(lambda: slicer.mrmlScene.GetFirstNodeByName("NMSW coarse result"), TIMEOUT_S)
     tell("click -> coarse result", time.perf_counter() - clicked)
     app.save_picture(widget, folder / "panel-during.png", width=PICTURE_WIDTH)
     wait_for_run(app, widget)
@@ -68,7 +68,7 @@ def change_k(app: Application, widget, num_patches: int) -> None:
     before = segmentation.GetAttribute("NMSW.NumPatches")
     moved = time.perf_counter()
     widget.ui.numPatchesSlider.value = num_patches
-    app.wait_until(lambda: segmentation.GetAttribute("NMSW.NumPatches") == str(num_patches), PATIENCE_S)
+    app.wait_until(lambda: segmentation.GetAttribute("NMSW.NumPatches") == str(num_patches), TIMEOUT_S)
     tell(f"slider k = {before} -> {num_patches}, {segmentation.GetAttribute('NMSW.PatchesReused')} patches reused", time.perf_counter() - moved)
     wait_for_run(app, widget)
 
@@ -104,12 +104,12 @@ def start_all(app: Application, widget) -> None:
     node.liveUpdate = False
     node.numPatches = widget.ui.numPatchesSlider.maximum
     widget.ui.segmentButton.click()
-    app.wait_until(lambda: widget.ui.statusLabel.text.startswith("Patch "), PATIENCE_S)
+    app.wait_until(lambda: widget.ui.statusLabel.text.startswith("Patch "), TIMEOUT_S)
 
 
 def wait_for_run(app: Application, widget) -> None:
     """Let the application go on until the run is over."""
-    app.wait_until(lambda: not widget.segmenter.is_running, PATIENCE_S)
+    app.wait_until(lambda: not widget.segmenter.is_running, TIMEOUT_S)
     app.process_events()
 
 

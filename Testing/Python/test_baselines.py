@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import turned
 
-from NMSWSegment.engine.resampling import to_canonical
+from NMSWSegment.engine.resampling import to_model_grid
 from NMSWSegment.engine.runtime import open_nets
-from NMSWSegment.engine.segment import Warm, coarse_pass
+from NMSWSegment.engine.segment import RunCache, coarse_pass
 from NMSWSegment.evaluation.baselines import footprint_foreground, grown_box, one_voxel_foreground
 from NMSWSegment.evaluation.methods import comparison_methods
 from NMSWSegment.evaluation.metrics import dice_per_class
@@ -44,7 +44,7 @@ def test_sliding_window_on_the_model_grid_is_exact_with_windows_counted_by_hand(
     volume, labels = a_small_phantom  # patches of 16, stride 8 or 12, in 30 x 24 x 34 voxels
     result = segment(name, volume, a_bundle)
     np.testing.assert_array_equal(result.labelmap.array, labels)
-    assert result.report["windows"] == windows and result.report["candidates"] == 3 * 2 * 4 and result.patches == ()
+    assert result.run_info["windows"] == windows and result.run_info["candidates"] == 3 * 2 * 4 and result.patches == ()
 
 
 def test_sliding_window_on_foreground_leaves_windows_out_and_stays_exact(a_bundle):
@@ -52,10 +52,10 @@ def test_sliding_window_on_foreground_leaves_windows_out_and_stays_exact(a_bundl
     volume, labels = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))
     result = segment("sw_foreground", volume, a_bundle)
     np.testing.assert_array_equal(result.labelmap.array, labels)
-    _, _, grid = to_canonical(volume, a_bundle.manifest)
+    _, _, grid = to_model_grid(volume, a_bundle.manifest)
     reference = torch.from_numpy(np.pad(labels, [(0, full - length) for full, length in zip(grid.padded_shape, labels.shape)]))
     needed = sum(bool(reference[grid.slices(index)].any()) for index in range(grid.num_candidates))
-    assert needed <= result.report["windows"] < grid.num_candidates == result.report["candidates"]
+    assert needed <= result.run_info["windows"] < grid.num_candidates == result.run_info["candidates"]
 
 
 def test_sliding_window_of_a_volume_smaller_than_a_patch(a_bundle):
@@ -63,7 +63,7 @@ def test_sliding_window_of_a_volume_smaller_than_a_patch(a_bundle):
     volume, labels = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))
     result = segment("sw_0.50", volume, a_bundle)
     np.testing.assert_array_equal(result.labelmap.array, labels)
-    assert result.report["windows"] == 2
+    assert result.run_info["windows"] == 2
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -127,27 +127,27 @@ def test_zoom_out_is_exact_where_nothing_is_zoomed(a_bundle):
     intensities = np.array([phantoms.BODY_HU, phantoms.ORGANS["liver"][2]], np.float32)
     volume = Volume(array=intensities[labels], ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))
     result = segment("zoom_out", volume, a_bundle)
-    assert result.report["windows"] == 1
+    assert result.run_info["windows"] == 1
     np.testing.assert_array_equal(result.labelmap.array, labels)
 
 
 def test_zoom_out_calls_the_net_once_a_class(a_bundle, a_small_phantom):
     result = segment("zoom_out", a_small_phantom[0], a_bundle)
-    assert result.report["windows"] == 3 == len(np.unique(result.labelmap.array)) - 1
+    assert result.run_info["windows"] == 3 == len(np.unique(result.labelmap.array)) - 1
 
 
 def test_zoom_out_of_an_empty_coarse_result_is_background(a_bundle):
     volume = Volume(array=np.full((20, 22, 24), phantoms.BODY_HU, np.float32), ijk_to_ras=np.diag([6.0, 6.0, 6.0, 1.0]))
     result = segment("zoom_out", volume, a_bundle)
-    assert result.report["windows"] == 0 and not result.labelmap.array.any()
+    assert result.run_info["windows"] == 0 and not result.labelmap.array.any()
 
 
 @pytest.mark.parametrize("name", ["sw_0.50", "zoom_out", "greedy_3"])
 def test_second_run_has_the_nets_and_gives_the_same(name, a_bundle, a_small_phantom):
-    warm = Warm()
-    cold = segment(name, a_small_phantom[0], a_bundle, warm=warm)
-    again = segment(name, a_small_phantom[0], a_bundle, warm=Warm(nets=warm.nets))
-    assert "load" in cold.report["timings_s"] and "load" not in again.report["timings_s"]
+    warm = RunCache()
+    cold = segment(name, a_small_phantom[0], a_bundle, run_cache=warm)
+    again = segment(name, a_small_phantom[0], a_bundle, run_cache=RunCache(nets=warm.nets))
+    assert "load" in cold.run_info["timings_s"] and "load" not in again.run_info["timings_s"]
     np.testing.assert_array_equal(cold.labelmap.array, again.labelmap.array)
 
 
@@ -157,7 +157,7 @@ def test_baseline_can_be_cancelled_between_patches(a_bundle, a_small_phantom):
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        segment("sw_0.50", a_small_phantom[0], a_bundle, report=stop)
+        segment("sw_0.50", a_small_phantom[0], a_bundle, on_progress=stop)
 
 
 def test_without_class_weights_the_patches_replace_the_coarse_answer(a_bundle, a_small_phantom):

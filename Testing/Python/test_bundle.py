@@ -47,6 +47,13 @@ def test_manifest_comes_back_from_json_unchanged(a_tiny_bundle):
     assert BundleManifest.from_dict(json.loads(manifest.to_json())) == manifest
 
 
+def test_manifest_with_the_old_spelling_of_license_is_read(a_tiny_bundle):
+    manifest = replace(load_bundle(a_tiny_bundle).manifest, license="CC-BY-4.0")
+    values = json.loads(manifest.to_json())
+    values["licence"] = values.pop("license")
+    assert BundleManifest.from_dict(values) == manifest
+
+
 def test_manifest_counts_background_as_a_class(a_tiny_bundle):
     manifest = load_bundle(a_tiny_bundle).manifest
     assert manifest.num_classes == 4 and manifest.label_names == ["liver", "spleen", "vertebrae"]

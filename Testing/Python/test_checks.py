@@ -1,4 +1,4 @@
-"""What the panel may do and show: problems in the order to tell them, work, time."""
+"""What the panel may do and show: input checks in their order, patches, memory and time of a run."""
 
 import subprocess
 import sys
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, turned
 
-from NMSWSegment.engine.resampling import to_canonical
+from NMSWSegment.engine.resampling import to_model_grid
 from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.rates import Rate
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.panel.checks import Geometry, Inputs, Problem, Work, problems, seconds, work
+from NMSWSegment.panel.checks import CheckKind, Geometry, Inputs, RunEstimate, Severity, estimate_run, estimate_seconds, input_checks
 from NMSWSegment.protocol import UserError
 
 SHAPE = (30, 70, 100)
@@ -39,17 +39,17 @@ def box(center_ras, size_mm) -> np.ndarray:
     return roi_to_ras
 
 
-def found(inputs) -> list[Problem]:
-    return [finding.problem for finding in problems(inputs)]
+def found(inputs) -> list[CheckKind]:
+    return [check.kind for check in input_checks(inputs)]
 
 
-def is_blocked(findings) -> bool:
-    return any(finding.problem.is_blocking for finding in findings)
+def is_blocked(found_checks) -> bool:
+    return any(check.severity is Severity.ERROR for check in found_checks)
 
 
 def test_problems_of_good_inputs_are_none(inputs):
-    assert problems(inputs) == ()
-    assert problems(replace(inputs, intensity_range=None, available_bytes=None, num_patches="auto")) == ()
+    assert input_checks(inputs) == ()
+    assert input_checks(replace(inputs, intensity_range=None, available_bytes=None, num_patches="auto")) == ()
 
 
 def with_geometry(inputs, **changes) -> Inputs:
@@ -59,111 +59,111 @@ def with_geometry(inputs, **changes) -> Inputs:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda inputs: replace(inputs, geometry=None), Problem.NO_VOLUME),
-        (lambda inputs: replace(inputs, is_labelmap=True), Problem.NOT_A_VOLUME),
-        (lambda inputs: replace(inputs, components=3), Problem.COLOR_VOLUME),
-        (lambda inputs: replace(inputs, is_transform_linear=False), Problem.NONLINEAR_TRANSFORM),
-        (lambda inputs: replace(inputs, intensity_range=(7.0, 7.0)), Problem.UNIFORM_VOLUME),
-        (lambda inputs: replace(inputs, manifest=None), Problem.NO_MODEL),
-        (lambda inputs: with_geometry(inputs, shape=(0, 0, 0)), Problem.EMPTY_VOLUME),
-        (lambda inputs: with_geometry(inputs, shape=(30, 1, 100)), Problem.ONE_SLICE),
-        (lambda inputs: with_geometry(inputs, ijk_to_ras=np.diag([1.0, 2.0, 0.0, 1.0])), Problem.BROKEN_GEOMETRY),
-        (lambda inputs: with_geometry(inputs, ijk_to_ras=np.full((4, 4), np.nan)), Problem.BROKEN_GEOMETRY),
-        (lambda inputs: with_geometry(inputs, ijk_to_ras=np.array([[1.0, 2, 0, 0], [2, 4, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])), Problem.BROKEN_GEOMETRY),
-        (lambda inputs: with_geometry(inputs, ijk_to_ras=np.diag([500.0, 500.0, 500.0, 1.0])), Problem.VOLUME_TOO_LARGE),
-        (lambda inputs: replace(inputs, roi_to_ras=box((0, 0, 0), (20, 0, 30))), Problem.ROI_EMPTY),
-        (lambda inputs: replace(inputs, roi_to_ras=np.full((4, 4), np.nan)), Problem.ROI_EMPTY),
-        (lambda inputs: replace(inputs, roi_to_ras=box((0, 0, 400), (20, 30, 40))), Problem.ROI_OUTSIDE),
+        (lambda inputs: replace(inputs, geometry=None), CheckKind.NO_VOLUME),
+        (lambda inputs: replace(inputs, is_labelmap=True), CheckKind.NOT_A_VOLUME),
+        (lambda inputs: replace(inputs, components=3), CheckKind.COLOR_VOLUME),
+        (lambda inputs: replace(inputs, is_transform_linear=False), CheckKind.NONLINEAR_TRANSFORM),
+        (lambda inputs: replace(inputs, intensity_range=(7.0, 7.0)), CheckKind.UNIFORM_VOLUME),
+        (lambda inputs: replace(inputs, manifest=None), CheckKind.NO_MODEL),
+        (lambda inputs: with_geometry(inputs, shape=(0, 0, 0)), CheckKind.EMPTY_VOLUME),
+        (lambda inputs: with_geometry(inputs, shape=(30, 1, 100)), CheckKind.ONE_SLICE),
+        (lambda inputs: with_geometry(inputs, ijk_to_ras=np.diag([1.0, 2.0, 0.0, 1.0])), CheckKind.BROKEN_GEOMETRY),
+        (lambda inputs: with_geometry(inputs, ijk_to_ras=np.full((4, 4), np.nan)), CheckKind.BROKEN_GEOMETRY),
+        (lambda inputs: with_geometry(inputs, ijk_to_ras=np.array([[1.0, 2, 0, 0], [2, 4, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])), CheckKind.BROKEN_GEOMETRY),
+        (lambda inputs: with_geometry(inputs, ijk_to_ras=np.diag([500.0, 500.0, 500.0, 1.0])), CheckKind.VOLUME_TOO_LARGE),
+        (lambda inputs: replace(inputs, roi_to_ras=box((0, 0, 0), (20, 0, 30))), CheckKind.ROI_EMPTY),
+        (lambda inputs: replace(inputs, roi_to_ras=np.full((4, 4), np.nan)), CheckKind.ROI_EMPTY),
+        (lambda inputs: replace(inputs, roi_to_ras=box((0, 0, 400), (20, 30, 40))), CheckKind.ROI_OUTSIDE),
     ],
 )
 def test_problems_that_block_are_found_one_at_a_time(inputs, change, problem):
     assert found(change(inputs)) == [problem]
-    assert is_blocked(problems(change(inputs)))
+    assert is_blocked(input_checks(change(inputs)))
 
 
 def test_problems_of_an_empty_panel_name_volume_then_model():
-    assert found(Inputs(geometry=None, manifest=None)) == [Problem.NO_VOLUME, Problem.NO_MODEL]
+    assert found(Inputs(geometry=None, manifest=None)) == [CheckKind.NO_VOLUME, CheckKind.NO_MODEL]
 
 
 def test_problems_carry_the_values_of_their_sentence(inputs):
-    assert problems(replace(inputs, components=4))[0].values == {"components": 4}
-    assert problems(replace(inputs, intensity_range=(7.0, 7.0)))[0].values == {"intensity": 7.0}
-    too_large = problems(with_geometry(inputs, ijk_to_ras=np.diag([500.0, 500.0, 500.0, 1.0])))[0]
+    assert input_checks(replace(inputs, components=4))[0].values == {"components": 4}
+    assert input_checks(replace(inputs, intensity_range=(7.0, 7.0)))[0].values == {"intensity": 7.0}
+    too_large = input_checks(with_geometry(inputs, ijk_to_ras=np.diag([500.0, 500.0, 500.0, 1.0])))[0]
     assert "Crop it, or check its spacing" in too_large.values["message"]
 
 
 def test_problem_memory_short_is_advice_with_both_numbers(inputs):
-    needed = work(inputs.geometry, inputs.manifest, num_patches=5, available_bytes=100 << 20).memory_bytes
-    (finding,) = problems(replace(inputs, available_bytes=100 << 20))
-    assert finding.problem is Problem.MEMORY_SHORT and not is_blocked([finding])
-    assert finding.values == {"needed_bytes": needed, "available_bytes": 100 << 20}
-    assert problems(replace(inputs, available_bytes=2 * needed)) == ()
+    needed = estimate_run(inputs.geometry, inputs.manifest, num_patches=5, available_bytes=100 << 20).memory_bytes
+    (check,) = input_checks(replace(inputs, available_bytes=100 << 20))
+    assert check.kind is CheckKind.MEMORY_SHORT and not is_blocked([check])
+    assert check.values == {"needed_bytes": needed, "available_bytes": 100 << 20}
+    assert input_checks(replace(inputs, available_bytes=2 * needed)) == ()
 
 
 def test_problem_unlike_ct_is_advice_for_ct_models_only(inputs):
-    (finding,) = problems(replace(inputs, intensity_range=(0.0, 4095.0)))
-    assert finding.problem is Problem.UNLIKE_CT and finding.values == {"lowest": 0.0} and not is_blocked([finding])
-    assert problems(replace(inputs, intensity_range=(0.0, 4095.0), manifest=replace(inputs.manifest, modality="MR"))) == ()
+    (check,) = input_checks(replace(inputs, intensity_range=(0.0, 4095.0)))
+    assert check.kind is CheckKind.UNLIKE_CT and check.values == {"lowest": 0.0} and not is_blocked([check])
+    assert input_checks(replace(inputs, intensity_range=(0.0, 4095.0), manifest=replace(inputs.manifest, modality="MR"))) == ()
 
 
 def test_roi_that_touches_a_corner_of_the_volume_is_accepted(inputs):
     corner_ras = (OBLIQUE @ [99.5, 69.5, 29.5, 1])[:3]
-    assert problems(replace(inputs, roi_to_ras=box(corner_ras, (2, 3, 4)))) == ()
+    assert input_checks(replace(inputs, roi_to_ras=box(corner_ras, (2, 3, 4)))) == ()
     # the same box, oblique, and as the tuples of SegmentOptions
     turned_roi = turned((4.0, 3.0, 2.0), (1, 1, 1))
     turned_roi[:3, 3] = corner_ras
-    assert problems(replace(inputs, roi_to_ras=tuple(map(tuple, turned_roi)))) == ()
+    assert input_checks(replace(inputs, roi_to_ras=tuple(map(tuple, turned_roi)))) == ()
 
 
 def test_work_counts_what_the_engine_counts(manifest):
-    _, frame, grid = to_canonical(Volume(array=np.zeros(SHAPE, np.int16), ijk_to_ras=OBLIQUE), manifest)
-    found = work(Geometry(shape=SHAPE, ijk_to_ras=OBLIQUE), manifest, num_patches=5)
+    _, model_grid, grid = to_model_grid(Volume(array=np.zeros(SHAPE, np.int16), ijk_to_ras=OBLIQUE), manifest)
+    found = estimate_run(Geometry(shape=SHAPE, ijk_to_ras=OBLIQUE), manifest, num_patches=5)
     assert (found.candidates, found.patches) == (grid.num_candidates, 5)
-    assert found.canonical_voxels == np.prod(frame.shape) and found.source_voxels == 30 * 70 * 100
+    assert found.model_voxels == np.prod(model_grid.shape) and found.source_voxels == 30 * 70 * 100
     assert found.share == pytest.approx(5 / grid.num_candidates)
 
 
 def test_work_clips_k_and_takes_none_for_all(manifest):
     geometry = Geometry(shape=SHAPE, ijk_to_ras=OBLIQUE)
-    candidates = work(geometry, manifest, num_patches=0).candidates
-    assert [work(geometry, manifest, num_patches=k).patches for k in (0, 3, None, 10_000)] == [0, 3, candidates, candidates]
-    assert work(geometry, manifest, num_patches=None).share == 1
+    candidates = estimate_run(geometry, manifest, num_patches=0).candidates
+    assert [estimate_run(geometry, manifest, num_patches=k).patches for k in (0, 3, None, 10_000)] == [0, 3, candidates, candidates]
+    assert estimate_run(geometry, manifest, num_patches=None).share == 1
 
 
 def test_work_of_auto_is_unknown_until_a_run_has_told(manifest):
     geometry = Geometry(shape=SHAPE, ijk_to_ras=OBLIQUE)
-    unknown = work(geometry, manifest, num_patches="auto")
+    unknown = estimate_run(geometry, manifest, num_patches="auto")
     assert unknown.patches is None and unknown.share is None
-    assert unknown.memory_bytes == work(geometry, manifest, num_patches=None).memory_bytes
-    assert work(geometry, manifest, num_patches="auto", expected_patches=4).patches == 4
+    assert unknown.memory_bytes == estimate_run(geometry, manifest, num_patches=None).memory_bytes
+    assert estimate_run(geometry, manifest, num_patches="auto", expected_patches=4).patches == 4
 
 
 def test_work_in_a_roi_counts_the_candidates_that_meet_it(manifest):
-    # 48 x 32 x 64 canonical voxels of 6 mm, index (0, 0, 0) centered on (3, 3, 3) mm: starts every 8 voxels
+    # 48 x 32 x 64 voxels of the model grid of 6 mm, index (0, 0, 0) centered on (3, 3, 3) mm: starts every 8 voxels
     shape = (48, 32, 64)
     ijk_to_ras = np.diag([6.0, 6.0, 6.0, 1.0])
     ijk_to_ras[:3, 3] = 3.0
     geometry = Geometry(shape=shape, ijk_to_ras=ijk_to_ras)
-    assert work(geometry, manifest, num_patches=None).candidates == 5 * 3 * 7
+    assert estimate_run(geometry, manifest, num_patches=None).candidates == 5 * 3 * 7
     # R 12 to 60 mm = voxels 2 to 10: starts 0 and 8; A 108 to 180 = 18 to 30: 8 and 16; S 276 to 288 = 46 to 48: 32
     roi_to_ras = box((36, 144, 282), (48, 72, 12))
-    in_roi = work(geometry, manifest, num_patches=None, roi_to_ras=roi_to_ras)
+    in_roi = estimate_run(geometry, manifest, num_patches=None, roi_to_ras=roi_to_ras)
     assert (in_roi.patches, in_roi.candidates) == (2 * 2 * 1, 105)
-    assert work(geometry, manifest, num_patches=3, roi_to_ras=roi_to_ras).patches == 3
+    assert estimate_run(geometry, manifest, num_patches=3, roi_to_ras=roi_to_ras).patches == 3
 
 
 def test_work_of_a_volume_that_is_too_large_says_the_way_out(manifest):
     with pytest.raises(UserError, match="Crop it"):
-        work(Geometry(shape=SHAPE, ijk_to_ras=np.diag([500.0, 500.0, 500.0, 1.0])), manifest, num_patches=1)
+        estimate_run(Geometry(shape=SHAPE, ijk_to_ras=np.diag([500.0, 500.0, 500.0, 1.0])), manifest, num_patches=1)
 
 
 def test_seconds_adds_patches_voxels_and_restoring():
-    ten = Work(candidates=40, patches=10, canonical_voxels=1_000_000, source_voxels=8_000_000, memory_bytes=0)
+    ten = RunEstimate(candidates=40, patches=10, model_voxels=1_000_000, source_voxels=8_000_000, memory_bytes=0)
     rate = Rate(patch_s=0.5, voxel_s=2e-6, source_voxel_s=1e-7)
-    assert seconds(ten, rate) == pytest.approx(5 + 2 + 0.8)
-    assert seconds(ten, rate, reused=4) == pytest.approx(3 + 2 + 0.8)
-    assert seconds(ten, rate, reused=30) == pytest.approx(2.8)
-    assert seconds(replace(ten, patches=None), rate) is None
+    assert estimate_seconds(ten, rate) == pytest.approx(5 + 2 + 0.8)
+    assert estimate_seconds(ten, rate, reused=4) == pytest.approx(3 + 2 + 0.8)
+    assert estimate_seconds(ten, rate, reused=30) == pytest.approx(2.8)
+    assert estimate_seconds(replace(ten, patches=None), rate) is None
 
 
 def test_panel_needs_neither_torch_nor_qt_nor_slicer():

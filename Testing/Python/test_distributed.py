@@ -17,7 +17,7 @@ pytest.importorskip("tensorboard")
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
 from NMSWSegment.protocol import UserError  # noqa: E402
-from NMSWSegment.training.distributed import Team, joined_team, process_place, rendezvous  # noqa: E402
+from NMSWSegment.training.distributed import ProcessGroup, joined_group, process_place, rendezvous  # noqa: E402
 from NMSWSegment.training.iteration import new_state  # noqa: E402
 from NMSWSegment.training.run_folder import load_checkpoint  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
@@ -102,13 +102,13 @@ def test_srun_meets_on_its_first_computer(nodes, first):
 
 
 def test_team_shares_everything_once():
-    teams = [Team(device=torch.device("cpu"), rank=rank, size=3) for rank in range(3)]
-    assert [list(team.share(range(7))) for team in teams] == [[0, 3, 6], [1, 4], [2, 5]]
+    groups = [ProcessGroup(device=torch.device("cpu"), rank=rank, size=3) for rank in range(3)]
+    assert [list(group.share(range(7))) for group in groups] == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 def test_more_processes_than_volumes_says_what_to_give(data):
     with pytest.raises(UserError, match="3 processes for batch_size 2. Give --batch-size 3 or more"):
-        new_state(tiny_options(data, batch_size=2), num_classes=4, team=Team(device=torch.device("cpu"), size=3))
+        new_state(tiny_options(data, batch_size=2), num_classes=4, group=ProcessGroup(device=torch.device("cpu"), size=3))
 
 
 def test_process_without_a_gpu_of_its_own_says_what_to_do(monkeypatch):
@@ -116,5 +116,5 @@ def test_process_without_a_gpu_of_its_own_says_what_to_do(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match="as many processes as GPUs"), joined_team("cuda"):
+    with pytest.raises(UserError, match="as many processes as GPUs"), joined_group("cuda"):
         pass

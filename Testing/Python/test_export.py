@@ -17,7 +17,7 @@ from conftest import ROOT  # noqa: E402
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
 from NMSWSegment.engine.runtime import Nets, open_nets  # noqa: E402
-from NMSWSegment.engine.segment import Warm, choose, coarse_pass, refine, segment_volume  # noqa: E402
+from NMSWSegment.engine.segment import RunCache, choose, coarse_pass, refine, segment_volume  # noqa: E402
 from NMSWSegment.files import phantoms  # noqa: E402
 from NMSWSegment.files.bundle import load_bundle  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES  # noqa: E402
@@ -165,7 +165,7 @@ def test_bundle_segments_like_the_trained_nets(a_bundle, a_run, a_volume):
 def test_engine_runs_the_bundle_on_the_volumes_own_grid(a_bundle, a_volume):
     result = segment_volume(a_volume, load_bundle(a_bundle), options=OPTIONS)
     assert result.labelmap.array.shape == a_volume.shape and result.labelmap.array.max() <= 3
-    assert len(result.patches) == 3 and result.report["bundle"]["name"] == "tiny-net"
+    assert len(result.patches) == 3 and result.run_info["bundle"]["name"] == "tiny-net"
 
 
 # Every backbone as local net, with random weights
@@ -182,7 +182,7 @@ def test_every_backbone_segments_like_its_eager_net(a_bundle_of_each):
     volume = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((5.0, 7.0, 6.0), shape))[0]
     bundle, net = load_bundle(a_bundle_of_each), trained_nets(a_bundle_of_each.parent / "run")
     eager = Nets(manifest=bundle.manifest, coarse_net=net.coarse, local_net=net.local, device=torch.device("cpu"))
-    expected, found = (segment_volume(volume, bundle, options=OPTIONS, warm=warm) for warm in (Warm(nets=eager), None))
+    expected, found = (segment_volume(volume, bundle, options=OPTIONS, run_cache=warm) for warm in (RunCache(nets=eager), None))
     assert found.labelmap.array.shape == shape and len(found.patches) == 3
     assert found.patches == expected.patches and len(np.unique(found.labelmap.array)) > 1
     assert (found.labelmap.array != expected.labelmap.array).mean() < 2e-3  # where two classes are as good as equal

@@ -13,7 +13,7 @@ from NMSWSegment.engine import aggregation, resampling
 from NMSWSegment.files import memory
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.memory import available_memory_bytes, cache_limit_bytes, needed_memory_bytes
-from NMSWSegment.files.model_grid import canonical_frame
+from NMSWSegment.files.model_grid import model_grid_around
 
 MEMINFO = "MemTotal:       24684324 kB\nMemFree:         1234567 kB\nMemAvailable:    8000000 kB\nBuffers:           54321 kB\n"
 VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
@@ -119,9 +119,9 @@ def test_cache_limit_is_a_quarter_up_to_2_gb():
 
 
 def needed(shape, ijk_to_ras, *, spacing_mm=(3.0, 3.0, 3.0), coarse_factor=(2, 2, 2), **changes) -> int:
-    frame = canonical_frame(shape, ijk_to_ras, spacing_mm=spacing_mm)
-    grid = CandidateGrid.covering(frame.shape, patch_size=(64, 64, 64), overlap=0.5)
-    return needed_memory_bytes(frame, grid, **({"bytes_per_voxel": 2, "num_classes": 25, "coarse_factor": coarse_factor, "num_patches": 10} | changes))
+    model_grid = model_grid_around(shape, ijk_to_ras, spacing_mm=spacing_mm)
+    grid = CandidateGrid.covering(model_grid.shape, patch_size=(64, 64, 64), overlap=0.5)
+    return needed_memory_bytes(model_grid, grid, **({"bytes_per_voxel": 2, "num_classes": 25, "coarse_factor": coarse_factor, "num_patches": 10} | changes))
 
 
 def upright(i, j, k) -> np.ndarray:
@@ -206,4 +206,4 @@ def test_averaged_source_is_as_large_as_in_the_engine():
     for shape, ijk_to_ras in (((13, 40, 31), upright(0.7, 0.9, 4.0)), ((20, 31, 17), turned((0.8, 1.1, 2.9), (20, 31, 17), permutation=(1, 2, 0)))):
         volume = resampling.Volume(array=np.zeros(shape, np.int16), ijk_to_ras=ijk_to_ras)
         averaged, _ = resampling._averaged(volume, spacing_mm=(3.0, 2.0, 2.5))
-        assert memory._averaged_voxels(canonical_frame(shape, ijk_to_ras, spacing_mm=(3.0, 2.0, 2.5))) == averaged.numel()
+        assert memory._averaged_voxels(model_grid_around(shape, ijk_to_ras, spacing_mm=(3.0, 2.0, 2.5))) == averaged.numel()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures(no_vtk_errors.__name__)
 
 SHAPE = (54, 36, 52)
 TILT = np.array([[np.cos(0.15), -np.sin(0.15), 0, 4.0], [np.sin(0.15), np.cos(0.15), 0, -9.0], [0, 0, 1, 2.0], [0, 0, 0, 1]])
-PATIENCE_S = 60
+TIMEOUT_S = 60
 SLOW_NET = "NMSW_TEST_SLOW_PATCH_S"
 
 
@@ -50,7 +50,7 @@ def widget(app):
     widget = app.open_panel("NMSWSegment")
     node = widget.logic.getParameterNode()
     node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 2
-    app.wait_until(lambda: "is ready" in widget.ui.logTextEdit.plainText, PATIENCE_S)
+    app.wait_until(lambda: "is ready" in widget.ui.logTextEdit.plainText, TIMEOUT_S)
     assert widget.ui.segmentButton.enabled, widget.ui.statusLabel.text
     return widget
 
@@ -104,14 +104,14 @@ def click_first_run(app):
 def start_first_run(app):
     """The same, and wait for the first patch."""
     widget = click_first_run(app)
-    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, PATIENCE_S)
+    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, TIMEOUT_S)
     return widget
 
 
 def segment(app, widget) -> None:
     """Click Segment and wait for the end."""
     widget.ui.segmentButton.click()
-    app.wait_until(lambda: not widget.segmenter.is_running, PATIENCE_S)
+    app.wait_until(lambda: not widget.segmenter.is_running, TIMEOUT_S)
     app.process_events()
 
 
@@ -158,7 +158,7 @@ def test_segment_click_shows_the_coarse_result_first_and_then_replaces_it(app, w
     widget.ui.segmentButton.click()
     assert widget.ui.segmentButton.text == "Cancel"
     assert not widget.ui.volumeSection.enabled
-    app.wait_until(lambda: not widget.segmenter.is_running, PATIENCE_S)
+    app.wait_until(lambda: not widget.segmenter.is_running, TIMEOUT_S)
 
     assert "NMSW coarse result" in seen
     assert node_names(app.scene, "vtkMRMLSegmentationNode") == ["Phantom segmentation"]
@@ -200,7 +200,7 @@ def test_slider_after_a_run_updates_the_result_and_reuses_the_patches(app, widge
     node = result_of(widget)
     for num_patches, reused in ((5, "2"), (3, "3"), (5, "5")):
         widget.ui.numPatchesSlider.value = num_patches
-        app.wait_until(lambda: node.GetAttribute("NMSW.NumPatches") == str(num_patches), PATIENCE_S)
+        app.wait_until(lambda: node.GetAttribute("NMSW.NumPatches") == str(num_patches), TIMEOUT_S)
         assert node.GetAttribute("NMSW.PatchesReused") == reused
         assert len(outlines(app.scene)) == num_patches
         app.wait_until(lambda: not widget.segmenter.is_running)
@@ -213,7 +213,7 @@ def test_slider_dragged_quickly_ends_at_the_last_value(app, widget):
     for num_patches in (3, 9, 4, 8, 6):
         widget.ui.numPatchesSlider.value = num_patches
         app.process_events(seconds=0.3)
-    app.wait_until(lambda: node.GetAttribute("NMSW.NumPatches") == "6" and not widget.segmenter.is_running, PATIENCE_S)
+    app.wait_until(lambda: node.GetAttribute("NMSW.NumPatches") == "6" and not widget.segmenter.is_running, TIMEOUT_S)
     assert app.dialogs == []
 
 
@@ -260,7 +260,7 @@ def test_cancel_answers_within_a_second_and_keeps_the_result_before(app, own_fol
     node.liveUpdate = False
     node.numPatches = 4
     widget.ui.segmentButton.click()
-    app.wait_until(lambda: node_names(app.scene, "vtkMRMLSegmentationNode").count("NMSW coarse result"), PATIENCE_S)
+    app.wait_until(lambda: node_names(app.scene, "vtkMRMLSegmentationNode").count("NMSW coarse result"), TIMEOUT_S)
     assert not result_of(widget).GetDisplayVisibility()
     pid = widget.segmenter.worker.pid
 
@@ -330,7 +330,7 @@ def test_closing_the_scene_in_a_run_gives_it_up(app, own_folder, tmp_path, monke
 def test_quitting_in_a_run_leaves_no_process_and_no_file(app, own_folder, tmp_path, monkeypatch):
     slow_down(monkeypatch, tmp_path, 5)
     widget = click_first_run(app)
-    app.wait_until(lambda: widget.segmenter.worker.pid is not None and "patches" in widget.ui.statusLabel.text.lower(), PATIENCE_S)
+    app.wait_until(lambda: widget.segmenter.worker.pid is not None and "patches" in widget.ui.statusLabel.text.lower(), TIMEOUT_S)
     pid = widget.segmenter.worker.pid
 
     app.close()
@@ -507,7 +507,7 @@ def test_overlays_follow_their_boxes(app, widget):
 def test_leaving_the_panel_in_a_run_does_not_stop_it(app, widget):
     widget.ui.segmentButton.click()
     app.select_module("Data")
-    app.wait_until(lambda: not widget.segmenter.is_running, PATIENCE_S)
+    app.wait_until(lambda: not widget.segmenter.is_running, TIMEOUT_S)
     assert len(segment_ids(result_of(widget))) == 3
     app.open_panel("NMSWSegment")
     assert widget.ui.volumesTable.visible

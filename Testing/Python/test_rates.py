@@ -8,24 +8,24 @@ from NMSWSegment.files.rates import Rate, Rates
 from NMSWSegment.protocol import SegmentOptions
 
 
-def a_report(**changes) -> dict:
-    """Four patches, one of them reused, in 2000 canonical voxels of a volume of 24000; no preview."""
+def a_run_info(**changes) -> dict:
+    """Four patches, one of them reused, in 2000 voxels of the model grid of a volume of 24000; no preview."""
     timings = {"read": 9.0, "load": 8.0, "canonical": 0.5, "coarse": 1.0, "select": 0.25, "upsample": 0.75, "aggregate": 0.4, "patches": 6.0, "restore": 1.2}
-    report = {"timings_s": timings, "patches": [{}] * 4, "patches_reused": 1, "canonical_voxels": 2000, "device_steps": [], "volume": {"shape_kji": [20, 30, 40]}}
-    return report | changes
+    run_info = {"timings_s": timings, "patches": [{}] * 4, "patches_reused": 1, "canonical_voxels": 2000, "device_steps": [], "volume": {"shape_kji": [20, 30, 40]}}
+    return run_info | changes
 
 
 def test_rate_of_a_run_divides_every_stage_by_what_it_grows_with():
-    rate = Rate.from_report(a_report())
+    rate = Rate.from_run_info(a_run_info())
     assert rate.patch_s == pytest.approx(6.0 / 3 + 0.4 / 4)
     assert rate.voxel_s == pytest.approx((0.5 + 1.0 + 0.25 + 0.75) / 2000)
     assert rate.source_voxel_s == pytest.approx(1.2 / 24000)
 
 
 def test_rate_of_a_run_that_showed_the_coarse_result_restores_twice():
-    report = a_report()
-    report["timings_s"]["preview"] = 1.5
-    assert Rate.from_report(report).source_voxel_s == pytest.approx((1.2 + 1.5) / 24000)
+    run_info = a_run_info()
+    run_info["timings_s"]["preview"] = 1.5
+    assert Rate.from_run_info(run_info).source_voxel_s == pytest.approx((1.2 + 1.5) / 24000)
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def test_rate_of_a_run_that_showed_the_coarse_result_restores_twice():
     ],
 )
 def test_rate_of_a_run_that_did_only_a_part_is_none(changes):
-    assert Rate.from_report(a_report(**changes)) is None
+    assert Rate.from_run_info(a_run_info(**changes)) is None
 
 
 def test_rate_comes_from_the_report_of_a_real_run(a_phantom, a_tiny_bundle):
-    report = segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=SegmentOptions(num_patches=3, device="cpu", threads=1)).report
-    rate = Rate.from_report(report)
-    timings = report["timings_s"]
-    per_run = 3 * rate.patch_s + report["canonical_voxels"] * rate.voxel_s + a_phantom[0].array.size * rate.source_voxel_s
+    run_info = segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=SegmentOptions(num_patches=3, device="cpu", threads=1)).run_info
+    rate = Rate.from_run_info(run_info)
+    timings = run_info["timings_s"]
+    per_run = 3 * rate.patch_s + run_info["canonical_voxels"] * rate.voxel_s + a_phantom[0].array.size * rate.source_voxel_s
     assert per_run == pytest.approx(sum(timings.values()) - timings["load"], rel=1e-6)
 
 

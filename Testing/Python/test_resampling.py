@@ -4,27 +4,27 @@ import torch
 from conftest import turned
 
 from NMSWSegment.engine import resampling
-from NMSWSegment.engine.resampling import coarse_ijk_to_ras, coarse_input, normalize_intensity, resample_to_canonical, restore_labelmap
+from NMSWSegment.engine.resampling import coarse_ijk_to_ras, coarse_input, normalize_intensity, resample_to_model_grid, restore_labelmap
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.model_grid import CanonicalFrame, canonical_frame
+from NMSWSegment.files.model_grid import ModelGrid, model_grid_around
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import UserError
 
 SPACING = (6.0, 6.0, 6.0)
 
 
-def world_points(frame):
-    """RAS of every canonical voxel center, (D, H, W, 3)."""
-    k, j, i = np.meshgrid(*[np.arange(n) for n in frame.shape], indexing="ij")
-    return np.stack([i, j, k], -1) @ frame.ijk_to_ras[:3, :3].T + frame.ijk_to_ras[:3, 3]
+def world_points(model_grid):
+    """RAS of every voxel of the model grid center, (D, H, W, 3)."""
+    k, j, i = np.meshgrid(*[np.arange(n) for n in model_grid.shape], indexing="ij")
+    return np.stack([i, j, k], -1) @ model_grid.ijk_to_ras[:3, :3].T + model_grid.ijk_to_ras[:3, 3]
 
 
 def test_volume_on_the_model_grid_is_unchanged(a_phantom):
     volume, _ = a_phantom
-    intensity, frame = resample_to_canonical(volume, spacing_mm=SPACING, outside=-1000)
+    intensity, model_grid = resample_to_model_grid(volume, spacing_mm=SPACING, outside=-1000)
     assert np.array_equal(intensity.numpy(), volume.array)
-    np.testing.assert_allclose(frame.ijk_to_ras, volume.ijk_to_ras)
+    np.testing.assert_allclose(model_grid.ijk_to_ras, volume.ijk_to_ras)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_volume_on_the_model_grid_is_unchanged(a_phantom):
 def test_any_frame_gives_the_same_picture(spacing_mm, shape, orientation):
     ijk_to_ras = turned(spacing_mm, shape, **orientation)
     volume, _ = phantoms.phantom(shape, ijk_to_ras=ijk_to_ras)
-    intensity, frame = resample_to_canonical(volume, spacing_mm=SPACING, outside=-1000)
-    assert np.array_equal(frame.ijk_to_ras[:3, :3], np.diag([6.0, 6.0, 6.0]))
-    points = world_points(frame)
+    intensity, model_grid = resample_to_model_grid(volume, spacing_mm=SPACING, outside=-1000)
+    assert np.array_equal(model_grid.ijk_to_ras[:3, :3], np.diag([6.0, 6.0, 6.0]))
+    points = world_points(model_grid)
     for center, _, hu in phantoms.ORGANS.values():
         near = ((points - np.array(center)) ** 2).sum(-1) < 12**2
         assert near.any()
@@ -52,7 +52,7 @@ def test_any_frame_gives_the_same_picture(spacing_mm, shape, orientation):
 
 def test_outside_of_an_oblique_volume_is_the_lower_bound():
     volume = Volume(array=np.full((20, 20, 20), 50.0, dtype=np.float32), ijk_to_ras=turned((6.0, 6.0, 6.0), (20, 20, 20), degrees=(0, 0, 45)))
-    intensity, _ = resample_to_canonical(volume, spacing_mm=SPACING, outside=-1000)
+    intensity, _ = resample_to_model_grid(volume, spacing_mm=SPACING, outside=-1000)
     assert intensity[10, 0, 0] == -1000 and intensity[10, 14, 14] == 50
     assert set(np.unique(intensity.numpy().round(3))) == {-1000.0, 50.0}
 
@@ -61,8 +61,8 @@ def test_finer_volumes_are_averaged_not_sampled():
     generator = np.random.default_rng(0)
     noise = generator.normal(0, 100, (48, 48, 48)).astype(np.float32)
     volume = Volume(array=noise, ijk_to_ras=phantoms.upright_ijk_to_ras((1.5, 1.5, 1.5), noise.shape))
-    intensity, frame = resample_to_canonical(volume, spacing_mm=SPACING, outside=0)
-    assert frame.shape == (12, 12, 12)
+    intensity, model_grid = resample_to_model_grid(volume, spacing_mm=SPACING, outside=0)
+    assert model_grid.shape == (12, 12, 12)
     assert float(intensity[2, 3, 4]) == pytest.approx(noise[8:12, 12:16, 16:20].mean(), abs=1e-3)
     assert intensity.std() < 20
 
@@ -82,12 +82,12 @@ def test_coarse_input_is_the_mean_of_blocks():
 
 @pytest.mark.parametrize("coarse_factor", [(2, 2, 4), (3, 3, 3)])  # 3 does not divide the padded 40 and 24 voxels
 def test_coarse_voxels_lie_in_the_middle_of_what_they_average(coarse_factor):
-    frame = canonical_frame((31, 15, 22), turned((7.0, 6.0, 5.0), (31, 15, 22)), spacing_mm=(6.0, 5.0, 4.0))
-    grid = CandidateGrid.covering(frame.shape, patch_size=(16, 8, 8), overlap=0.5)
+    model_grid = model_grid_around((31, 15, 22), turned((7.0, 6.0, 5.0), (31, 15, 22)), spacing_mm=(6.0, 5.0, 4.0))
+    grid = CandidateGrid.covering(model_grid.shape, patch_size=(16, 8, 8), overlap=0.5)
     k, j, i = np.meshgrid(*[np.arange(n) for n in grid.padded_shape], indexing="ij")
-    points = np.stack([i, j, k], -1) @ frame.ijk_to_ras[:3, :3].T + frame.ijk_to_ras[:3, 3]
+    points = np.stack([i, j, k], -1) @ model_grid.ijk_to_ras[:3, :3].T + model_grid.ijk_to_ras[:3, 3]
     averaged = [coarse_input(torch.from_numpy(points[..., axis])[None, None], coarse_factor=coarse_factor)[0, 0] for axis in range(3)]
-    matrix = coarse_ijk_to_ras(frame, grid=grid, shape=averaged[0].shape)
+    matrix = coarse_ijk_to_ras(model_grid, grid=grid, shape=averaged[0].shape)
     for index_kji in np.ndindex(tuple(averaged[0].shape)):
         center = (matrix @ [*index_kji[::-1], 1])[:3]
         # Where r does not divide the volume, the blocks that are averaged are whole voxels and the cells are not.
@@ -99,8 +99,8 @@ def test_labels_round_trip_exactly_on_the_model_grid(orientation):
     shape = (54, 36, 52)
     volume, labels = phantoms.phantom(shape, ijk_to_ras=turned(SPACING, shape, **orientation))
     in_frame = Volume(array=labels.astype(np.float32), ijk_to_ras=volume.ijk_to_ras)
-    intensity, frame = resample_to_canonical(in_frame, spacing_mm=SPACING, outside=0)
-    restored = restore_labelmap(intensity.to(torch.uint8), frame)
+    intensity, model_grid = resample_to_model_grid(in_frame, spacing_mm=SPACING, outside=0)
+    restored = restore_labelmap(intensity.to(torch.uint8), model_grid)
     assert np.array_equal(restored.array, labels)
     np.testing.assert_array_equal(restored.ijk_to_ras, volume.ijk_to_ras)
 
@@ -112,8 +112,8 @@ def test_restored_surface_is_smooth(orientation):
     shape = (150, 100, 150)
     fine, expected = phantoms.phantom(shape, ijk_to_ras=turned((2.0, 2.0, 2.0), shape, **orientation))
     coarse = Volume(array=coarse_labels, ijk_to_ras=phantoms.upright_ijk_to_ras(SPACING, (54, 36, 52)))
-    frame = CanonicalFrame(shape=(54, 36, 52), ijk_to_ras=coarse.ijk_to_ras, source_shape=shape, source_ijk_to_ras=fine.ijk_to_ras)
-    restored = restore_labelmap(torch.from_numpy(coarse_labels), frame).array
+    model_grid = ModelGrid(shape=(54, 36, 52), ijk_to_ras=coarse.ijk_to_ras, source_shape=shape, source_ijk_to_ras=fine.ijk_to_ras)
+    restored = restore_labelmap(torch.from_numpy(coarse_labels), model_grid).array
     to_coarse = np.linalg.inv(coarse.ijk_to_ras) @ fine.ijk_to_ras
     k, j, i = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
     index = np.rint(np.stack([i, j, k], -1) @ to_coarse[:3, :3].T + to_coarse[:3, 3]).astype(int)
@@ -126,15 +126,15 @@ def test_slabs_do_not_change_the_answer(a_phantom, monkeypatch):
     volume, labels = a_phantom
     shape = (61, 40, 50)
     other, _ = phantoms.phantom(shape, ijk_to_ras=turned((4.0, 7.0, 5.0), shape))
-    whole, frame = resample_to_canonical(other, spacing_mm=SPACING, outside=-1000)
-    restored = restore_labelmap(whole.gt(100).to(torch.uint8), frame).array
+    whole, model_grid = resample_to_model_grid(other, spacing_mm=SPACING, outside=-1000)
+    restored = restore_labelmap(whole.gt(100).to(torch.uint8), model_grid).array
     monkeypatch.setattr(resampling, "VOXELS_AT_ONCE", 5000)
-    in_slabs, _ = resample_to_canonical(other, spacing_mm=SPACING, outside=-1000)
+    in_slabs, _ = resample_to_model_grid(other, spacing_mm=SPACING, outside=-1000)
     assert torch.equal(in_slabs, whole)
-    assert np.array_equal(restore_labelmap(whole.gt(100).to(torch.uint8), frame).array, restored)
+    assert np.array_equal(restore_labelmap(whole.gt(100).to(torch.uint8), model_grid).array, restored)
 
 
 def test_absurd_extent_is_refused():
     volume = Volume(array=np.zeros((10, 10, 10), dtype=np.float32), ijk_to_ras=np.diag([5000.0, 5000.0, 5000.0, 1.0]))
     with pytest.raises(UserError, match="check its spacing"):
-        resample_to_canonical(volume, spacing_mm=SPACING, outside=0)
+        resample_to_model_grid(volume, spacing_mm=SPACING, outside=0)

@@ -53,7 +53,7 @@ def test_start_during_a_run_is_refused(a_running_run):
     assert a_running_run.progress(7)
 
 
-@pytest.mark.parametrize("end", [lambda run: run.done(7, signature=SIGNATURE), lambda run: run.cancelled(7, by_person=True), lambda run: run.failed(7), Run.worker_died])
+@pytest.mark.parametrize("end", [lambda run: run.done(7, signature=SIGNATURE), lambda run: run.cancelled(7, by_user=True), lambda run: run.failed(7), Run.worker_died])
 @pytest.mark.parametrize("is_cancelling", [False, True])
 def test_every_end_leaves_an_idle_run(a_running_run, end, is_cancelling):
     run = a_running_run
@@ -69,7 +69,7 @@ def test_events_of_another_run_change_nothing(a_running_run):
     run = a_running_run
     for event in (run.progress, run.failed):
         assert not event(6)
-    assert not run.done(6, signature=SIGNATURE) and not run.cancelled(6, by_person=True) and not run.failed(None)
+    assert not run.done(6, signature=SIGNATURE) and not run.cancelled(6, by_user=True) and not run.failed(None)
     assert run.state is RunState.RUNNING
     assert run.progress(7)
 
@@ -105,20 +105,20 @@ def test_live_update_needs_a_result():
     run = Run()
     assert not run.wants_live_update(SIGNATURE, 9)
     run.start(1, num_patches=5)
-    run.cancelled(1, by_person=True)
+    run.cancelled(1, by_user=True)
     assert not run.wants_live_update(SIGNATURE, 9)
 
 
 def test_live_update_after_a_cancelled_one_compares_with_the_result_that_stands(a_done_run):
     a_done_run.start(8, num_patches=9, is_live=True)
     assert a_done_run.num_patches == 9
-    a_done_run.cancelled(8, by_person=False)
+    a_done_run.cancelled(8, by_user=False)
     assert a_done_run.wants_live_update(SIGNATURE, 9) and not a_done_run.wants_live_update(SIGNATURE, 5)
 
 
 def test_live_update_does_not_try_again_what_a_person_cancelled(a_done_run):
     a_done_run.start(8, num_patches=9, is_live=True)
-    a_done_run.cancelled(8, by_person=True)
+    a_done_run.cancelled(8, by_user=True)
     assert not a_done_run.wants_live_update(SIGNATURE, 9) and not a_done_run.wants_live_update(SIGNATURE, 5)
     assert a_done_run.wants_live_update(SIGNATURE, 10)
     a_done_run.start(9, num_patches=10, is_live=True)
@@ -158,7 +158,7 @@ def test_any_order_of_events_leaves_a_legal_state():
                 died = event == "died"
                 ends = {
                     "done": lambda: run.done(run_id, signature=SIGNATURE),
-                    "cancelled": lambda: run.cancelled(run_id, by_person=randomness.random() < 0.5),
+                    "cancelled": lambda: run.cancelled(run_id, by_user=randomness.random() < 0.5),
                     "failed": lambda: run.failed(run_id),
                     "died": run.worker_died,
                 }

@@ -88,7 +88,7 @@ def test_volume_smaller_than_a_patch_just_works(a_tiny_bundle, shape):
     volume, _ = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))
     result = segment_volume(volume, load_bundle(a_tiny_bundle), options=cpu(num_patches=999))
     assert result.labelmap.array.shape == shape
-    assert len(result.patches) == result.report["candidates"]
+    assert len(result.patches) == result.run_info["candidates"]
 
 
 def test_structures_keep_only_what_was_asked_for(a_tiny_bundle, a_phantom):
@@ -111,7 +111,7 @@ def test_missing_device_lists_what_is_there(a_tiny_bundle, a_phantom):
 
 def test_progress_rises_and_reports_every_patch(a_tiny_bundle, a_phantom):
     seen = []
-    segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=5), report=seen.append)
+    segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=5), on_progress=seen.append)
     fractions = [progress.fraction for progress in seen]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
     assert [progress.message for progress in seen if progress.message.startswith("Patch ")] == [f"Patch {n} of 5" for n in range(1, 6)]
@@ -126,19 +126,19 @@ def test_cancel_stops_between_patches(a_tiny_bundle, a_phantom):
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=5), report=cancel_at_second_patch)
+        segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=5), on_progress=cancel_at_second_patch)
     assert calls[-1].message == "Patch 2 of 5"
 
 
 def test_report_is_json_and_tells_what_ran(a_tiny_bundle, a_phantom):
     bundle = load_bundle(a_tiny_bundle)
     result = segment_volume(a_phantom[0], bundle, options=cpu(num_patches=3))
-    report = json.loads(json.dumps(result.report))
-    assert report["bundle"] == {"name": "tiny", "sha256": bundle.sha256}
-    assert report["device"] == "cpu" and report["options"]["num_patches"] == 3
-    assert set(report["timings_s"]) == {"load", "canonical", "coarse", "select", "upsample", "aggregate", "patches", "restore"}
-    assert report["canonical_voxels"] == 54 * 36 * 52 and report["patches_reused"] == 0
-    assert [patch["rank"] for patch in report["patches"]] == [1, 2, 3]
+    run_info = json.loads(json.dumps(result.run_info))
+    assert run_info["bundle"] == {"name": "tiny", "sha256": bundle.sha256}
+    assert run_info["device"] == "cpu" and run_info["options"]["num_patches"] == 3
+    assert set(run_info["timings_s"]) == {"load", "canonical", "coarse", "select", "upsample", "aggregate", "patches", "restore"}
+    assert run_info["canonical_voxels"] == 54 * 36 * 52 and run_info["patches_reused"] == 0
+    assert [patch["rank"] for patch in run_info["patches"]] == [1, 2, 3]
 
 
 def test_thread_count_of_the_caller_is_left_alone(a_tiny_bundle, a_phantom):
@@ -178,7 +178,7 @@ def test_region_of_interest_ends_at_its_faces_and_is_the_whole_answer_inside(a_t
     assert not result.labelmap.array[~inside].any() and 2 in result.labelmap.array
     if k != "auto":
         assert np.array_equal(result.labelmap.array[inside], everything[inside])
-        assert 0 < len(result.patches) < result.report["candidates"]
+        assert 0 < len(result.patches) < result.run_info["candidates"]
 
 
 def test_patches_are_spent_inside_the_region_of_interest_only(a_tiny_bundle, a_phantom):
@@ -196,15 +196,15 @@ def test_patches_are_spent_inside_the_region_of_interest_only(a_tiny_bundle, a_p
 def test_bad_region_of_interest_is_refused_before_the_nets_run(a_tiny_bundle, a_phantom, region, fix):
     seen = []
     with pytest.raises(UserError, match=f"{fix}.*Drag the box onto the volume, or choose no region of interest"):
-        segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(roi_to_ras=region), report=seen.append)
+        segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(roi_to_ras=region), on_progress=seen.append)
     assert seen == []
 
 
 def test_auto_takes_some_patches_and_reports_them(a_tiny_bundle, a_phantom):
     result = segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches="auto"))
     best = segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu(num_patches=len(result.patches)))
-    assert 0 < len(result.patches) < result.report["candidates"]
-    assert result.patches == best.patches and result.report["options"]["num_patches"] == "auto"
+    assert 0 < len(result.patches) < result.run_info["candidates"]
+    assert result.patches == best.patches and result.run_info["options"]["num_patches"] == "auto"
 
 
 def test_coarse_result_comes_first_and_is_that_of_no_patches(a_tiny_bundle, a_phantom):
@@ -216,12 +216,12 @@ def test_coarse_result_comes_first_and_is_that_of_no_patches(a_tiny_bundle, a_ph
         shown.append(coarse)
         events.append("coarse shown")
 
-    segment_volume(a_phantom[0], bundle, options=options, report=lambda progress: events.append(progress.stage), coarse_ready=coarse_ready)
+    segment_volume(a_phantom[0], bundle, options=options, on_progress=lambda progress: events.append(progress.stage), coarse_ready=coarse_ready)
     (coarse,) = shown
     alone = segment_volume(a_phantom[0], bundle, options=replace(options, num_patches=0))
     assert np.array_equal(coarse.labelmap.array, alone.labelmap.array) and {0, 1, 3} == set(np.unique(coarse.labelmap.array))
     assert events.index("coarse") < events.index("coarse shown") < events.index("patches")
-    assert coarse.candidates == alone.report["candidates"]
+    assert coarse.candidates == alone.run_info["candidates"]
 
 
 def test_importance_map_lies_where_the_coarse_net_found_it(a_tiny_bundle):
@@ -244,6 +244,6 @@ def test_lack_of_memory_names_the_size_of_the_volume(a_tiny_bundle, a_phantom, m
     def full(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.")
 
-    monkeypatch.setattr("NMSWSegment.engine.segment.to_canonical", full)
+    monkeypatch.setattr("NMSWSegment.engine.segment.to_model_grid", full)
     with pytest.raises(UserError, match="52 x 36 x 54 voxels. Crop the volume, or close other programs"):
         segment_volume(a_phantom[0], load_bundle(a_tiny_bundle), options=cpu())

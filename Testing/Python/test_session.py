@@ -70,10 +70,10 @@ def test_warm_runs_equal_cold_ones_and_run_only_new_patches(bundle, volume, call
         result = warm.run("a", volume, bundle=bundle, options=options)
         num_new = calls["local"] - before["local"]
         assert expected_new in (None, num_new)
-        assert expected_reused in (None, result.report["patches_reused"])
-        assert result.report["patches_reused"] + num_new == len(result.patches)
-        assert ("patches" in result.report["timings_s"]) == (num_new > 0)
-        assert ("coarse" in result.report["timings_s"]) == (before["coarse"] == 0)
+        assert expected_reused in (None, result.run_info["patches_reused"])
+        assert result.run_info["patches_reused"] + num_new == len(result.patches)
+        assert ("patches" in result.run_info["timings_s"]) == (num_new > 0)
+        assert ("coarse" in result.run_info["timings_s"]) == (before["coarse"] == 0)
         after = dict(calls)
         assert_same(result, segment_volume(volume, bundle, options=options))
         calls.update(after)
@@ -96,7 +96,7 @@ def test_another_volume_starts_afresh(bundle, volume, calls):
     warm = Session(max_patch_bytes=BIG)
     for key, each in (("a", volume), ("b", other), ("a", volume)):
         result = warm.run(key, each, bundle=bundle, options=cpu())
-        assert result.report["patches_reused"] == 0 and "load" not in result.report["timings_s"] or key == "a"
+        assert result.run_info["patches_reused"] == 0 and "load" not in result.run_info["timings_s"] or key == "a"
         assert_same(result, segment_volume(each, bundle, options=cpu()))
     assert calls["coarse"] == 6
 
@@ -107,9 +107,9 @@ def test_another_bundle_or_thread_count_drops_results(bundle, volume, a_tiny_bun
     warm = Session(max_patch_bytes=BIG)
     warm.run("a", volume, bundle=bundle, options=cpu())
     more_threads = warm.run("a", volume, bundle=bundle, options=cpu(threads=2))
-    assert more_threads.report["patches_reused"] == 0 and "load" not in more_threads.report["timings_s"]
+    assert more_threads.run_info["patches_reused"] == 0 and "load" not in more_threads.run_info["timings_s"]
     other = warm.run("a", volume, bundle=load_bundle(folder), options=cpu(threads=2))
-    assert other.report["patches_reused"] == 0 and {"load", "coarse"} <= set(other.report["timings_s"])
+    assert other.run_info["patches_reused"] == 0 and {"load", "coarse"} <= set(other.run_info["timings_s"])
 
 
 def test_patches_that_do_not_fit_are_run_again(bundle, volume, calls, monkeypatch):
@@ -118,7 +118,7 @@ def test_patches_that_do_not_fit_are_run_again(bundle, volume, calls, monkeypatc
     warm = Session()
     for expected_reused in (0, 3, 3):
         result = warm.run("a", volume, bundle=bundle, options=cpu())
-        assert result.report["patches_reused"] == expected_reused
+        assert result.run_info["patches_reused"] == expected_reused
     assert calls["local"] == 5 + 2 + 2
     assert_same(result, segment_volume(volume, bundle, options=cpu()))
 
@@ -130,9 +130,9 @@ def test_cancelled_run_keeps_the_patches_it_has_done(bundle, volume):
 
     warm = Session(max_patch_bytes=BIG)
     with pytest.raises(Cancelled):
-        warm.run("a", volume, bundle=bundle, options=cpu(), report=stop_at_third_patch)
+        warm.run("a", volume, bundle=bundle, options=cpu(), on_progress=stop_at_third_patch)
     result = warm.run("a", None, bundle=bundle, options=cpu())
-    assert result.report["patches_reused"] == 3
+    assert result.run_info["patches_reused"] == 3
     assert_same(result, segment_volume(volume, bundle, options=cpu()))
 
 
@@ -141,7 +141,7 @@ def test_mistake_in_the_options_leaves_the_session_usable(bundle, volume):
     warm.run("a", volume, bundle=bundle, options=cpu())
     with pytest.raises(UserError, match="Did you mean 'liver'"):
         warm.run("a", None, bundle=bundle, options=cpu(structures=("livr",)))
-    assert warm.run("a", None, bundle=bundle, options=cpu()).report["patches_reused"] == 5
+    assert warm.run("a", None, bundle=bundle, options=cpu()).run_info["patches_reused"] == 5
 
 
 def test_lack_of_memory_lets_everything_go(bundle, volume, monkeypatch):
@@ -172,14 +172,14 @@ def test_nets_that_left_a_full_gpu_get_another_chance_with_the_next_volume(bundl
 
 def test_measure_gives_the_rates_and_keeps_the_nets(bundle, volume, calls):
     warm = Session(max_patch_bytes=BIG)
-    speed = warm.measure(bundle, device="cpu", threads=1)
-    assert speed.device == "cpu"
-    assert 0 < speed.patch_s < 1 and 0 < speed.voxel_s < 1e-3 and 0 < speed.source_voxel_s < 1e-3
+    device, rate = warm.measure(bundle, device="cpu", threads=1)
+    assert device == "cpu"
+    assert 0 < rate.patch_s < 1 and 0 < rate.voxel_s < 1e-3 and 0 < rate.source_voxel_s < 1e-3
     assert calls == {"coarse": 2, "local": 2}  # once to warm up
     result = warm.run("a", volume, bundle=bundle, options=cpu())
-    assert "load" not in result.report["timings_s"]
+    assert "load" not in result.run_info["timings_s"]
     warm.measure(bundle, device="cpu", threads=1)
-    assert warm.run("a", None, bundle=bundle, options=cpu()).report["patches_reused"] == 5
+    assert warm.run("a", None, bundle=bundle, options=cpu()).run_info["patches_reused"] == 5
 
 
 def test_missing_device_drops_nothing(bundle, volume):
@@ -187,4 +187,4 @@ def test_missing_device_drops_nothing(bundle, volume):
     warm.run("a", volume, bundle=bundle, options=cpu())
     with pytest.raises(UserError, match="This computer has: cpu"):
         warm.run("a", None, bundle=bundle, options=cpu(device="cuda:99"))
-    assert warm.run("a", None, bundle=bundle, options=cpu()).report["patches_reused"] == 5
+    assert warm.run("a", None, bundle=bundle, options=cpu()).run_info["patches_reused"] == 5

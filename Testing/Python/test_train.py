@@ -14,7 +14,7 @@ pytest.importorskip("monai")
 
 from NMSWSegment.data.training_sample import TrainingSample  # noqa: E402
 from NMSWSegment.engine import aggregation  # noqa: E402
-from NMSWSegment.engine.resampling import to_canonical  # noqa: E402
+from NMSWSegment.engine.resampling import to_model_grid  # noqa: E402
 from NMSWSegment.engine.runtime import Nets  # noqa: E402
 from NMSWSegment.engine.segment import coarse_pass, refine  # noqa: E402
 from NMSWSegment.engine.selection import Selection  # noqa: E402
@@ -154,7 +154,7 @@ def test_prepare_gives_what_inference_gives():
     options, sample = step_options(), a_sample()
     x, labels, grid = prepare(sample, options)
     ijk_to_ras = phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), tuple(sample.intensity.shape))
-    expected, _, expected_grid = to_canonical(Volume(sample.intensity.numpy(), ijk_to_ras), manifest_of(options, a_net()))
+    expected, _, expected_grid = to_model_grid(Volume(sample.intensity.numpy(), ijk_to_ras), manifest_of(options, a_net()))
     assert torch.equal(x, expected) and grid == expected_grid
     assert x.shape == (1, 1, 24, 24, 48) and labels.shape == (24, 24, 48)
     assert torch.equal(labels[:21, :17, :45], sample.labels)

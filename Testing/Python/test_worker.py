@@ -20,7 +20,7 @@ from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.protocol import Progress, SegmentOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 # A library that prints, and a local net that takes a minute inside torch.
 NOISY_AND_SLOW = """
@@ -63,7 +63,7 @@ class Client:
         self.process.stdin.flush()
 
     def event(self) -> dict:
-        return json.loads(self.lines.get(timeout=PATIENCE_S))
+        return json.loads(self.lines.get(timeout=TIMEOUT_S))
 
     def events_until(self, *kinds: str) -> list[dict]:
         events = [self.event()]
@@ -75,7 +75,7 @@ class Client:
         """Close the input; the seconds until the process has ended."""
         started = time.monotonic()
         self.process.stdin.close()
-        self.process.wait(timeout=PATIENCE_S)
+        self.process.wait(timeout=TIMEOUT_S)
         return time.monotonic() - started
 
 
@@ -125,8 +125,8 @@ def test_coarse_result_then_labels_then_more_and_fewer_patches(a_worker, a_tiny_
         expected = segment_volume(volume, bundle, options=options_of(request))
         assert done["labelmap"] == "labels.npy" and done["holds"] == "ct" and done["id"] == request["id"]
         assert np.array_equal(np.load(tmp_path / "labels.npy"), expected.labelmap.array)
-        assert done["report"]["patches_reused"] == num_reused
-        assert [patch["candidate"] for patch in done["report"]["patches"]] == [patch.candidate for patch in expected.patches]
+        assert done["run_info"]["patches_reused"] == num_reused
+        assert [patch["candidate"] for patch in done["run_info"]["patches"]] == [patch.candidate for patch in expected.patches]
         progress = [event for event in events if event["event"] == "progress"]
         assert all(event["id"] == request["id"] for event in events)
         assert [event["fraction"] for event in progress] == sorted(event["fraction"] for event in progress)
@@ -139,7 +139,7 @@ def test_coarse_result_then_labels_then_more_and_fewer_patches(a_worker, a_tiny_
             importance = np.load(tmp_path / coarse[0]["importance"]["file"])
             assert importance.dtype == np.float32 and importance.max() == 1
             np.testing.assert_allclose(np.diag(coarse[0]["importance"]["ijk_to_ras"]), [12, 12, 12, 1])
-            assert coarse[0]["candidates"] == done["report"]["candidates"]
+            assert coarse[0]["candidates"] == done["run_info"]["candidates"]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -151,7 +151,7 @@ def test_volume_that_is_not_held_is_asked_for(a_worker, segment_request, volume)
     a_worker.ask(request | {"send": True, "folder": segment_request()["folder"]})
     a_worker.events_until("done")
     a_worker.ask(segment_request())  # sent although it is held, as after a run that was cancelled
-    assert a_worker.events_until("done")[-1]["report"]["patches_reused"] == 5
+    assert a_worker.events_until("done")[-1]["run_info"]["patches_reused"] == 5
     moved = segment_request(send=False)
     moved["volume"]["ijk_to_ras"][0][3] += 1.0
     a_worker.ask(moved)  # the same voxels in another place
@@ -248,7 +248,7 @@ def test_ready_comes_before_torch_and_its_absence_is_told(tmp_path):
     assert client.process.poll() is None
     error = client.event()
     assert error["kind"] == "user" and error["id"] is None and "no torch here). Install it" in error["message"]
-    assert client.process.wait(timeout=PATIENCE_S) == 2
+    assert client.process.wait(timeout=TIMEOUT_S) == 2
     client.process.stdin.close()
 
 
@@ -265,13 +265,13 @@ def test_cancel_counts_for_all_that_was_asked_before_it_and_nothing_after():
 
 def test_progress_is_told_at_every_stage_and_not_too_often_within_one():
     sent = []
-    report = progress_events(sent.append, run_id=1, is_cancelled=lambda: False)
-    report(Progress("coarse", 0.1, ""))
+    on_progress = progress_events(sent.append, run_id=1, is_cancelled=lambda: False)
+    on_progress(Progress("coarse", 0.1, ""))
     for done in range(1, 200):
-        report(Progress("patches", 0.5, "", done=done, total=200))
-    report(Progress("restore", 0.9, ""))
+        on_progress(Progress("patches", 0.5, "", done=done, total=200))
+    on_progress(Progress("restore", 0.9, ""))
     assert [event["stage"] for event in sent] == ["coarse", "patches", "restore"]
     assert sent[1]["done"] == 1
     time.sleep(0.06)
-    report(Progress("restore", 0.95, ""))
+    on_progress(Progress("restore", 0.95, ""))
     assert len(sent) == 4
