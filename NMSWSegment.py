@@ -80,8 +80,8 @@ class NMSWSegment(ScriptedLoadableModule):
             "<p>Not for clinical use.</p>"
         )
         parent.acknowledgementText = _(
-            "The method is described in \"No More Sliding Window: Efficient 3D Medical Image Segmentation with Differentiable Top-k "
-            "Patch Sampling\", MICCAI 2025, <a href=\"https://arxiv.org/abs/2501.10814\">arXiv:2501.10814</a>."
+            'The method is described in "No More Sliding Window: Efficient 3D Medical Image Segmentation with Differentiable Top-k '
+            'Patch Sampling", MICCAI 2025, <a href="https://arxiv.org/abs/2501.10814">arXiv:2501.10814</a>.'
         )
         slicer.app.connect("startupCompleted()", registerSampleData)
 
@@ -622,7 +622,9 @@ class NMSWSegmentLogic(ScriptedLoadableModuleLogic):
         volume = volume_from_node(inputVolume)
         bundle = load_bundle(options.bundle)
         result = segment_volume(volume, bundle, options=options, on_progress=on_progress)
-        apply_result(result.labelmap, result.run_info, labels=bundle.manifest.labels, volume_node=inputVolume, segmentation_node=outputSegmentation, started=started)
+        apply_result(
+            result.labelmap, result.run_info, labels=bundle.manifest.labels, volume_node=inputVolume, segmentation_node=outputSegmentation, started=started
+        )
         return result
 
 

@@ -159,7 +159,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     models_parser = verbs.add_parser("models", help="list the installed models", description="List the installed models.")
     models_parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     models_parser.set_defaults(run=models)
-    install_parser = verbs.add_parser("install", help="install a model", description="Install a model. A model is a program: install only what comes from a source that you trust.")
+    install_parser = verbs.add_parser(
+        "install", help="install a model", description="Install a model. A model is a program: install only what comes from a source that you trust."
+    )
     install_parser.add_argument("folder", type=Path, metavar="BUNDLE", help="folder that 'nmsw export' wrote")
     install_parser.add_argument("--replace", action="store_true", help="take the place of an installed model of the same name")
     install_parser.set_defaults(run=install)
@@ -181,9 +183,22 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, metavar="INPUT", help="volume: .nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, or the folder of a DICOM series")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUTPUT", help="labelmap (.nii.gz, .nii) or segmentation of 3D Slicer (.seg.nrrd)")
     parser.add_argument("--bundle", default=defaults.bundle, metavar="NAME|FOLDER", help="model, see 'nmsw models' (default: %(default)s)")
-    parser.add_argument("--k", type=_patch_count, default=defaults.num_patches, metavar="N|all|auto", help="patches that are refined; 0 gives the coarse result, all the finest, auto as many as pay (default: %(default)s)")
-    parser.add_argument("--policy", default=defaults.policy, metavar="greedy|top_k", help="how patches are chosen: best coverage, or highest importance as in the paper (default: %(default)s)")
-    parser.add_argument("--device", default=defaults.device, metavar="auto|cpu|cuda|mps", help="where the nets run; cuda:1 is the second GPU (default: %(default)s)")
+    parser.add_argument(
+        "--k",
+        type=_patch_count,
+        default=defaults.num_patches,
+        metavar="N|all|auto",
+        help="patches that are refined; 0 gives the coarse result, all the finest, auto as many as pay (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--policy",
+        default=defaults.policy,
+        metavar="greedy|top_k",
+        help="how patches are chosen: best coverage, or highest importance as in the paper (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default=defaults.device, metavar="auto|cpu|cuda|mps", help="where the nets run; cuda:1 is the second GPU (default: %(default)s)"
+    )
     parser.add_argument("--structures", default="", metavar="NAME,...", help="structures to keep, for example liver,spleen (default: all)")
     parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="CPU threads (default: all cores but one)")
     also = parser.add_argument_group("further output files")
@@ -213,7 +228,9 @@ def _verb_module(module_name: str, *, verb: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "NMSWSegment":
             raise
-        raise UserError(f"'nmsw {verb}' needs the package '{error.name}', which is not installed. Install what training needs with: pip install \"NMSWSegment[train]\"") from error
+        raise UserError(
+            f"'nmsw {verb}' needs the package '{error.name}', which is not installed. Install what training needs with: pip install \"NMSWSegment[train]\""
+        ) from error
 
 
 def _options(arguments: argparse.Namespace) -> SegmentOptions:

@@ -90,7 +90,9 @@ class SegmentOptions:
         if self.policy not in POLICIES:
             raise UserError(unknown_name("policy", self.policy, POLICIES))
         if self.num_patches == AUTO and self.policy != "greedy":
-            raise UserError(f"k = auto asks how much the next patch would add, which only the policy greedy knows; the policy is {self.policy}. Use greedy, or a number of patches.")
+            raise UserError(
+                f"k = auto asks how much the next patch would add, which only the policy greedy knows; the policy is {self.policy}. Use greedy, or a number of patches."
+            )
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}. Use 1 or more, or leave it out.")
 

@@ -91,7 +91,9 @@ class CaseCache:
                         raise
         except OSError as error:
             megabytes = (case.intensity.nbytes + case.labels.nbytes) / 1e6
-            raise UserError(f"A case of {megabytes:.0f} MB cannot be stored in '{self.folder}' ({error}). Make room on the disk, or give another folder with --cache.") from error
+            raise UserError(
+                f"A case of {megabytes:.0f} MB cannot be stored in '{self.folder}' ({error}). Make room on the disk, or give another folder with --cache."
+            ) from error
 
 
 def _write_entry(case: PreparedCase, folder: Path) -> None:

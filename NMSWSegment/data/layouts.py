@@ -106,7 +106,11 @@ def read_decathlon(folder: Path, *, exclude: Sequence[str] = ()) -> tuple[list[C
     path = dataset_file(folder)
     values = read_json(path)
     try:
-        pairs = [(folder / entry["image"], folder / entry["label"]) for entry in values["training"]] if "training" in values else _nnunet_pairs(folder, values, split="train")
+        pairs = (
+            [(folder / entry["image"], folder / entry["label"]) for entry in values["training"]]
+            if "training" in values
+            else _nnunet_pairs(folder, values, split="train")
+        )
     except (KeyError, TypeError) as error:
         raise UserError(f"The training list of '{path}' is malformed ({error!r}). Each entry needs image and label, paths relative to the folder.") from error
     _check_files(pairs, source=f"'{path}' lists", folder=folder)
@@ -201,7 +205,9 @@ def _meta_splits(path: Path) -> dict[str, str]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=";")
         if not {"image_id", "split"} <= set(reader.fieldnames or ()):
-            raise UserError(f"'{path}' has the columns {', '.join(reader.fieldnames or ())}, but image_id and split are needed, separated by semicolons. Take the dataset's own meta.csv.")
+            raise UserError(
+                f"'{path}' has the columns {', '.join(reader.fieldnames or ())}, but image_id and split are needed, separated by semicolons. Take the dataset's own meta.csv."
+            )
         return {row["image_id"]: row["split"] for row in reader}
 
 
@@ -216,9 +222,13 @@ def _names_and_unknown(path: Path) -> tuple[tuple[str, ...], int]:
     labels = read_json(path).get("labels")
     try:
         # Decathlon: {"1": "liver"}; nnU-Net 2: {"liver": 1}, {"ignore": 2}
-        numbered = {int(key): str(value) for key, value in labels.items()} if all(str(key).isdigit() for key in labels) else {int(value): key for key, value in labels.items()}
+        numbered = (
+            {int(key): str(value) for key, value in labels.items()}
+            if all(str(key).isdigit() for key in labels)
+            else {int(value): key for key, value in labels.items()}
+        )
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"'{path}' has no usable labels ({error!r}). Write them as {{\"0\": \"background\", \"1\": \"liver\", ...}}.") from error
+        raise UserError(f'\'{path}\' has no usable labels ({error!r}). Write them as {{"0": "background", "1": "liver", ...}}.') from error
     ignored = [number for number, name in numbered.items() if name == "ignore"]
     unknown = ignored[0] if ignored else UNKNOWN_LABEL
     numbered.pop(unknown, None)

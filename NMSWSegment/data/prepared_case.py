@@ -104,7 +104,9 @@ def check_headers(request: CaseRequest) -> Header:
             raise UserError(f"Case '{request.files.name}' has no label file '{path}'. Put it back, or leave the case out.")
         difference = image.difference(read_header(path))
         if difference:
-            raise UserError(f"Image and label '{path.name}' of case '{request.files.name}' do not lie on the same grid: {difference}. Resample the label to the image with nearest neighbor.")
+            raise UserError(
+                f"Image and label '{path.name}' of case '{request.files.name}' do not lie on the same grid: {difference}. Resample the label to the image with nearest neighbor."
+            )
     return image
 
 

@@ -39,7 +39,9 @@ def subset_classes(subset: str) -> tuple[str, ...]:
         return tuple(SUBSETS[subset])
     names = tuple(name.strip() for name in subset.split(",") if name.strip())
     if not names:
-        raise UserError("The TotalSegmentator dataset has 117 classes. Say which to learn with --subset organ, vertebrae, total, or names such as liver,spleen.")
+        raise UserError(
+            "The TotalSegmentator dataset has 117 classes. Say which to learn with --subset organ, vertebrae, total, or names such as liver,spleen."
+        )
     for name in names:
         if name not in TOTAL:
             raise UserError(unknown_name("TotalSegmentator class", name, [*SUBSETS, *TOTAL]))

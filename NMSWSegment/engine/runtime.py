@@ -125,7 +125,9 @@ def memory_explained(shape: Sequence[int]) -> Iterator[None]:
         if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)):
             raise
         size = " x ".join(str(length) for length in reversed(tuple(shape)))
-        raise OutOfMemory(f"This computer ran out of memory with a volume of {size} voxels. Crop the volume, or close other programs; fewer patches help little.") from error
+        raise OutOfMemory(
+            f"This computer ran out of memory with a volume of {size} voxels. Crop the volume, or close other programs; fewer patches help little."
+        ) from error
 
 
 def available_devices() -> dict[str, str]:
@@ -149,7 +151,9 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(next((key for key in devices if key != "cpu"), "cpu"))
     key = "cuda:0" if name == "cuda" else name
     if key not in devices:
-        raise UserError(f"Device '{name}' is not there. This computer has: {', '.join(f'{key} ({title})' for key, title in devices.items())}. Choose one of these, or auto.")
+        raise UserError(
+            f"Device '{name}' is not there. This computer has: {', '.join(f'{key} ({title})' for key, title in devices.items())}. Choose one of these, or auto."
+        )
     return torch.device(key)
 
 
@@ -164,7 +168,9 @@ def open_nets(bundle: Bundle, *, device: str) -> Nets:
         coarse, local = (torch.jit.load(str(path), map_location="cpu").float().eval().to(target) for path in (bundle.coarse_path, bundle.local_path))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"Torch {torch.__version__} cannot read the nets of bundle '{bundle.manifest.name}' ({reason}). Use torch 2.2 or later, or install the bundle again.") from error
+        raise UserError(
+            f"Torch {torch.__version__} cannot read the nets of bundle '{bundle.manifest.name}' ({reason}). Use torch 2.2 or later, or install the bundle again."
+        ) from error
     return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=target)
 
 

@@ -133,7 +133,13 @@ def segment_volume(
         "device": str(nets.device),
         "threads": threads,
         "device_steps": list(nets.device_steps),
-        "versions": {"NMSWSegment": NMSWSegment.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform()},
+        "versions": {
+            "NMSWSegment": NMSWSegment.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
         "volume": {"name": volume.name, "shape_kji": list(volume.shape), "spacing_mm_kji": list(volume.spacing_mm)},
         "canonical_voxels": int(np.prod(coarse.model_grid.shape)),
         "candidates": coarse.grid.num_candidates,
@@ -169,7 +175,11 @@ def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarr
     """
     relative = torch.exp(coarse.importance_map - coarse.importance_map.max())
     importance = Volume(array=relative.numpy(), ijk_to_ras=coarse.coarse_ijk_to_ras, name=name)
-    return CoarseResult(labelmap=_restored(coarse.coarse_labels, coarse.model_grid, keep=keep, in_roi=in_roi, name=name), importance=importance, candidates=coarse.grid.num_candidates)
+    return CoarseResult(
+        labelmap=_restored(coarse.coarse_labels, coarse.model_grid, keep=keep, in_roi=in_roi, name=name),
+        importance=importance,
+        candidates=coarse.grid.num_candidates,
+    )
 
 
 def choose(coarse: CoarsePass, *, options: SegmentOptions, focus_classes: tuple[int, ...] = ()) -> Selection:
@@ -179,12 +189,24 @@ def choose(coarse: CoarsePass, *, options: SegmentOptions, focus_classes: tuple[
         mask = voxels_in_roi(coarse.importance_map.shape, ijk_to_ras=coarse.coarse_ijk_to_ras, roi_to_ras=options.roi_to_ras, margin_voxels=ROI_MARGIN_VOXELS)
         in_roi = torch.from_numpy(mask)
     return select(
-        coarse.coarse_logits, coarse.importance_map, grid=coarse.grid, num_patches=options.num_patches, policy=options.policy, focus_classes=focus_classes, in_roi=in_roi
+        coarse.coarse_logits,
+        coarse.importance_map,
+        grid=coarse.grid,
+        num_patches=options.num_patches,
+        policy=options.policy,
+        focus_classes=focus_classes,
+        in_roi=in_roi,
     )
 
 
 def refine(
-    coarse: CoarsePass, selection: Selection, nets: Nets, *, patches: PatchCache | None = None, on_progress: OnProgress = ignore_progress, timings: dict[str, float] | None = None
+    coarse: CoarsePass,
+    selection: Selection,
+    nets: Nets,
+    *,
+    patches: PatchCache | None = None,
+    on_progress: OnProgress = ignore_progress,
+    timings: dict[str, float] | None = None,
 ) -> Tensor:
     """Run the chosen patches and aggregate: labels (D, H, W) uint8 of the padded volume on the model grid.
 

@@ -134,7 +134,9 @@ def top_k_of_one_voxel(volume: Volume, run: MethodRun) -> Answer:
     return _refined(coarse, ranked, run)
 
 
-def nmsw_local_only(volume: Volume, bundle: Bundle, *, options: SegmentOptions, on_progress: OnProgress = ignore_progress, run_cache: RunCache | None = None) -> SegmentResult:
+def nmsw_local_only(
+    volume: Volume, bundle: Bundle, *, options: SegmentOptions, on_progress: OnProgress = ignore_progress, run_cache: RunCache | None = None
+) -> SegmentResult:
     """NMSW without class weights: where a patch lies, it replaces the coarse answer."""
     return segment_volume(volume, replace(bundle, manifest=_with_local_only(bundle.manifest)), options=options, on_progress=on_progress, run_cache=run_cache)
 
@@ -163,7 +165,15 @@ def zoom_out(volume: Volume, run: MethodRun) -> Answer:
     return Answer(labels=labels, model_grid=coarse.model_grid, windows=len(classes), candidates=coarse.grid.num_candidates)
 
 
-def as_segment(volume: Volume, bundle: Bundle, *, method: Callable[[Volume, MethodRun], Answer], options: SegmentOptions, on_progress: OnProgress = ignore_progress, run_cache: RunCache | None = None) -> SegmentResult:
+def as_segment(
+    volume: Volume,
+    bundle: Bundle,
+    *,
+    method: Callable[[Volume, MethodRun], Answer],
+    options: SegmentOptions,
+    on_progress: OnProgress = ignore_progress,
+    run_cache: RunCache | None = None,
+) -> SegmentResult:
     """Run a baseline between the same opening of the nets and the same restoring as the engine.
 
     Raises:
@@ -179,7 +189,12 @@ def as_segment(volume: Volume, bundle: Bundle, *, method: Callable[[Volume, Meth
         on_progress(Progress("restore", 0.9, "Writing labels to the volume's grid"))
         with timed(timings, "restore"):
             labelmap = restore_labelmap(answer.labels, answer.model_grid)
-    run_info = {"timings_s": {stage: round(seconds, 4) for stage, seconds in timings.items()}, "candidates": answer.candidates, "windows": answer.windows, "device": str(run_cache.nets.device)}
+    run_info = {
+        "timings_s": {stage: round(seconds, 4) for stage, seconds in timings.items()},
+        "candidates": answer.candidates,
+        "windows": answer.windows,
+        "device": str(run_cache.nets.device),
+    }
     return SegmentResult(labelmap=replace(labelmap, name=volume.name), patches=answer.patches, run_info=run_info)
 
 

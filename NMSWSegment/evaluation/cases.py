@@ -18,7 +18,9 @@ METRICS = ("dsc", "nsd_2mm", "nsd_2voxels", "hd95_mm")
 def add_case_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """The flags that say which cases, for find_cases."""
     parser.add_argument("--data", required=required, action="append", default=[], metavar="KIND:FOLDER", help=f"labelled cases: {', '.join(KINDS)}; repeat")
-    parser.add_argument("--split", choices=tuple(SPLITS), default="train", help="of the data; a decathlon folder has labels for train only (default: %(default)s)")
+    parser.add_argument(
+        "--split", choices=tuple(SPLITS), default="train", help="of the data; a decathlon folder has labels for train only (default: %(default)s)"
+    )
     parser.add_argument("--cases", default="", metavar="ID,...", help="only these cases (default: all labelled ones)")
 
 
@@ -41,7 +43,9 @@ def find_cases(data: Sequence[str], manifest: BundleManifest, *, wanted: str = "
                 f"'{argument}' has the labels {', '.join(found.label_names)}, but bundle '{manifest.name}' has {', '.join(manifest.label_names)}. "
                 "Bring the data to the bundle's list: the same names in the same order."
             )
-        cases += [CaseRequest(files=files, label_names=found.label_names, spacing_mm=manifest.spacing_mm, unknown_value=found.unknown_value) for files in found.files]
+        cases += [
+            CaseRequest(files=files, label_names=found.label_names, spacing_mm=manifest.spacing_mm, unknown_value=found.unknown_value) for files in found.files
+        ]
     names = [case.files.name for case in cases]
     if len(set(names)) < len(names):
         raise UserError(f"Several cases of {', '.join(data)} have the same name. Give the folders one after the other.")
@@ -73,7 +77,11 @@ def score_labelmap(labelmap: Volume, reference: Volume, *, manifest: BundleManif
     """
     num_classes = manifest.num_classes
     surfaces = surface_scores(
-        labelmap.array, reference.array, num_classes=num_classes, spacing_mm=reference.spacing_mm, spacing_voxels=model_steps(reference.ijk_to_ras, model_spacing_mm=manifest.spacing_mm)
+        labelmap.array,
+        reference.array,
+        num_classes=num_classes,
+        spacing_mm=reference.spacing_mm,
+        spacing_voxels=model_steps(reference.ijk_to_ras, model_spacing_mm=manifest.spacing_mm),
     )
     dice = dice_per_class(labelmap.array, reference.array, num_classes=num_classes)
     columns = dict(zip(METRICS, (dice, surfaces.nsd_mm, surfaces.nsd_voxels, surfaces.hd95_mm)))

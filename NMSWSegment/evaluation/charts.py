@@ -52,7 +52,15 @@ def write_dsc_by_k(rows: dict[str, Row], path: str | Path) -> None:
         points = [row for row in (rows.get("coarse"), *found, rows.get("all") if prefix != "random_published_" else None) if row]
         name, color, marker = FAMILIES[prefix.removesuffix("_") if prefix.startswith("random") else prefix]
         if found:
-            ax.errorbar([row.windows for row in points], [row.dsc for row in points], yerr=[row.dsc_sd or 0 for row in points], color=color, marker=marker, capsize=2, label=name)
+            ax.errorbar(
+                [row.windows for row in points],
+                [row.dsc for row in points],
+                yerr=[row.dsc_sd or 0 for row in points],
+                color=color,
+                marker=marker,
+                capsize=2,
+                label=name,
+            )
     for name, style in LEVELS.items():
         if name in rows:
             ax.axhline(rows[name].dsc, color="#555555", linestyle=style, linewidth=1, label=rows[name].title)

@@ -37,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ablate", default="", metavar="NAME,...", help=f"a further table each: {', '.join(ABLATIONS)}")
     parser.add_argument("--device", default="cpu", metavar="auto|cpu|cuda|mps", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores but one)")
-    parser.add_argument("--docs", type=Path, default=None, metavar="FILE.md", help="put the page also into this file, between the lines <!-- FOLDER --> and <!-- /FOLDER -->, and the pictures beside it")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=None,
+        metavar="FILE.md",
+        help="put the page also into this file, between the lines <!-- FOLDER --> and <!-- /FOLDER -->, and the pictures beside it",
+    )
     speed.add_arguments(parser)
     fusion_speed.add_arguments(parser)
 
@@ -86,7 +92,10 @@ def _compare(arguments: argparse.Namespace, *, on_progress: OnProgress) -> tuple
     options = CompareOptions(
         bundles={bundle_case.bundle.manifest.name: bundle_case.bundle.sha256 for bundle_case in bundle_cases},
         data=tuple(arguments.data),
-        cases={name: tuple(bundle_case.case.files.name for bundle_case in bundle_cases if bundle_case.bundle.manifest.name == name) for name in dict.fromkeys(bundle_case.bundle.manifest.name for bundle_case in bundle_cases)},
+        cases={
+            name: tuple(bundle_case.case.files.name for bundle_case in bundle_cases if bundle_case.bundle.manifest.name == name)
+            for name in dict.fromkeys(bundle_case.bundle.manifest.name for bundle_case in bundle_cases)
+        },
         methods=tuple(method.name for method in methods),
         device=arguments.device,
         threads=arguments.threads,
@@ -124,7 +133,9 @@ def _bundle_cases(arguments: argparse.Namespace) -> list[CaseOfBundle]:
         cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases, split=arguments.split)
         cases = [case for case in cases if not arguments.held_out or was_held_out(case.files.name, bundle.manifest)]
         if not cases:
-            raise UserError(f"The training of bundle '{bundle.manifest.name}' held out none of the cases. Leave --held-out away, or give the cases that it held out.")
+            raise UserError(
+                f"The training of bundle '{bundle.manifest.name}' held out none of the cases. Leave --held-out away, or give the cases that it held out."
+            )
         bundle_cases += [CaseOfBundle(bundle=bundle, source=str(source), case=case) for case in cases]
     return bundle_cases
 
@@ -143,7 +154,9 @@ def _write_files(records: Sequence[dict], *, bundle_cases: Sequence[CaseOfBundle
 def _write_error_picture(records: Sequence[dict], *, bundle_cases: Sequence[CaseOfBundle], ks: Sequence[int], path: Path) -> None:
     """Where some methods err on the first case, and the patches they chose."""
     first = records[0]
-    bundle_case = next(bundle_case for bundle_case in bundle_cases if (bundle_case.bundle.manifest.name, bundle_case.case.files.name) == (first["bundle"], first["case"]))
+    bundle_case = next(
+        bundle_case for bundle_case in bundle_cases if (bundle_case.bundle.manifest.name, bundle_case.case.files.name) == (first["bundle"], first["case"])
+    )
     volume, reference = read_case(bundle_case.case)
     k = sorted(ks)[len(ks) // 2] if ks else 0
     results = []

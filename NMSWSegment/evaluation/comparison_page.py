@@ -42,13 +42,21 @@ def comparison_page(groups: dict[str, list[dict]], *, results: dict, ks: Sequenc
         parts += [f"### {title}\n", _seen_sentence(records), f"**{plain_sentence(rows)}**\n", main_table(rows, reference=reference)]
         parts += ["Where NMSW loses: " + (" ".join(losses(rows)) or "no other method here is at least as accurate in clearly less time (5 %).") + "\n"]
         prefix = "" if len(groups) == 1 else f"{number}-"
-        parts += [f"![{CAPTIONS[name.removeprefix(prefix)]}]({name})\n" for name in pictures if name.startswith(prefix) and name.removeprefix(prefix) in CAPTIONS]
+        parts += [
+            f"![{CAPTIONS[name.removeprefix(prefix)]}]({name})\n" for name in pictures if name.startswith(prefix) and name.removeprefix(prefix) in CAPTIONS
+        ]
         parts += ["Seconds by stage, warm:\n", stage_table(rows)]
         for metric, name in (("dsc", "DSC"), ("nsd_2mm", "NSD at 2 mm")):
-            parts += [f"{name} by structure, mean ± standard deviation over cases:\n", structure_table(records, ("coarse", f"top_k_{k}", f"greedy_{k}", "all", "sw_0.50"), metric=metric)]
+            parts += [
+                f"{name} by structure, mean ± standard deviation over cases:\n",
+                structure_table(records, ("coarse", f"top_k_{k}", f"greedy_{k}", "all", "sw_0.50"), metric=metric),
+            ]
         for ablation, kinds in ablations.items():
             wanted = {f"{kind}_{k}" for kind in kinds for k in ks}
-            parts += [f"Ablation {ablation.replace('_', ' ')}:\n", main_table({name: row for name, row in every.items() if name in wanted}, reference=reference)]
+            parts += [
+                f"Ablation {ablation.replace('_', ' ')}:\n",
+                main_table({name: row for name, row in every.items() if name in wanted}, reference=reference),
+            ]
     return "\n".join(parts)
 
 

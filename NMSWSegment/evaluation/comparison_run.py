@@ -68,7 +68,13 @@ def run_comparison(bundle_cases: Sequence[CaseOfBundle], methods: Sequence[Metho
             continue
         volume, reference = read_case(bundle_case.case)
         for method in missing:
-            on_progress(Progress("compare", (number * len(methods) + methods.index(method)) / num_steps, f"{bundle_case.case.files.name}, {bundle_case.bundle.manifest.name}: {method.title}"))
+            on_progress(
+                Progress(
+                    "compare",
+                    (number * len(methods) + methods.index(method)) / num_steps,
+                    f"{bundle_case.case.files.name}, {bundle_case.bundle.manifest.name}: {method.title}",
+                )
+            )
             results["records"].append(measured_record(bundle_case, method, volume=volume, reference=reference, options=options, folder=folder))
             write_results(results, folder)
     return results
@@ -79,10 +85,18 @@ def measured_record(bundle_case: CaseOfBundle, method: Method, *, volume: Volume
     manifest = bundle_case.bundle.manifest
     path = labelmap_path(folder, bundle=manifest.name, case=bundle_case.case.files.name, method=method.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    measured = in_own_process(measure, method, bundle=bundle_case.source, image=bundle_case.case.files.image, labelmap=path, device=options.device, threads=options.threads)
+    measured = in_own_process(
+        measure, method, bundle=bundle_case.source, image=bundle_case.case.files.image, labelmap=path, device=options.device, threads=options.threads
+    )
     model_grid = model_grid_around(volume.shape, volume.ijk_to_ras, spacing_mm=manifest.spacing_mm)
     costs = bundle_costs(manifest, CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap))
-    record = {"bundle": manifest.name, "case": bundle_case.case.files.name, "held_out": was_held_out(bundle_case.case.files.name, manifest), "method": method.name, "title": method.title}
+    record = {
+        "bundle": manifest.name,
+        "case": bundle_case.case.files.name,
+        "held_out": was_held_out(bundle_case.case.files.name, manifest),
+        "method": method.name,
+        "title": method.title,
+    }
     record |= {
         "macs": costs.true.total(measured["windows"], uses_coarse=method.uses_coarse) if costs else None,
         "paper_macs": costs.paper.total(measured["windows"], uses_coarse=method.uses_coarse) if costs else None,
@@ -111,7 +125,9 @@ def open_results(folder: Path, *, options: object, device: str, threads: int | N
     for part, values in now.items():
         for key, value in values.items():
             if before[part].get(key) != value:
-                raise UserError(f"'{folder}' holds a comparison with {key} = {before[part].get(key)}, now it is {value}. Use the same {key} to go on with it, or another --output.")
+                raise UserError(
+                    f"'{folder}' holds a comparison with {key} = {before[part].get(key)}, now it is {value}. Use the same {key} to go on with it, or another --output."
+                )
     return before
 
 

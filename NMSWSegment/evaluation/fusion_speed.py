@@ -35,7 +35,11 @@ class FusionOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flag of `nmsw compare --fusion`; the others are those of --speed."""
-    parser.add_argument("--fusion", action="store_true", help="E2ENet dense, masked and sliced on one patch, random weights; with --preset, --classes, --windows (rounds) of --speed")
+    parser.add_argument(
+        "--fusion",
+        action="store_true",
+        help="E2ENet dense, masked and sliced on one patch, random weights; with --preset, --classes, --windows (rounds) of --speed",
+    )
 
 
 def run_fusion(arguments: argparse.Namespace, *, on_progress: OnProgress) -> tuple[str, list[str], str]:
@@ -90,7 +94,9 @@ def fusion_table(records: list[dict]) -> str:
         seconds = statistics.median(record["seconds"])
         name = record["kind"] if record["sparsity"] == 0 else f"{record['kind']}, S = {record['sparsity']:g}"
         difference = f"{record['difference']:.1e}" if "difference" in record else "-"
-        lines.append([name, f"{record['parameters'] / 1e6:.2f}", f"{record['macs'] / 1e9:.1f}", f"{seconds:.3f}", f"{100 * seconds / dense_s:.0f} %", difference])
+        lines.append(
+            [name, f"{record['parameters'] / 1e6:.2f}", f"{record['macs'] / 1e9:.1f}", f"{seconds:.3f}", f"{100 * seconds / dense_s:.0f} %", difference]
+        )
     return markdown(("net", "parameters (M)", "GMACs", "seconds", "time of dense", "largest difference to masked"), lines)
 
 

@@ -85,7 +85,9 @@ def in_own_process(function: Callable[..., Result], *arguments: object, **option
                     process.terminate()
                 raise
     except BrokenProcessPool as error:
-        raise UserError("The process of a method ended without a result, most often because memory ran out. Close other programs, or leave the method out with --methods.") from error
+        raise UserError(
+            "The process of a method ended without a result, most often because memory ran out. Close other programs, or leave the method out with --methods."
+        ) from error
 
 
 def peak_memory_bytes() -> int | None:

@@ -42,7 +42,9 @@ def dice_per_class(predicted: np.ndarray, reference: np.ndarray, *, num_classes:
         return np.where(reference_sizes > 0, 2 * overlap / (predicted_sizes + reference_sizes), np.nan)
 
 
-def surface_scores(predicted: np.ndarray, reference: np.ndarray, *, num_classes: int, spacing_mm: Sequence[float], spacing_voxels: Sequence[float]) -> SurfaceScores:
+def surface_scores(
+    predicted: np.ndarray, reference: np.ndarray, *, num_classes: int, spacing_mm: Sequence[float], spacing_voxels: Sequence[float]
+) -> SurfaceScores:
     """NSD and HD95 of every class.
 
     Args:

@@ -40,9 +40,7 @@ def write_side_by_side(volume: Volume, reference: Volume, labelmap: Volume, *, l
     save(figure, path)
 
 
-def write_errors(
-    volume: Volume, reference: Volume, results: Sequence[tuple[str, Volume, Sequence[PatchBox]]], *, title: str, path: str | Path
-) -> None:
+def write_errors(volume: Volume, reference: Volume, results: Sequence[tuple[str, Volume, Sequence[PatchBox]]], *, title: str, path: str | Path) -> None:
     """One row of slices a result: its patches as outlines, missed structures red, wrong ones yellow.
 
     Args:
@@ -167,4 +165,3 @@ def _figure(width: float, height: float, *, facecolor: str):
     figure = Figure(figsize=(width, height), facecolor=facecolor, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--classes", type=int, default=20, metavar="N", help="classes with background (default: %(default)s)")
     group.add_argument("--preset", default="paper", choices=tuple(NUM_FEATURES), help="size of the nets (default: %(default)s)")
     group.add_argument("--backbone", default="unet", choices=BACKBONES, help="local net (default: %(default)s)")
-    group.add_argument("--windows", type=int, default=3, metavar="N", help="windows of each method that are measured; the others are extrapolated (default: %(default)s)")
+    group.add_argument(
+        "--windows", type=int, default=3, metavar="N", help="windows of each method that are measured; the others are extrapolated (default: %(default)s)"
+    )
 
 
 def run_speed(arguments: argparse.Namespace, *, on_progress: OnProgress) -> tuple[str, list[str], str]:
@@ -104,7 +106,9 @@ def _check_memory(method: str, options: SpeedOptions) -> None:
     needed = 4 * (options.classes + 4) * float(np.prod(options.shape)) + 2e9
     available = available_memory_bytes()
     if method.startswith("sw") and available is not None and needed > available:
-        raise UserError(f"The sliding window needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free. Use a smaller --shape, fewer --classes, or close other programs.")
+        raise UserError(
+            f"The sliding window needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free. Use a smaller --shape, fewer --classes, or close other programs."
+        )
 
 
 def _title(method: str) -> str:

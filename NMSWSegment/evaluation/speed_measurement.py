@@ -50,7 +50,9 @@ class SpeedOptions:
 
     def __post_init__(self) -> None:
         if min(self.shape) < 1 or self.windows < 1 or self.classes < 2:
-            raise UserError(f"--shape {' '.join(map(str, self.shape))}, --windows {self.windows}, --classes {self.classes} cannot be measured. Use positive numbers, and at least 2 classes.")
+            raise UserError(
+                f"--shape {' '.join(map(str, self.shape))}, --windows {self.windows}, --classes {self.classes} cannot be measured. Use positive numbers, and at least 2 classes."
+            )
 
     @property
     def architecture(self) -> Architecture:

@@ -55,12 +55,35 @@ def summary_rows(records: Sequence[dict]) -> dict[str, Row]:
 
 def main_table(rows: dict[str, Row], *, reference: Row | None) -> str:
     """Accuracy, time, cost and memory of every method, Markdown; relative to a row of the same run where there is one."""
-    header = ("method", "DSC", "NSD 2 mm", "NSD 2 voxels", "HD95 mm", "s cold", "s warm", "patches", "TMACs", "TMACs, paper's count", "peak GB", "GPU GB", "DSC of SW 0.5", "time of SW 0.5")
+    header = (
+        "method",
+        "DSC",
+        "NSD 2 mm",
+        "NSD 2 voxels",
+        "HD95 mm",
+        "s cold",
+        "s warm",
+        "patches",
+        "TMACs",
+        "TMACs, paper's count",
+        "peak GB",
+        "GPU GB",
+        "DSC of SW 0.5",
+        "time of SW 0.5",
+    )
     lines = []
     for row in rows.values():
         relative = (_percent(row.dsc, reference.dsc), _percent(row.warm_s, reference.warm_s)) if reference else ("-", "-")
         accuracy = (_spread(row.dsc, row.dsc_sd), _spread(row.nsd_2mm, row.nsd_2mm_sd), f"{row.nsd_2voxels:.3f}", _number(row.hd95_mm, 1))
-        cost = (f"{row.cold_s:.1f}", f"{row.warm_s:.1f}", f"{row.windows:g} of {row.candidates:g}", _number(row.tmacs, 4), _number(row.paper_tmacs, 4), _number(row.peak_gb, 2), _number(row.gpu_gb, 2))
+        cost = (
+            f"{row.cold_s:.1f}",
+            f"{row.warm_s:.1f}",
+            f"{row.windows:g} of {row.candidates:g}",
+            _number(row.tmacs, 4),
+            _number(row.paper_tmacs, 4),
+            _number(row.peak_gb, 2),
+            _number(row.gpu_gb, 2),
+        )
         lines.append((row.title, *accuracy, *cost, *relative))
     return markdown(header, lines)
 
@@ -85,7 +108,10 @@ def structure_table(records: Sequence[dict], methods: Sequence[str], *, metric: 
 def csv_text(rows: dict[str, Row]) -> str:
     """Every row with all stages, comma-separated; an unknown value is an empty cell."""
     plain = [field for field in Row.__dataclass_fields__ if field != "stages_s"]
-    return _csv([*plain, *(f"{stage}_s" for stage in STAGES)], [[getattr(row, field) for field in plain] + [row.stages_s[stage] for stage in STAGES] for row in rows.values()])
+    return _csv(
+        [*plain, *(f"{stage}_s" for stage in STAGES)],
+        [[getattr(row, field) for field in plain] + [row.stages_s[stage] for stage in STAGES] for row in rows.values()],
+    )
 
 
 def structures_csv_text(records: Sequence[dict], metrics: Sequence[str]) -> str:
@@ -114,11 +140,15 @@ def plain_sentence(rows: dict[str, Row]) -> str:
     best = min(enough, key=lambda row: row.warm_s) if enough else max(nmsw, key=lambda row: row.dsc)
     whose = "its time" if is_yardstick else "the time of a sliding window"
     volumes = "one volume" if best.cases == 1 else f"{best.cases} volumes"
-    parts = [f"k = {best.name.rpartition('_')[2]} gives {best.dsc / goal.dsc:.0%} of the Dice of {goal_name} in {best.warm_s / window.warm_s:.0%} of {whose} on this computer ({best.title.partition(',')[0]}, {volumes})."]
+    parts = [
+        f"k = {best.name.rpartition('_')[2]} gives {best.dsc / goal.dsc:.0%} of the Dice of {goal_name} in {best.warm_s / window.warm_s:.0%} of {whose} on this computer ({best.title.partition(',')[0]}, {volumes})."
+    ]
     if not enough:
         parts.append(f"No k reaches {GOOD_ENOUGH:.0%} of it.")
     if not is_yardstick:
-        parts.append(f"The sliding window is no yardstick for accuracy here: the local net was not trained to work alone, and alone it is worse than the coarse net (DSC {window.dsc:.3f} against {coarse.dsc:.3f}).")
+        parts.append(
+            f"The sliding window is no yardstick for accuracy here: the local net was not trained to work alone, and alone it is worse than the coarse net (DSC {window.dsc:.3f} against {coarse.dsc:.3f})."
+        )
     elif best.warm_s >= window.warm_s:
         parts.append("A sliding window is the better choice here.")
     return " ".join(parts)

@@ -131,7 +131,9 @@ class BundleManifest:
         """
         found_version = values.get("format_version", FORMAT_VERSION)
         if found_version != FORMAT_VERSION:
-            raise UserError(f"The bundle has format {found_version}, this program reads format {FORMAT_VERSION}. Update NMSWSegment or export the bundle again.")
+            raise UserError(
+                f"The bundle has format {found_version}, this program reads format {FORMAT_VERSION}. Update NMSWSegment or export the bundle again."
+            )
         values = dict(values)
         if "licence" in values:  # as the key was spelled at first
             values.setdefault("license", values.pop("licence"))
@@ -305,7 +307,9 @@ def _check_files(folder: Path, manifest: BundleManifest) -> None:
 def _check_name(name: str, *, folder: Path, replace: bool) -> None:
     """Raise UserError unless a bundle of this name may be put into the folder."""
     if not _is_plain_name(name):
-        raise UserError(f"The bundle is named {name!r}, which is no file name on every computer. Export it to a folder named with letters, digits, '-' and '_'.")
+        raise UserError(
+            f"The bundle is named {name!r}, which is no file name on every computer. Export it to a folder named with letters, digits, '-' and '_'."
+        )
     # Without case, because Windows and macOS see one name where Linux sees two.
     if name.casefold() in map(str.casefold, list_bundles(BUNDLES_FOLDER)):
         raise UserError(f"A bundle named '{name}' comes with the program. Export yours under another name, and install that.")

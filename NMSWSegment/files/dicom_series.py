@@ -115,7 +115,9 @@ def _raise_no_series(folder: Path, series: list[list[DicomSlice]]) -> None:
         raise UserError(f"The folder '{folder}' has single slices or localizers only: {_listing(series)}. Give the folder of a whole series.")
     sub_folders = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     hint = f" Its sub-folders are not searched: {', '.join(sub_folders[:5])}." if sub_folders else ""
-    raise UserError(f"The folder '{folder}' has no DICOM images.{hint} Give the folder that holds the slices of one series, or a NIfTI, NRRD or MetaImage file.")
+    raise UserError(
+        f"The folder '{folder}' has no DICOM images.{hint} Give the folder that holds the slices of one series, or a NIfTI, NRRD or MetaImage file."
+    )
 
 
 def _ordered(files: list[DicomSlice]) -> list[Path]:
@@ -145,7 +147,9 @@ def _check_gaps(distances_mm: np.ndarray, description: str) -> None:
     usual = float(np.median(gaps))
     if gaps.min() < 1e-3:
         num_repeated = int((gaps < 1e-3).sum())
-        raise UserError(f"Series '{description}' has {num_repeated} slices at places where it already has one (phases or copies). Export one phase, each slice once.")
+        raise UserError(
+            f"Series '{description}' has {num_repeated} slices at places where it already has one (phases or copies). Export one phase, each slice once."
+        )
     if np.abs(gaps - usual).max() <= _GAP_TOLERANCE * usual:
         return
     widest = int(gaps.argmax())

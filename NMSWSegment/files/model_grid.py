@@ -50,7 +50,9 @@ def model_grid_around(shape: Sequence[int], ijk_to_ras: np.ndarray, *, spacing_m
     counts = np.maximum(np.ceil((high - low) / spacing_ijk - GRID_TOLERANCE), 1).astype(int)
     if np.prod(counts.astype(float)) > MAX_MODEL_GRID_VOXELS:
         size_cm = " x ".join(f"{value / 10:.0f}" for value in high - low)
-        raise UserError(f"The volume is {size_cm} cm large, which is {np.prod(counts.astype(float)):.2g} voxels for this bundle. Crop it, or check its spacing.")
+        raise UserError(
+            f"The volume is {size_cm} cm large, which is {np.prod(counts.astype(float)):.2g} voxels for this bundle. Crop it, or check its spacing."
+        )
     grid_to_ras = np.diag([*spacing_ijk, 1.0])
     grid_to_ras[:3, 3] = (low + high) / 2 - (counts - 1) / 2 * spacing_ijk
     return ModelGrid(

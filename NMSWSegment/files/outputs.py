@@ -155,7 +155,14 @@ def _roi_markup(patch: PatchBox, *, count: int) -> dict:
         "size": [float(length) for length in patch.size_mm],
         "insideOut": False,
         "controlPoints": [{"id": "1", "label": name, "description": description, "position": center, "locked": True, "positionStatus": "defined"}],
-        "display": {"visibility": True, "color": color, "selectedColor": color, "handlesInteractive": False, "pointLabelsVisibility": False, "propertiesLabelVisibility": True},
+        "display": {
+            "visibility": True,
+            "color": color,
+            "selectedColor": color,
+            "handlesInteractive": False,
+            "pointLabelsVisibility": False,
+            "propertiesLabelVisibility": True,
+        },
     }
 
 
@@ -188,7 +195,9 @@ def _draw_slice(ax, view: DisplaySlice, *, labels: Sequence[Label], window: tupl
     for label in labels:
         is_label = view.labels == label.value
         if is_label.any() and not is_label.all():
-            ax.contour(is_label.astype(np.float32), levels=[0.5], colors=[[channel / 255 for channel in label.color]], linewidths=0.9, extent=extent, origin="upper")
+            ax.contour(
+                is_label.astype(np.float32), levels=[0.5], colors=[[channel / 255 for channel in label.color]], linewidths=0.9, extent=extent, origin="upper"
+            )
     ax.set(xlim=view.across_mm, ylim=view.up_mm, xticks=[], yticks=[], aspect="equal", facecolor="black")
     across, up, through = PLANES[view.plane]
     ax.set_title(f"{view.plane}  {'RAS'[through]} {view.position_mm:.0f} mm", color=_TEXT_COLOR, fontsize=9)
@@ -229,7 +238,15 @@ def _draw_legend(ax, labelmap: Volume, *, labels: Sequence[Label], num_patches: 
     ]
     title = f"{len(labels)} structures, {num_patches} patches"
     legend = ax.legend(
-        handles=handles, title=title, loc="upper left", alignment="left", borderaxespad=0, frameon=False, labelcolor=_TEXT_COLOR, fontsize=9, ncols=max(-(-len(labels) // _LEGEND_ROWS), 1)
+        handles=handles,
+        title=title,
+        loc="upper left",
+        alignment="left",
+        borderaxespad=0,
+        frameon=False,
+        labelcolor=_TEXT_COLOR,
+        fontsize=9,
+        ncols=max(-(-len(labels) // _LEGEND_ROWS), 1),
     )
     legend.get_title().set_color(_TEXT_COLOR)
 

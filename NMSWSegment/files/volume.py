@@ -134,7 +134,9 @@ def _check_header(reader: sitk.ImageFileReader, path: Path) -> None:
             "Extract one component with 'Vector to Scalar Volume' in 3D Slicer."
         )
     if any(length > 1 for length in size[3:]):
-        raise UserError(f"'{path.name}' is {len(size)}-D (size {_times(size)}): a sequence of volumes. Save one 3-D volume of it, for example one phase or time point.")
+        raise UserError(
+            f"'{path.name}' is {len(size)}-D (size {_times(size)}): a sequence of volumes. Save one 3-D volume of it, for example one phase or time point."
+        )
     if len(size) < 3 or min(size[:3]) == 1:
         raise UserError(f"'{path.name}' is one slice (size {_times(size)}). Give the whole volume, with at least 2 voxels along each axis.")
 
@@ -167,7 +169,9 @@ def _read_dicom(folder: Path) -> Volume:
     except RuntimeError as error:
         raise UserError(f"The DICOM series in '{folder}' cannot be read: a slice is damaged or unlike the others. Export the series again.") from error
     if image.GetNumberOfComponentsPerPixel() != 1:
-        raise UserError(f"The DICOM series in '{folder}' is in color ({image.GetNumberOfComponentsPerPixel()} values per voxel). Give a series with one value per voxel.")
+        raise UserError(
+            f"The DICOM series in '{folder}' is in color ({image.GetNumberOfComponentsPerPixel()} values per voxel). Give a series with one value per voxel."
+        )
     return _volume_from_image(image, name=folder.name)
 
 

@@ -89,7 +89,9 @@ def swin_unetr(*, preset: str, out_channels: int) -> nn.Module:
             net = SwinUNETR(in_channels=1, out_channels=out_channels, feature_size=12, window_size=4)
             # At the bottom, 2^3 and 4^3 voxels of a patch of 64, kernels of 3 would hold three quarters of all weights
             net.encoder10 = UnetrBasicBlock(spatial_dims=3, in_channels=192, out_channels=192, kernel_size=1, stride=1, norm_name="instance", res_block=True)
-            net.decoder5 = UnetrUpBlock(spatial_dims=3, in_channels=192, out_channels=96, kernel_size=1, upsample_kernel_size=2, norm_name="instance", res_block=True)
+            net.decoder5 = UnetrUpBlock(
+                spatial_dims=3, in_channels=192, out_channels=96, kernel_size=1, upsample_kernel_size=2, norm_name="instance", res_block=True
+            )
     return net.to(device)
 
 
@@ -140,7 +142,9 @@ def check_patch_size(name: str, *, preset: str, patch_size: tuple[int, int, int]
     if math.prod(sides) == multiple**3:
         sides = [2 * multiple] * 3
     found, nearest = (" x ".join(map(str, triple)) for triple in (patch_size, sides))
-    raise UserError(f"Patches of {found} voxels do not suit the backbone {name} ({preset}): each side must be a multiple of {multiple}, and one of them more than {multiple}. Use {nearest}.")
+    raise UserError(
+        f"Patches of {found} voxels do not suit the backbone {name} ({preset}): each side must be a multiple of {multiple}, and one of them more than {multiple}. Use {nearest}."
+    )
 
 
 def known_backbone(name: str) -> str:

@@ -58,7 +58,9 @@ class E2ENet(nn.Module):
             column.append(stage(functional.max_pool3d(column[-1], 2) if column else x))
         diagonal = []
         for index in range(1, len(self.channels)):
-            column = [self.nodes[_node_name(level, index)](column[level], column[level + 1], column[level - 1] if level else None) for level in range(len(column) - 1)]
+            column = [
+                self.nodes[_node_name(level, index)](column[level], column[level + 1], column[level - 1] if level else None) for level in range(len(column) - 1)
+            ]
             diagonal.append(column[-1])
         return diagonal[::-1]
 
@@ -181,12 +183,14 @@ def _sliced_node_state(node: FusionNode, *, prefix: str, patterns: list[str]) ->
     for index, block in enumerate(node.convs):
         key, rows = f"{prefix}.convs.{index}", outputs[index]
         state[f"{key}.conv.weight"] = block.conv.weight[rows][:, inputs[index + 1]]
-        state |= {f"{key}.{name}": value[rows] for name, value in (("conv.bias", block.conv.bias), ("norm.weight", block.norm.weight), ("norm.bias", block.norm.bias))}
+        state |= {
+            f"{key}.{name}": value[rows] for name, value in (("conv.bias", block.conv.bias), ("norm.weight", block.norm.weight), ("norm.bias", block.norm.bias))
+        }
     return state
 
 
 def _used_pattern(conv: nn.Conv3d | nn.ConvTranspose3d) -> str:
-    """"1" for each input channel that has a weight; at least one."""
+    """ "1" for each input channel that has a weight; at least one."""
     axis = input_axis(conv)
     is_used = (conv.weight.detach() != 0).transpose(0, axis).flatten(1).any(1)
     if not is_used.any():

@@ -12,6 +12,7 @@ if hasattr(slicer, "app"):
         ScriptedLoadableModuleWidget,
     )
 else:
+
     class ScriptedLoadableModule:
         """Stands where the application has its base class."""
 

@@ -58,7 +58,9 @@ def check_message(check: InputCheck) -> str:
         CheckKind.COLOR_VOLUME: _("The input volume has {components} components (color), but one is needed. Extract one with Vector to Scalar Volume."),
         CheckKind.ONE_SLICE: _("The input volume is one voxel thick. Choose a volume of several slices."),
         CheckKind.NONLINEAR_TRANSFORM: _("The input volume is under a non-linear transform. Harden it in the Transforms module, or take the volume out of it."),
-        CheckKind.BROKEN_GEOMETRY: _("The place of the input volume in space is broken: its axes lie in one plane or are no numbers. Correct it in the Volumes module."),
+        CheckKind.BROKEN_GEOMETRY: _(
+            "The place of the input volume in space is broken: its axes lie in one plane or are no numbers. Correct it in the Volumes module."
+        ),
         CheckKind.UNIFORM_VOLUME: _("All voxels of the input volume are {intensity:g}: there is nothing to segment. Choose another volume."),
         CheckKind.NO_MODEL: _("No model is installed. Install the extension again, or add a model under Advanced."),
         CheckKind.VOLUME_TOO_LARGE: "{message}",
@@ -67,7 +69,9 @@ def check_message(check: InputCheck) -> str:
         CheckKind.MEMORY_SHORT: _(
             "The run may need {needed_gb:.1f} GB of memory, but {available_gb:.1f} GB are free. Close other programs, or crop the volume (module Crop Volume) first."
         ),
-        CheckKind.UNLIKE_CT: _("The lowest voxel is {lowest:g}, so this hardly is a CT volume in Hounsfield units, which the model was trained on. Check the result with care."),
+        CheckKind.UNLIKE_CT: _(
+            "The lowest voxel is {lowest:g}, so this hardly is a CT volume in Hounsfield units, which the model was trained on. Check the result with care."
+        ),
     }
     gigabytes = {name.replace("_bytes", "_gb"): value / 1e9 for name, value in check.values.items() if name.endswith("_bytes")}
     return texts[check.kind].format(**check.values, **gigabytes)
@@ -85,7 +89,10 @@ def model_summary(manifest: BundleManifest) -> str:
     """One line about a model; its scores are those of the most patches, so that models can be compared."""
     scores = [list(by_k.values())[-1]["mean"] for by_k in manifest.scores.values()]
     text = _("{count} structures on {modality}, {spacing} mm, backbone {backbone}.").format(
-        count=len(manifest.labels), modality=manifest.modality, spacing=" x ".join(f"{length:g}" for length in sorted(set(manifest.spacing_mm))), backbone=manifest.backbone
+        count=len(manifest.labels),
+        modality=manifest.modality,
+        spacing=" x ".join(f"{length:g}" for length in sorted(set(manifest.spacing_mm))),
+        backbone=manifest.backbone,
     )
     if scores:
         text += " " + _("Mean Dice on volumes it never saw: {low:.2f} to {high:.2f}.").format(low=min(scores), high=max(scores))

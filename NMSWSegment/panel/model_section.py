@@ -67,7 +67,14 @@ class ModelSection:
         """The device that a run would take."""
         device = self.parameter_node.device
         if device == "auto":
-            device = next((self.ui.deviceComboBox.itemData(index) for index in range(self.ui.deviceComboBox.count) if self.ui.deviceComboBox.itemData(index) not in ("auto", "cpu")), "cpu")
+            device = next(
+                (
+                    self.ui.deviceComboBox.itemData(index)
+                    for index in range(self.ui.deviceComboBox.count)
+                    if self.ui.deviceComboBox.itemData(index) not in ("auto", "cpu")
+                ),
+                "cpu",
+            )
         return device
 
     def device_title(self, device: str) -> str:

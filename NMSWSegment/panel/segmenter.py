@@ -106,7 +106,14 @@ class Segmenter:
         self._run_count += 1
         folder = Path(tempfile.mkdtemp(dir=self._worker.folder))
         volume_info = {"key": _volume_key(volume_node, volume), "name": volume.name, "ijk_to_ras": volume.ijk_to_ras.tolist()}
-        request = {"request": "segment", "id": self._run_count, "folder": str(folder), "volume": volume_info, "options": options.to_dict(), "coarse_first": coarse_first}
+        request = {
+            "request": "segment",
+            "id": self._run_count,
+            "folder": str(folder),
+            "volume": volume_info,
+            "options": options.to_dict(),
+            "coarse_first": coarse_first,
+        }
         self._active = _ActiveRun(
             run_id=self._run_count, volume_node=volume_node, segmentation_node=segmentation_node, output_name=output_name, bundle=bundle,
             request=request, ijk_to_ras=volume.ijk_to_ras, folder=folder, started=time.perf_counter(),

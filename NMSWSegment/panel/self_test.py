@@ -48,9 +48,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         segmentation = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Result")
         fractions = []
 
-        result = _logic().process(
-            volume, segmentation, SegmentOptions(num_patches=2, device="cpu"), lambda progress: fractions.append(progress.fraction)
-        )
+        result = _logic().process(volume, segmentation, SegmentOptions(num_patches=2, device="cpu"), lambda progress: fractions.append(progress.fraction))
 
         self.assertSegmentsOfATorso(segmentation)
         lung = slicer.util.arrayFromSegmentBinaryLabelmap(segmentation, "lung_left", volume)

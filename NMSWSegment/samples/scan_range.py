@@ -3,7 +3,6 @@
 Points are source millimetres in the order superior, anterior, right, 0 at the center of the source's first voxel.
 """
 
-
 import torch
 from torch import Tensor
 

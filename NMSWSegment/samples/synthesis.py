@@ -146,7 +146,9 @@ def _check_known(array: np.ndarray, tissues: tuple[Tissue, ...], *, name: str) -
     """Raise UserError when a map holds an id that no tissue explains."""
     unexpected = sorted(set(np.unique(array).tolist()) - {tissue.index for tissue in tissues})
     if unexpected:
-        raise UserError(f"The map of anatomy '{name}' holds tissue ids {unexpected}, which its {TISSUES_NAME} does not list. Add them there with name, unified, kind and hu.")
+        raise UserError(
+            f"The map of anatomy '{name}' holds tissue ids {unexpected}, which its {TISSUES_NAME} does not list. Add them there with name, unified, kind and hu."
+        )
 
 
 def _name_lookup(tissues: tuple[Tissue, ...], words: tuple[str, ...]) -> Tensor:

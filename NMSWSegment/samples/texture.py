@@ -35,7 +35,14 @@ def tissue_details(tissue: Tensor, *, tissues: tuple[Tissue, ...], table: Tissue
         _fill_lumen(details, chosen[ids], mean_hu, is_stool=is_stool, spacing_mm=spacing_mm, generator=generator)
     _fill_lungs(details, kind_lookup(tissues, ("lung",))[ids], mean_hu, spacing_mm=spacing_mm, generator=generator)
     _enhance_chambers(details, kind_lookup(tissues, ("blood_heart",))[ids], enhancement=table.enhancement, spacing_mm=spacing_mm, generator=generator)
-    _add_tubes(details, kind_lookup(tissues, ("liver",))[ids], hu=45 * table.enhancement * uniform(generator, -0.4, 1), length_mm=45, spacing_mm=spacing_mm, generator=generator)
+    _add_tubes(
+        details,
+        kind_lookup(tissues, ("liver",))[ids],
+        hu=45 * table.enhancement * uniform(generator, -0.4, 1),
+        length_mm=45,
+        spacing_mm=spacing_mm,
+        generator=generator,
+    )
     if chance(generator, 0.6):
         _add_tubes(details, kind_lookup(tissues, ("fat",))[ids], hu=uniform(generator, 40, 140), length_mm=30, spacing_mm=spacing_mm, generator=generator)
     return details

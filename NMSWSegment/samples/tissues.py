@@ -98,7 +98,9 @@ def read_tissues(path: Path, *, num_labels: int | None = None) -> tuple[Tissue, 
         raise UserError(f"'{path}' is malformed ({error!r}). Each tissue needs name, unified, kind and hu with {', '.join(PHASES)} and sd.") from error
     for tissue in tissues:
         if num_labels is not None and tissue.label >= num_labels and tissue.label != UNKNOWN_LABEL:
-            raise UserError(f"Tissue '{tissue.name}' in '{path}' has label {tissue.label}, but the labels end at {num_labels - 1}. Use one of them, or 255 for unknown.")
+            raise UserError(
+                f"Tissue '{tissue.name}' in '{path}' has label {tissue.label}, but the labels end at {num_labels - 1}. Use one of them, or 255 for unknown."
+            )
     return tissues
 
 

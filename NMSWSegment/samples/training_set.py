@@ -19,7 +19,14 @@ class TrainingSet(torch.utils.data.Dataset):
     """Sample n of an endless random sequence, for every n >= 0; labels as `label_names` says."""
 
     def __init__(
-        self, *, cases: Sequence[CaseSource], anatomies: Sequence[AnatomySource], label_names: Sequence[str], options: SynthesisOptions, real_fraction: float = 0.35, seed: int = 0
+        self,
+        *,
+        cases: Sequence[CaseSource],
+        anatomies: Sequence[AnatomySource],
+        label_names: Sequence[str],
+        options: SynthesisOptions,
+        real_fraction: float = 0.35,
+        seed: int = 0,
     ) -> None:
         """Mix sources.
 

@@ -51,7 +51,9 @@ def find_data(options: TrainOptions) -> TrainingData:
             requests += [_request(files, cases, options) for files in cases.files if files.name not in options.hold_out]
             names = cases.label_names
         if label_names is not None and names != label_names:
-            raise UserError(f"The label names of '{folder}' differ from those of the data before it ({_first_difference(label_names, names)}). Bring all data to one list.")
+            raise UserError(
+                f"The label names of '{folder}' differ from those of the data before it ({_first_difference(label_names, names)}). Bring all data to one list."
+            )
         label_names = names
     for name in options.hold_out:
         if name not in found:
@@ -60,7 +62,9 @@ def find_data(options: TrainOptions) -> TrainingData:
     return TrainingData(requests=tuple(requests), anatomies=tuple(anatomies), label_names=label_names, num_held_out=len(found) - len(requests) - len(anatomies))
 
 
-def open_training_set(options: TrainOptions, *, data: TrainingData | None = None, cache: CaseCache | None = None, group: ProcessGroup | None = None) -> TrainingSet:
+def open_training_set(
+    options: TrainOptions, *, data: TrainingData | None = None, cache: CaseCache | None = None, group: ProcessGroup | None = None
+) -> TrainingSet:
     """Check every case and anatomy and make their samples available.
 
     Args:
@@ -97,7 +101,9 @@ def read_anatomies(folder: Path) -> tuple[Path, ...]:
     """
     found = tuple(sorted(path.parent for path in folder.glob(f"*/{MAP_NAME}")))
     if not found:
-        raise UserError(f"'{folder}' holds no anatomies. Give the folder whose sub-folders hold {MAP_NAME} and tissues.json, or another kind: {', '.join(KINDS)}.")
+        raise UserError(
+            f"'{folder}' holds no anatomies. Give the folder whose sub-folders hold {MAP_NAME} and tissues.json, or another kind: {', '.join(KINDS)}."
+        )
     return found
 
 

@@ -76,7 +76,9 @@ def joined_group(device: str) -> Iterator[ProcessGroup]:
     own = torch.device(device)
     if own.type == "cuda" and own.index is None:
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"Process {local_rank} has no GPU of its own: this computer shows {torch.cuda.device_count()}. Start as many processes as GPUs, or use --device cpu.")
+            raise UserError(
+                f"Process {local_rank} has no GPU of its own: this computer shows {torch.cuda.device_count()}. Start as many processes as GPUs, or use --device cpu."
+            )
         own = torch.device("cuda", local_rank)
         torch.cuda.set_device(own)
     if size == 1:
@@ -87,7 +89,9 @@ def joined_group(device: str) -> Iterator[ProcessGroup]:
     try:
         torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"The {size} processes cannot find each other ({error}). Check MASTER_ADDR and MASTER_PORT, or start them with torchrun or srun.") from error
+        raise UserError(
+            f"The {size} processes cannot find each other ({error}). Check MASTER_ADDR and MASTER_PORT, or start them with torchrun or srun."
+        ) from error
     try:
         yield ProcessGroup(device=own, rank=rank, size=size)
     finally:

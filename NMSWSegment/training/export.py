@@ -27,7 +27,16 @@ PARITY_SEED = 0
 SOURCE_PATHS_SUFFIX = ".debug_pkl"
 
 
-def export_bundle(run: Path, output: Path, *, title: str = "", description: str = "", scores: tuple[Path, ...] = (), data_notes: tuple[Path, ...] = (), picture: Path | None = None) -> Path:
+def export_bundle(
+    run: Path,
+    output: Path,
+    *,
+    title: str = "",
+    description: str = "",
+    scores: tuple[Path, ...] = (),
+    data_notes: tuple[Path, ...] = (),
+    picture: Path | None = None,
+) -> Path:
     """Write the bundle of a run; the folder's name becomes the bundle's name.
 
     Args:
@@ -69,14 +78,28 @@ def export_bundle(run: Path, output: Path, *, title: str = "", description: str 
         "labels": coded_labels(checkpoint["label_names"]),
         "class_weights": tuple(net.class_weights.tolist()),
         "architecture": net.architecture.to_dict(),
-        "training": {"program": f"NMSWSegment {__version__}, torch {torch.__version__}", "iterations": checkpoint["iteration"], "options": _public_options(options), "trained_on": "\n\n".join(note["trained_on"] for note in notes if "trained_on" in note)},
+        "training": {
+            "program": f"NMSWSegment {__version__}, torch {torch.__version__}",
+            "iterations": checkpoint["iteration"],
+            "options": _public_options(options),
+            "trained_on": "\n\n".join(note["trained_on"] for note in notes if "trained_on" in note),
+        },
         "scores": held_out,
         "attributions": tuple(text for note in notes for text in note.get("attributions", ())),
     }
     return write_bundle(net.coarse, net.local, output=output, examples=examples, manifest=manifest, picture=picture, for_monai=True)
 
 
-def write_bundle(coarse: nn.Module, local: nn.Module, *, output: Path, examples: dict[str, list[Tensor]], manifest: dict, picture: Path | None = None, for_monai: bool = False) -> Path:
+def write_bundle(
+    coarse: nn.Module,
+    local: nn.Module,
+    *,
+    output: Path,
+    examples: dict[str, list[Tensor]],
+    manifest: dict,
+    picture: Path | None = None,
+    for_monai: bool = False,
+) -> Path:
     """Trace, store in fp16, read back, compare, and only then put the folder in place.
 
     Args:
@@ -160,12 +183,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--description", default="", help="one sentence for the model list")
     parser.add_argument("--scores", type=Path, action="append", default=[], metavar="FILE.json", help="held-out scores that 'nmsw evaluate' wrote; repeat")
     parser.add_argument("--picture", type=Path, default=None, metavar="FILE.png", help="picture for the model card, for example a preview of 'nmsw segment'")
-    parser.add_argument("--data-notes", type=Path, action="append", default=[], metavar="FILE.json", help="what the weights were trained on: {\"trained_on\": text, \"attributions\": [texts]}; repeat")
+    parser.add_argument(
+        "--data-notes",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.json",
+        help='what the weights were trained on: {"trained_on": text, "attributions": [texts]}; repeat',
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw export`."""
-    bundle = export_bundle(arguments.run_folder, arguments.output, title=arguments.title, description=arguments.description, scores=tuple(arguments.scores), data_notes=tuple(arguments.data_notes), picture=arguments.picture)
+    bundle = export_bundle(
+        arguments.run_folder,
+        arguments.output,
+        title=arguments.title,
+        description=arguments.description,
+        scores=tuple(arguments.scores),
+        data_notes=tuple(arguments.data_notes),
+        picture=arguments.picture,
+    )
     megabytes = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / 1e6
     print(f"Bundle written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
     return 0

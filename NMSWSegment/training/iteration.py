@@ -30,7 +30,9 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
         UserError: the nets do not take the patch size, or there are more processes than volumes.
     """
     if options.batch_size < group.size:
-        raise UserError(f"There are {group.size} processes for batch_size {options.batch_size}. Give --batch-size {group.size} or more, or start fewer processes.")
+        raise UserError(
+            f"There are {group.size} processes for batch_size {options.batch_size}. Give --batch-size {group.size} or more, or start fewer processes."
+        )
     architecture = Architecture(num_classes=num_classes, backbone=options.backbone, preset=options.preset)
     check_patch_size(options.backbone, preset=options.preset, patch_size=options.patch_size)
     torch.manual_seed(options.seed)
@@ -39,8 +41,12 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
     net.local.to(memory_format=memory_format(options.backbone))
     optimizer = torch.optim.AdamW(trained_parameters(net, options), lr=options.learning_rate, weight_decay=options.weight_decay)
     warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False)
-    sparsified = SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False
+    )
+    sparsified = (
+        SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
+    )
     sparsity = FusionSparsity(net.local.backbone, optimizer, options=sparsified, seed=options.seed) if sparsified else None
     return TrainingState(net=net, optimizer=optimizer, schedule=schedule, sparsity=sparsity)
 

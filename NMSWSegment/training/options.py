@@ -96,11 +96,17 @@ class TrainOptions:
         if self.iterations < 1 or self.top_k_patches + self.random_patches < 1 or self.batch_size < 1:
             raise UserError("iterations, batch_size and top_k_patches + random_patches must be at least 1.")
         if min(self.spacing_mm) <= 0 or min(self.coarse_factor) < 1 or min(self.patch_size) < 1 or self.max_sample_voxels < 1:
-            raise UserError(f"spacing {self.spacing_mm}, patch_size {self.patch_size}, coarse_factor {self.coarse_factor} and max_sample_voxels {self.max_sample_voxels} must be positive.")
+            raise UserError(
+                f"spacing {self.spacing_mm}, patch_size {self.patch_size}, coarse_factor {self.coarse_factor} and max_sample_voxels {self.max_sample_voxels} must be positive."
+            )
         if (self.train == "patches") != bool(self.coarse_run):
-            raise UserError(f"train is '{self.train}' and coarse_run is '{self.coarse_run}'. Give --train patches together with --coarse-run RUN, the folder of a run that trained a coarse net, or neither.")
+            raise UserError(
+                f"train is '{self.train}' and coarse_run is '{self.coarse_run}'. Give --train patches together with --coarse-run RUN, the folder of a run that trained a coarse net, or neither."
+            )
         if not 0 <= self.sparsity < 1 or (self.sparsity and self.backbone != SPARSE_BACKBONE):
-            raise UserError(f"sparsity is {self.sparsity} with backbone {self.backbone}. It is a share from 0 to below 1, and only {SPARSE_BACKBONE} can be sparse.")
+            raise UserError(
+                f"sparsity is {self.sparsity} with backbone {self.backbone}. It is a share from 0 to below 1, and only {SPARSE_BACKBONE} can be sparse."
+            )
         try:
             CandidateGrid.covering(self.patch_size, patch_size=self.patch_size, overlap=self.overlap)
         except ValueError as error:
@@ -127,9 +133,18 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per option; what is not given is left out, so that the recipe decides."""
     group = parser.add_argument_group("what is trained (the same on --resume)")
     group.add_argument("--recipe", default="compact", metavar="NAME", help=f"options that go together: {', '.join(RECIPES)} (default: %(default)s)")
-    group.add_argument("--data", action="append", required=True, metavar="KIND:FOLDER", help="decathlon, nnunet, word, totalsegmentator or anatomies; repeat to mix")
+    group.add_argument(
+        "--data", action="append", required=True, metavar="KIND:FOLDER", help="decathlon, nnunet, word, totalsegmentator or anatomies; repeat to mix"
+    )
     group.add_argument("--hold-out", type=_comma_list, default=argparse.SUPPRESS, metavar="ID,...", help="cases and anatomies to leave out")
-    group.add_argument("--window", type=float, nargs=2, default=argparse.SUPPRESS, metavar=("LOW", "HIGH"), help="intensity window of the nets in HU (default: a piecewise line for CT)")
+    group.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        default=argparse.SUPPRESS,
+        metavar=("LOW", "HIGH"),
+        help="intensity window of the nets in HU (default: a piecewise line for CT)",
+    )
     for field in fields(TrainOptions):
         flag = "--" + _FLAG_NAMES.get(field.name, field.name).replace("_", "-")
         default = {"dest": field.name, "default": argparse.SUPPRESS, "help": f"default: {field.default}"}

@@ -107,7 +107,9 @@ def load_initial_weights(state: TrainingState, options: TrainOptions) -> None:
         state.net.load_state_dict(checkpoint["net"])
         if state.sparsity and checkpoint["sparsity"]:
             if (sparsity := load_run_options(options.initial_run).sparsity) != options.sparsity:
-                raise UserError(f"The initial_run '{options.initial_run}' has sparsity {sparsity:g}, this run {options.sparsity:g}. Give the same --sparsity, or start from a run without.")
+                raise UserError(
+                    f"The initial_run '{options.initial_run}' has sparsity {sparsity:g}, this run {options.sparsity:g}. Give the same --sparsity, or start from a run without."
+                )
             state.sparsity.load_state_dict(checkpoint["sparsity"])
     if options.coarse_run:
         weights = _fitting_checkpoint("coarse_run", options.coarse_run, state.net.architecture)["net"]
@@ -122,7 +124,9 @@ def load_checkpoint(run: Path) -> dict:
     """
     path = Path(run) / CHECKPOINT_NAME
     if not path.is_file():
-        raise UserError(f"'{run}' has no {CHECKPOINT_NAME}. Give the folder that 'nmsw train --output' wrote; the first checkpoint comes after --checkpoint-every iterations.")
+        raise UserError(
+            f"'{run}' has no {CHECKPOINT_NAME}. Give the folder that 'nmsw train --output' wrote; the first checkpoint comes after --checkpoint-every iterations."
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -156,10 +160,14 @@ def _fitting_checkpoint(option: str, run: str, ours: Architecture) -> dict:
     if option == "coarse_run":
         theirs = replace(theirs, backbone=ours.backbone)
     if theirs != ours:
-        raise UserError(f"The {option} '{run}' has other nets ({theirs.to_dict()}) than this run ({ours.to_dict()}). It needs the same classes and preset{', and the same backbone' if option == 'initial_run' else ''}.")
+        raise UserError(
+            f"The {option} '{run}' has other nets ({theirs.to_dict()}) than this run ({ours.to_dict()}). It needs the same classes and preset{', and the same backbone' if option == 'initial_run' else ''}."
+        )
     return checkpoint
 
 
 def _disk_error(output: Path, error: Exception) -> UserError:
     """The sentence for a disk that takes no more."""
-    return UserError(f"The run folder '{output}' cannot be written ({str(error).splitlines()[0]}). Make room on the disk, then go on with --resume; the last checkpoint is still there.")
+    return UserError(
+        f"The run folder '{output}' cannot be written ({str(error).splitlines()[0]}). Make room on the disk, then go on with --resume; the last checkpoint is still there."
+    )

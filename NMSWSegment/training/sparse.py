@@ -43,7 +43,9 @@ class SparsityOptions:
         if self.kind not in MASK_KINDS:
             raise UserError(unknown_name("mask kind", self.kind, MASK_KINDS))
         if not 0 < self.sparsity < 1:
-            raise UserError(f"The sparsity is {self.sparsity:g}. It is the share of weights to leave out: use more than 0 and less than 1, for example 0.8, or train without masks.")
+            raise UserError(
+                f"The sparsity is {self.sparsity:g}. It is the share of weights to leave out: use more than 0 and less than 1, for example 0.8, or train without masks."
+            )
         if self.iterations < 1 or self.update_every < 1:
             raise UserError("The iterations of the run and between two changes of the masks must be at least 1.")
 

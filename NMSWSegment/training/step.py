@@ -166,7 +166,9 @@ def _random_box(labels: Tensor, *, patch_size: tuple[int, int, int], generator: 
     return tuple(slice(start, start + size) for start, size in zip(starts, patch_size))
 
 
-def _high_on_patches(coarse_logits: Tensor, patch_logits: Tensor, *, indices: list[int], grid: CandidateGrid, class_weights: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor]:
+def _high_on_patches(
+    coarse_logits: Tensor, patch_logits: Tensor, *, indices: list[int], grid: CandidateGrid, class_weights: Tensor, gates: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """y_high on the chosen patches (K, C, P, P, P), and which of their voxels no earlier patch has (K, P, P, P).
 
     Elsewhere y_high is y_up, which the coarse term already trains.

@@ -134,7 +134,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _samples(training_set: TrainingSet, *, first: int, options: TrainOptions, num_workers: int, group: ProcessGroup) -> Iterator[tuple[int, TrainingSample]]:
     """Number and sample of this process's volumes from iteration `first` on; a sample depends on the seed and its number alone."""
-    numbers = [number for iteration in range(first, options.iterations) for number in group.share(range(iteration * options.batch_size, (iteration + 1) * options.batch_size))]
+    numbers = [
+        number
+        for iteration in range(first, options.iterations)
+        for number in group.share(range(iteration * options.batch_size, (iteration + 1) * options.batch_size))
+    ]
     loader = torch.utils.data.DataLoader(
         training_set,
         sampler=numbers,

@@ -12,10 +12,12 @@ numpy_support = pytest.importorskip("vtk.util.numpy_support", reason="slicer-cor
 
 # Oblique, mirrored and anisotropic: columns are the steps of i, j and k in mm, rotated 30 degrees, i toward the left.
 OBLIQUE_IJK_TO_RAS = np.array(
-    [[-1.5 * np.cos(np.pi / 6), -2.0 * np.sin(np.pi / 6), 0.0, 40.0],
-     [-1.5 * np.sin(np.pi / 6), 2.0 * np.cos(np.pi / 6), 0.0, -30.0],
-     [0.0, 0.0, 3.0, 110.0],
-     [0.0, 0.0, 0.0, 1.0]]
+    [
+        [-1.5 * np.cos(np.pi / 6), -2.0 * np.sin(np.pi / 6), 0.0, 40.0],
+        [-1.5 * np.sin(np.pi / 6), 2.0 * np.cos(np.pi / 6), 0.0, -30.0],
+        [0.0, 0.0, 3.0, 110.0],
+        [0.0, 0.0, 0.0, 1.0],
+    ]
 )
 
 # 40 degrees around z and a shift; no symmetry that would hide a swapped axis
@@ -30,8 +32,12 @@ def new_scene() -> "slicer.vtkMRMLScene":
     scene = slicer.vtkMRMLScene()
     application_logic = slicer.vtkSlicerApplicationLogic()
     application_logic.SetMRMLScene(scene)
-    logics = {"Colors": slicer.vtkMRMLColorLogic(), "Volumes": slicer.vtkSlicerVolumesLogic(),
-              "Segmentations": slicer.vtkSlicerSegmentationsModuleLogic(), "Markups": slicer.vtkSlicerMarkupsLogic()}
+    logics = {
+        "Colors": slicer.vtkMRMLColorLogic(),
+        "Volumes": slicer.vtkSlicerVolumesLogic(),
+        "Segmentations": slicer.vtkSlicerSegmentationsModuleLogic(),
+        "Markups": slicer.vtkSlicerMarkupsLogic(),
+    }
     for name, logic in logics.items():
         logic.SetMRMLApplicationLogic(application_logic)
         logic.SetMRMLScene(scene)

@@ -264,7 +264,10 @@ def test_install_name_that_differs_only_in_case_is_refused(a_copy, own_folder):
         install_bundle(change_manifest(a_copy, name="Tiny"), replace=True)
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/b", "a\\b", "C:evil", "..", ".", ".hidden", "", "a?", "a*", "nul", "COM1.txt", "end.", "end ", "tab\t", "x" * 65, 7, None])
+@pytest.mark.parametrize(
+    "name",
+    ["../evil", "/tmp/evil", "a/b", "a\\b", "C:evil", "..", ".", ".hidden", "", "a?", "a*", "nul", "COM1.txt", "end.", "end ", "tab\t", "x" * 65, 7, None],
+)
 def test_install_name_that_is_no_file_name_is_refused(a_copy, own_folder, name):
     with pytest.raises(UserError, match="no file name on every computer. Export it to a folder named with letters"):
         install_bundle(change_manifest(a_copy, name=name))
@@ -425,7 +428,9 @@ def test_remove_that_is_refused_says_so_and_keeps_it(a_copy, own_folder, monkeyp
     assert load_bundle("tiny")
 
 
-@pytest.mark.parametrize(("name", "title"), [("kidney_right", "right kidney"), ("lung_upper_lobe_left", "left lung upper lobe"), ("liver", "liver"), ("left_atrium", "left atrium")])
+@pytest.mark.parametrize(
+    ("name", "title"), [("kidney_right", "right kidney"), ("lung_upper_lobe_left", "left lung upper lobe"), ("liver", "liver"), ("left_atrium", "left atrium")]
+)
 def test_label_title_is_for_a_person(name, title):
     assert replace(coded_labels(["liver"])[0], name=name).title == title
 

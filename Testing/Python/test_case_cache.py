@@ -32,7 +32,12 @@ def requests(tmp_path):
 
 
 def same(one, other) -> bool:
-    return np.array_equal(one.intensity, other.intensity) and np.array_equal(one.labels, other.labels) and one.spacing_mm == other.spacing_mm and one.extent == other.extent
+    return (
+        np.array_equal(one.intensity, other.intensity)
+        and np.array_equal(one.labels, other.labels)
+        and one.spacing_mm == other.spacing_mm
+        and one.extent == other.extent
+    )
 
 
 def test_masks_become_one_labelmap_in_the_right_places(requests):
@@ -63,7 +68,11 @@ def test_fine_voxels_are_averaged_to_the_model_spacing(requests):
 
 @pytest.mark.parametrize(
     ("shape", "shift_mm", "scale", "words"),
-    [((26, 20, 23), 0.0, 1.0, "26 x 20 x 24 and 26 x 20 x 23 voxels"), ((26, 20, 24), 0.0, 1.5, "voxels of 6 x 6 x 6 and 9 x 9 x 9 mm"), ((26, 20, 24), 4.0, 1.0, "up to 4.0 mm apart")],
+    [
+        ((26, 20, 23), 0.0, 1.0, "26 x 20 x 24 and 26 x 20 x 23 voxels"),
+        ((26, 20, 24), 0.0, 1.5, "voxels of 6 x 6 x 6 and 9 x 9 x 9 mm"),
+        ((26, 20, 24), 4.0, 1.0, "up to 4.0 mm apart"),
+    ],
 )
 def test_geometry_mismatch_says_the_difference(requests, shape, shift_mm, scale, words):
     volume, _ = a_case()

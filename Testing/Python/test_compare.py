@@ -62,7 +62,15 @@ def record(method, *, dsc, seconds, windows=5, case="a", title=None, macs=2e12):
     stages = {stage: 0.0 for stage in STAGES} | {"patches": seconds}
     scores = {"mean": dsc, "mean_nsd_2mm": dsc / 2, "mean_nsd_2voxels": dsc, "mean_hd95_mm": None, "dsc": {"liver": dsc}, "nsd_2mm": {"liver": dsc / 2}}
     facts = {"bundle": "b", "case": case, "held_out": True, "method": method, "title": title or method, "macs": macs, "paper_macs": None, "windows": windows}
-    return facts | {"candidates": 27, "seconds_cold": stages, "seconds_warm": stages, "peak_memory_bytes": 10**9, "gpu_memory_bytes": None, "scores": scores, "patches": []}
+    return facts | {
+        "candidates": 27,
+        "seconds_cold": stages,
+        "seconds_warm": stages,
+        "peak_memory_bytes": 10**9,
+        "gpu_memory_bytes": None,
+        "scores": scores,
+        "patches": [],
+    }
 
 
 # ---- costs ---------------------------------------------------------------------------------------------------------
@@ -116,7 +124,14 @@ def test_rows_are_means_with_the_sample_standard_deviation():
 
 
 def test_sentence_names_the_fastest_k_that_is_good_enough():
-    rows = summary_rows([record("sw_0.50", dsc=0.80, seconds=10), record("greedy_5", dsc=0.70, seconds=2), record("greedy_10", dsc=0.796, seconds=4), record("greedy_30", dsc=0.81, seconds=11)])
+    rows = summary_rows(
+        [
+            record("sw_0.50", dsc=0.80, seconds=10),
+            record("greedy_5", dsc=0.70, seconds=2),
+            record("greedy_10", dsc=0.796, seconds=4),
+            record("greedy_30", dsc=0.81, seconds=11),
+        ]
+    )
     assert plain_sentence(rows).startswith("k = 10 gives 100% of the Dice of a sliding window in 40% of its time on this computer")
     assert "better choice" not in plain_sentence(rows)
 
@@ -127,14 +142,21 @@ def test_sentence_says_where_no_k_is_enough_and_where_the_sliding_window_wins():
 
 
 def test_sentence_takes_no_window_for_a_yardstick_that_is_worse_than_the_coarse_net():
-    records = [record("coarse", dsc=0.6, seconds=1), record("sw_0.50", dsc=0.1, seconds=10), record("greedy_5", dsc=0.66, seconds=3), record("all", dsc=0.66, seconds=12)]
+    records = [
+        record("coarse", dsc=0.6, seconds=1),
+        record("sw_0.50", dsc=0.1, seconds=10),
+        record("greedy_5", dsc=0.66, seconds=3),
+        record("all", dsc=0.66, seconds=12),
+    ]
     sentence = plain_sentence(summary_rows(records))
     assert sentence.startswith("k = 5 gives 100% of the Dice of running every patch in 30% of the time of a sliding window")
     assert "no yardstick for accuracy" in sentence and "0.100 against 0.600" in sentence
 
 
 def test_losses_name_what_is_better_and_not_slower():
-    rows = summary_rows([record("sw_0.25", dsc=0.8, seconds=2, title="window"), record("greedy_5", dsc=0.7, seconds=3), record("greedy_10", dsc=0.9, seconds=3)])
+    rows = summary_rows(
+        [record("sw_0.25", dsc=0.8, seconds=2, title="window"), record("greedy_5", dsc=0.7, seconds=3), record("greedy_10", dsc=0.9, seconds=3)]
+    )
     assert losses(rows) == ["greedy_5 (0.700, 3.0 s) loses against window (0.800, 2.0 s)."]
 
 
@@ -170,7 +192,20 @@ def test_process_of_its_own_has_its_own_peak_memory_and_its_death_is_told():
 def test_verb_compares_all_methods_and_writes_tables_and_pictures(a_tiny_bundle, a_folder, in_this_process, capsys):
     docs = a_folder / "benchmarks.md"
     docs.write_text("# Ours\n<!-- out -->\n<!-- /out -->\n")
-    words = ("--bundle", a_tiny_bundle, "--data", f"decathlon:{a_folder}", "--cases", "first", "--k", "3", "--ablate", "policy,class_weights,pooling", "--output", a_folder / "out")
+    words = (
+        "--bundle",
+        a_tiny_bundle,
+        "--data",
+        f"decathlon:{a_folder}",
+        "--cases",
+        "first",
+        "--k",
+        "3",
+        "--ablate",
+        "policy,class_weights,pooling",
+        "--output",
+        a_folder / "out",
+    )
     assert verb(*words, "--docs", docs) == 0
     results = json.loads((a_folder / "out" / "results.json").read_text())
     by_method = {entry["method"]: entry for entry in results["records"]}
@@ -205,7 +240,11 @@ def test_stopped_comparison_goes_on_where_it_was(a_tiny_bundle, a_folder, monkey
     with pytest.raises(KeyboardInterrupt):
         verb(*words)
     before = json.loads((a_folder / "out" / "results.json").read_text())["records"]
-    monkeypatch.setattr(comparison_run, "in_own_process", lambda function, method, **options: ran.append((options["image"].parent.name, method.name)) or function(method, **options))
+    monkeypatch.setattr(
+        comparison_run,
+        "in_own_process",
+        lambda function, method, **options: ran.append((options["image"].parent.name, method.name)) or function(method, **options),
+    )
     assert verb(*words) == 0
     assert ran == [(case, method) for case in ("first", "second") for method in ("coarse", "sw_0.25")]
     assert json.loads((a_folder / "out" / "results.json").read_text())["records"][:3] == before
@@ -268,7 +307,10 @@ def test_fusion_sliced_computes_the_same_with_fewer_operations(tmp_path, in_this
     words = ("--fusion", "--preset", "compact", "--classes", 3, "--windows", 1, "--threads", 1, "--output", tmp_path / "fusion")
     assert verb(*words) == 0
     records = json.loads((tmp_path / "fusion" / "results.json").read_text())["records"]
-    assert [(record["kind"], record["sparsity"]) for record in records] == [("dense", 0.0), *((kind, sparsity) for sparsity in (0.7, 0.8, 0.9) for kind in ("masked", "sliced"))]
+    assert [(record["kind"], record["sparsity"]) for record in records] == [
+        ("dense", 0.0),
+        *((kind, sparsity) for sparsity in (0.7, 0.8, 0.9) for kind in ("masked", "sliced")),
+    ]
     dense, *sparse = records
     for masked, sliced in zip(sparse[::2], sparse[1::2]):
         assert masked["macs"] == dense["macs"] > 2 * sliced["macs"] and sliced["parameters"] <= masked["parameters"] < dense["parameters"]

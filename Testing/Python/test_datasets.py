@@ -55,7 +55,12 @@ def a_folder(tmp_path) -> Path:
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": LABELS, "training": training}))
     tissues = {
         str(index): {"name": name, "unified": label, "kind": kind, "hu": {"noncontrast": hu, "arterial": hu, "portal_venous": hu, "sd": 10}}
-        for index, name, label, kind, hu in ((0, "air", 0, "air", -1000), (1, "liver", 1, "liver", 60), (2, "spleen", 2, "spleen", 50), (3, "fat", 0, "fat", -100))
+        for index, name, label, kind, hu in (
+            (0, "air", 0, "air", -1000),
+            (1, "liver", 1, "liver", 60),
+            (2, "spleen", 2, "spleen", 50),
+            (3, "fat", 0, "fat", -100),
+        )
     }
     body = np.where(a_ct(a_label_map()) == -100, 3, a_label_map()).astype(np.uint8)
     for name in ("three", "four"):

@@ -58,7 +58,9 @@ def test_depth_shift_of_less_depth_than_its_reach_leaves_what_stays(depth):
     assert shifted.sum(1).tolist() == [0, depth - 1, depth, depth - 1, 0]
 
 
-@pytest.mark.parametrize(("channels", "sizes"), [(1, (1,)), (4, (4,)), (5, (1, 1, 1, 1, 1)), (7, (2, 1, 2, 1, 1)), (16, (4, 3, 3, 3, 3)), (48, (10, 10, 9, 10, 9))])
+@pytest.mark.parametrize(
+    ("channels", "sizes"), [(1, (1,)), (4, (4,)), (5, (1, 1, 1, 1, 1)), (7, (2, 1, 2, 1, 1)), (16, (4, 3, 3, 3, 3)), (48, (10, 10, 9, 10, 9))]
+)
 def test_groups_of_the_shift_differ_by_one_channel_and_fewer_than_five_channels_stay(channels, sizes):
     assert ShiftedConv(channels, 2).group_sizes == sizes
 
@@ -132,7 +134,10 @@ def test_node_without_unused_channels_is_equal_bit_for_bit_where_sums_are_exact(
     sliced, generator = without_unused_channels(net), torch.Generator().manual_seed(4)
     for name, node in net.nodes.items():
         level = int(name[1])
-        left, below, above = (torch.randint(-3, 4, (1, CHANNELS[level + step], *[size >> step + 1 for size in SHAPE]), generator=generator).float() if level + step >= 0 else None for step in (0, 1, -1))
+        left, below, above = (
+            torch.randint(-3, 4, (1, CHANNELS[level + step], *[size >> step + 1 for size in SHAPE]), generator=generator).float() if level + step >= 0 else None
+            for step in (0, 1, -1)
+        )
         with torch.no_grad():
             assert torch.equal(sliced.nodes[name](left, below, above), node(left, below, above)), name
 

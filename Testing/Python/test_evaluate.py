@@ -160,9 +160,18 @@ def test_missed_structure_has_no_place_in_the_mean_of_hd95():
 
 
 def test_csv_holds_a_row_for_every_structure_and_inf_for_a_missed_one(tmp_path):
-    row = {"dsc": {"liver": 0.5, "spleen": 0.0}, "nsd_2mm": {"liver": 0.25, "spleen": 0.0}, "nsd_2voxels": {"liver": 1.0}, "hd95_mm": {"liver": 3.0, "spleen": None}}
+    row = {
+        "dsc": {"liver": 0.5, "spleen": 0.0},
+        "nsd_2mm": {"liver": 0.25, "spleen": 0.0},
+        "nsd_2voxels": {"liver": 1.0},
+        "hd95_mm": {"liver": 3.0, "spleen": None},
+    }
     write_csv({"cases": {"first": {"all": row}}}, tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text().splitlines() == ["case,k,structure,dsc,nsd_2mm,nsd_2voxels,hd95_mm", "first,all,liver,0.5,0.25,1.0,3.0", "first,all,spleen,0.0,0.0,,inf"]
+    assert (tmp_path / "table.csv").read_text().splitlines() == [
+        "case,k,structure,dsc,nsd_2mm,nsd_2voxels,hd95_mm",
+        "first,all,liver,0.5,0.25,1.0,3.0",
+        "first,all,spleen,0.0,0.0,,inf",
+    ]
 
 
 def test_ignore_label_of_nnunet_is_unknown(a_tiny_bundle, tmp_path):
@@ -181,7 +190,9 @@ def test_ignore_label_of_nnunet_is_unknown(a_tiny_bundle, tmp_path):
 
 def test_masks_of_totalsegmentator_are_scored_on_the_split_that_is_asked_for(tmp_path):
     write_totalsegmentator(tmp_path, splits={"s0001": "train", "s0002": "test"}, classes=("liver", "spleen", "gallbladder"))
-    manifest = SimpleNamespace(name="organs", label_names=["liver", "spleen"], num_classes=3, spacing_mm=(6.0, 6.0, 6.0), labels=coded_labels(["liver", "spleen"]))
+    manifest = SimpleNamespace(
+        name="organs", label_names=["liver", "spleen"], num_classes=3, spacing_mm=(6.0, 6.0, 6.0), labels=coded_labels(["liver", "spleen"])
+    )
     (found,) = find_cases([f"totalsegmentator:{tmp_path}"], manifest, split="test")
     volume, reference = read_case(found)
     assert found.files.name == "s0002" and volume.ijk_to_ras[0, 0] < 0  # stored from right to left

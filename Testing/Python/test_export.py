@@ -61,7 +61,10 @@ def a_run_of(backbone: str, folder: Path) -> Path:
     options = tiny_options(folder, backbone=backbone, patch_size=(32, 64, 32), coarse_factor=(2, 2, 2))
     folder.mkdir(parents=True)
     (folder / OPTIONS_NAME).write_text(json.dumps(asdict(options)))
-    torch.save({"net": net.state_dict(), "architecture": net.architecture.to_dict(), "label_names": ["liver", "spleen", "vertebrae"], "iteration": 1}, folder / CHECKPOINT_NAME)
+    torch.save(
+        {"net": net.state_dict(), "architecture": net.architecture.to_dict(), "label_names": ["liver", "spleen", "vertebrae"], "iteration": 1},
+        folder / CHECKPOINT_NAME,
+    )
     return folder
 
 
@@ -236,7 +239,9 @@ def test_run_without_checkpoint_says_what_to_give(a_run, tmp_path):
 def test_net_that_tracing_changes_is_refused_and_leaves_nothing(tmp_path):
     dark, bright = torch.zeros(1, 1, 4, 5, 6), torch.ones(1, 1, 4, 5, 6)
     with pytest.raises(UserError, match=r"local\.pt disagrees.*differ by 1.*Nothing was written"):
-        write_bundle(torch.nn.Conv3d(1, 2, 1).half().float(), Branching(), output=tmp_path / "bundle", examples={"coarse": [dark], "local": [dark, bright]}, manifest={})
+        write_bundle(
+            torch.nn.Conv3d(1, 2, 1).half().float(), Branching(), output=tmp_path / "bundle", examples={"coarse": [dark], "local": [dark, bright]}, manifest={}
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -92,7 +92,9 @@ def test_module_file_sets_its_path_first():
 
 def test_module_file_has_the_version_of_the_package():
     # In Slicer the module file is the package, so the library reads its version there.
-    versions = [re.search(r'^__version__ = "(.+?)"', path.read_text(encoding="utf-8"), flags=re.MULTILINE).group(1) for path in (MODULE_FILE, LIBRARY / "__init__.py")]
+    versions = [
+        re.search(r'^__version__ = "(.+?)"', path.read_text(encoding="utf-8"), flags=re.MULTILINE).group(1) for path in (MODULE_FILE, LIBRARY / "__init__.py")
+    ]
     assert versions[0] == versions[1]
 
 
@@ -149,7 +151,10 @@ def test_drawing_of_the_rooms_equals_the_files_on_disk():
 def test_imports_have_no_circles():
     # Also inside functions: an import that waits until it is needed hides a circle, it does not open it.
     modules = {module_name(path): path for path in LIBRARY_FILES}
-    imports = {name: {other for other in imported_modules(path, types_too=False) & set(modules) if other not in ("NMSWSegment", name)} for name, path in modules.items()}
+    imports = {
+        name: {other for other in imported_modules(path, types_too=False) & set(modules) if other not in ("NMSWSegment", name)}
+        for name, path in modules.items()
+    }
     while leaves := {name for name, others in imports.items() if not others & set(imports)}:
         imports = {name: others for name, others in imports.items() if name not in leaves}
     assert not imports

@@ -64,7 +64,9 @@ spec = importlib.util.spec_from_file_location("NMSWSegment", {str(MODULE_FILE)!r
 sys.modules["NMSWSegment"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 """
-    done = subprocess.run([sys.executable, "-c", load + code], cwd=folder, capture_output=True, text=True, check=False, env={"PATH": "", "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", load + code], cwd=folder, capture_output=True, text=True, check=False, env={"PATH": "", "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -110,9 +112,7 @@ def voxels(points_ras: np.ndarray) -> set[tuple[int, int, int]]:
 def test_process_segments_the_phantom_where_it_is_in_the_world(module, volume_node, segmentation_node, a_tiny_bundle):
     fractions = []
 
-    result = module.NMSWSegmentLogic().process(
-        volume_node, segmentation_node, options_for(a_tiny_bundle), lambda progress: fractions.append(progress.fraction)
-    )
+    result = module.NMSWSegmentLogic().process(volume_node, segmentation_node, options_for(a_tiny_bundle), lambda progress: fractions.append(progress.fraction))
 
     assert list(segmentation_node.GetSegmentation().GetSegmentIDs()) == ["liver", "spleen", "vertebrae"]
     for value, (name, (center_ras, radii_mm, _)) in enumerate(ORGANS.items(), start=1):

@@ -34,7 +34,21 @@ def a_case(tmp_path) -> Path:
 
 def arguments(folder: Path, bundle: Path, *more: str) -> list[str]:
     """Words of a quick segmentation."""
-    return ["segment", str(folder / "ct.nii.gz"), "-o", str(folder / "labels.nii.gz"), "--bundle", str(bundle), "--device", "cpu", "--threads", "1", "--k", "2", *more]
+    return [
+        "segment",
+        str(folder / "ct.nii.gz"),
+        "-o",
+        str(folder / "labels.nii.gz"),
+        "--bundle",
+        str(bundle),
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--k",
+        "2",
+        *more,
+    ]
 
 
 def names(folder: Path) -> set[str]:
@@ -143,7 +157,9 @@ def test_segment_preview_without_matplotlib_is_refused_before_the_run(a_case, a_
     assert 'pip install "NMSWSegment[headless]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("The disk is full. Make room."), 2), (KeyboardInterrupt(), 130), (Cancelled(), 130), (ZeroDivisionError(), 1)])
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("The disk is full. Make room."), 2), (KeyboardInterrupt(), 130), (Cancelled(), 130), (ZeroDivisionError(), 1)]
+)
 def test_segment_failure_of_the_last_file_takes_the_others_away(a_case, a_tiny_bundle, capsys, monkeypatch, error, code):
     def fail(*_, **__):
         raise error
@@ -167,7 +183,9 @@ def test_segment_stopped_by_sigterm_returns_130_and_leaves_nothing(a_case, a_tin
         "engine.segment_volume = wait\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    run = subprocess.Popen([sys.executable, "-c", program, *arguments(a_case, a_tiny_bundle)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments(a_case, a_tiny_bundle)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert run.stdout.readline() == "running\n"
     started = time.monotonic()
     os.kill(run.pid, signal.SIGTERM)

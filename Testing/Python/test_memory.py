@@ -163,7 +163,10 @@ def test_needed_grows_with_what_a_run_holds():
 
 def test_needed_follows_the_local_net():
     shape, ijk_to_ras = (120, 200, 300), upright(2.0, 2.5, 3.0)
-    rising = [needed(shape, ijk_to_ras, backbone=backbone, preset=preset) for backbone, preset in (("unet", "compact"), ("mednext", "compact"), ("swin_unetr", "paper"), ("e2enet", "paper"))]
+    rising = [
+        needed(shape, ijk_to_ras, backbone=backbone, preset=preset)
+        for backbone, preset in (("unet", "compact"), ("mednext", "compact"), ("swin_unetr", "paper"), ("e2enet", "paper"))
+    ]
     assert rising == sorted(rising) and rising[0] < rising[2] < rising[3]
     assert needed(shape, ijk_to_ras, backbone="of tomorrow") == needed(shape, ijk_to_ras, backbone="e2enet", preset="small") == rising[-1]
     assert needed(shape, ijk_to_ras, backbone="e2enet", num_patches=0) == needed(shape, ijk_to_ras, num_patches=0)

@@ -37,7 +37,12 @@ def test_card_without_scores_says_that_none_were_measured(a_tiny_bundle):
 
 
 def test_card_lists_structures_class_weights_and_attributions(a_tiny_bundle):
-    lines = a_card(a_tiny_bundle, class_weights=(0.0, -1.5, 2.25, 3.0), attributions=("Data A, CC BY 4.0", "Data B"), training={"trained_on": "Two scans.", "iterations": 1700, "program": "X 1"})
+    lines = a_card(
+        a_tiny_bundle,
+        class_weights=(0.0, -1.5, 2.25, 3.0),
+        attributions=("Data A, CC BY 4.0", "Data B"),
+        training={"trained_on": "Two scans.", "iterations": 1700, "program": "X 1"},
+    )
     assert "- Structures (3): liver, spleen, vertebrae" in lines
     start = lines.index("| background | 0.00 |")
     assert lines[start + 1 : start + 4] == ["| liver | -1.50 |", "| spleen | 2.25 |", "| vertebrae | 3.00 |"]

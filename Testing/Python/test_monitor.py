@@ -30,7 +30,9 @@ def test_picture_shows_right_at_the_left_edge_and_superior_at_the_top():
 def test_picture_outlines_patches_by_rank_the_best_on_top():
     grid = CandidateGrid.covering((24, 16, 32), patch_size=(16, 16, 16), overlap=0.5)
     chosen = (grid.num_candidates - 1, 0)  # far end, then the first
-    picture = selection_picture(np.zeros(grid.padded_shape, np.float32), np.zeros(grid.padded_shape, np.uint8), chosen, grid=grid, row=0, colors=np.zeros((1, 3)))[::-1, ::-1]
+    picture = selection_picture(
+        np.zeros(grid.padded_shape, np.float32), np.zeros(grid.padded_shape, np.uint8), chosen, grid=grid, row=0, colors=np.zeros((1, 3))
+    )[::-1, ::-1]
     np.testing.assert_allclose(picture[23, 20], rank_color(1, count=2), atol=1e-6)
     np.testing.assert_allclose(picture[0, 5], rank_color(2, count=2), atol=1e-6)
     np.testing.assert_array_equal(picture[4, 5], 0)
@@ -44,7 +46,18 @@ def test_run_leaves_curves_class_weights_and_pictures(tmp_path):
     train(options, output=tmp_path / "run", num_workers=0, log_every=2, show_every=2)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     tags = events.Tags()
-    assert {"loss/total", "loss/coarse", "loss/high", "loss/patch", "loss/entropy", "learning_rate", "tau", "class_weight/mean", "class_weight/background", "class_weight/spleen"} <= set(tags["scalars"])
+    assert {
+        "loss/total",
+        "loss/coarse",
+        "loss/high",
+        "loss/patch",
+        "loss/entropy",
+        "learning_rate",
+        "tau",
+        "class_weight/mean",
+        "class_weight/background",
+        "class_weight/spleen",
+    } <= set(tags["scalars"])
     assert [point.step for point in events.Scalars("learning_rate")] == [2, 4]
     assert [picture.step for picture in events.Images("selection")] == [2, 4]
     picture = events.Images("selection")[0]

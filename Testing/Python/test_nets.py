@@ -97,7 +97,10 @@ def test_the_two_nets_share_no_weights(a_compact_net):
     assert not coarse & {parameter.data_ptr() for parameter in a_compact_net.local.parameters()}
 
 
-@pytest.mark.parametrize("architecture", [Architecture(num_classes=7, backbone="mednext", preset="paper"), Architecture(num_classes=2, backbone="e2enet", fusion_channels=("101", "1"))])
+@pytest.mark.parametrize(
+    "architecture",
+    [Architecture(num_classes=7, backbone="mednext", preset="paper"), Architecture(num_classes=2, backbone="e2enet", fusion_channels=("101", "1"))],
+)
 def test_architecture_comes_back_from_its_json(architecture):
     assert Architecture(**json.loads(json.dumps(architecture.to_dict()))) == architecture
 
@@ -107,13 +110,27 @@ def test_fusion_channels_of_another_backbone_are_refused():
         Architecture(num_classes=2, backbone="unet", fusion_channels=("101",))
 
 
-@pytest.mark.parametrize("build", [lambda name: local_backbone(name, preset="compact", out_channels=2), lambda name: Architecture(2, backbone=name), lambda name: check_patch_size(name, preset="compact", patch_size=(64, 64, 64))])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda name: local_backbone(name, preset="compact", out_channels=2),
+        lambda name: Architecture(2, backbone=name),
+        lambda name: check_patch_size(name, preset="compact", patch_size=(64, 64, 64)),
+    ],
+)
 def test_unknown_backbone_names_the_nearest(build):
     with pytest.raises(UserError, match="Did you mean 'swin_unetr'"):
         build("swin_unet")
 
 
-@pytest.mark.parametrize("build", [lambda preset: coarse_backbone(preset=preset), lambda preset: local_backbone("unet", preset=preset, out_channels=2), lambda preset: Architecture(2, preset=preset)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda preset: coarse_backbone(preset=preset),
+        lambda preset: local_backbone("unet", preset=preset, out_channels=2),
+        lambda preset: Architecture(2, preset=preset),
+    ],
+)
 def test_unknown_preset_names_the_nearest(build):
     with pytest.raises(UserError, match="Did you mean 'compact'"):
         build("compct")
@@ -157,13 +174,17 @@ def test_our_local_nets_are_the_published_ones_but_for_the_end_of_the_unet():
         ours = {name: LocalNet(Architecture(num_classes=20, backbone=name, preset="paper")) for name in BACKBONES}
         published = {name: local_backbone(name, preset="paper", out_channels=20) for name in BACKBONES}
     assert num_parameters(ours["unet"]) == 26_527_444 and count_macs(ours["unet"], PAPER_PATCH) == 63_827_083_264
-    assert {name: num_parameters(net) for name, net in ours.items() if name != "unet"} == {name: num_parameters(net) for name, net in published.items() if name != "unet"}
+    assert {name: num_parameters(net) for name, net in ours.items() if name != "unet"} == {
+        name: num_parameters(net) for name, net in published.items() if name != "unet"
+    }
 
 
 def test_counts_give_the_tables_of_the_paper():
     # Table 2 at 480^3: the coarse net at 160^3 and k patches; TMACs with the three digits that are printed
     with torch.device("meta"):
-        nets = {name: published_unet(20) if name == "unet" else local_backbone(name, preset="paper", out_channels=20) for name in ("unet", "swin_unetr", "mednext")}
+        nets = {
+            name: published_unet(20) if name == "unet" else local_backbone(name, preset="paper", out_channels=20) for name in ("unet", "swin_unetr", "mednext")
+        }
     assert round(count_macs(nets["unet"], PAPER_COARSE) / 1e9, 1) == 142.8
     coarse = published_macs(nets["unet"], PAPER_COARSE)
     for name, by_k in {"unet": (1.27, 5.85), "swin_unetr": (1.36, 6.37), "mednext": (1.64, 8.02)}.items():

@@ -17,9 +17,13 @@ from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import UserError
 
 ANATOMY, ORGAN = Code("SCT", "123037004", "Anatomical Structure"), Code("SCT", "113343008", "Organ")
-LABELS = tuple(Label(value, name, color, ANATOMY, ORGAN) for value, name, color in ((1, "liver", (221, 130, 101)), (2, "spleen", (157, 108, 162)), (3, "kidney_left", (185, 102, 83))))
+LABELS = tuple(
+    Label(value, name, color, ANATOMY, ORGAN)
+    for value, name, color in ((1, "liver", (221, 130, 101)), (2, "spleen", (157, 108, 162)), (3, "kidney_left", (185, 102, 83)))
+)
 PATCHES = tuple(
-    SimpleNamespace(rank=rank, candidate=7 * rank, importance=0.5 / rank, center_ras=(10.0 * rank, -20.0, 30.5 + rank), size_mm=(144.0, 96.0, 50.0 + rank)) for rank in (1, 2, 3)
+    SimpleNamespace(rank=rank, candidate=7 * rank, importance=0.5 / rank, center_ras=(10.0 * rank, -20.0, 30.5 + rank), size_mm=(144.0, 96.0, 50.0 + rank))
+    for rank in (1, 2, 3)
 )
 # Columns are the steps of i, j, k: i runs to the left, j up, k backwards.
 IJK_TO_RAS = np.array([[-2.0, 0, 0, 50.0], [0, 0, -3.0, 40.0], [0, 4.0, 0, -70.0], [0, 0, 0, 1.0]])
@@ -183,7 +187,11 @@ def test_preview_shows_the_labels_and_the_patch(tmp_path, ijk_to_ras):
     volume, labelmap = Volume(intensities, ijk_to_ras), Volume(labels, ijk_to_ras)
     center = ijk_to_ras[:3, :3] @ (10, 14, 10) + ijk_to_ras[:3, 3]
     patch = SimpleNamespace(rank=1, candidate=3, importance=0.7, center_ras=tuple(center), size_mm=(40.0, 40.0, 40.0))
-    labels_in_red_and_blue = (Label(1, "liver", (255, 0, 0), ANATOMY, ORGAN), Label(2, "spleen", (0, 0, 255), ANATOMY, ORGAN), Label(3, "absent", (0, 255, 0), ANATOMY, ORGAN))
+    labels_in_red_and_blue = (
+        Label(1, "liver", (255, 0, 0), ANATOMY, ORGAN),
+        Label(2, "spleen", (0, 0, 255), ANATOMY, ORGAN),
+        Label(3, "absent", (0, 255, 0), ANATOMY, ORGAN),
+    )
     write_preview(volume, labelmap, labels=labels_in_red_and_blue, patches=[patch], path=tmp_path / "p.png")
     red, green, blue = np.moveaxis(picture(tmp_path / "p.png").astype(int), -1, 0)
     assert ((red > green + 80) & (red > blue + 80)).sum() > 500
@@ -198,7 +206,9 @@ def test_preview_has_the_patient_right_at_the_left_edge(tmp_path):
     matrix = np.diag([4.0, 4.0, 4.0, 1.0])
     labels = np.zeros((20, 20, 20), np.uint8)
     labels[8:12, 8:12, 15:19] = 1  # large R
-    write_preview(ramp(matrix, labels.shape), Volume(labels, matrix), labels=[Label(1, "liver", (255, 0, 0), ANATOMY, ORGAN)], patches=(), path=tmp_path / "p.png")
+    write_preview(
+        ramp(matrix, labels.shape), Volume(labels, matrix), labels=[Label(1, "liver", (255, 0, 0), ANATOMY, ORGAN)], patches=(), path=tmp_path / "p.png"
+    )
     pixels = picture(tmp_path / "p.png").astype(int)
     is_red = (pixels[..., 0] > pixels[..., 1] + 80) & (pixels[..., 0] > pixels[..., 2] + 80)
     axial = is_red[:, : is_red.shape[1] // 4]

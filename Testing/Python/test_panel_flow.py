@@ -421,7 +421,9 @@ def test_two_volumes_of_the_same_name_give_two_segmentations(app, widget):
 
 def test_volume_that_is_no_ct_is_told_in_red(app, widget):
     node = widget.logic.getParameterNode()
-    node.inputVolume = add_volume(app.scene, np.arange(40 * 30 * 20, dtype=np.int16).reshape(40, 30, 20), ijk_to_ras=upright_ijk_to_ras((6.0, 6.0, 6.0), (40, 30, 20)), name="MR")
+    node.inputVolume = add_volume(
+        app.scene, np.arange(40 * 30 * 20, dtype=np.int16).reshape(40, 30, 20), ijk_to_ras=upright_ijk_to_ras((6.0, 6.0, 6.0), (40, 30, 20)), name="MR"
+    )
     assert '<font color="red">' in widget.ui.workLabel.text
     assert "Hounsfield" in widget.ui.workLabel.text
     assert widget.ui.segmentButton.enabled

@@ -11,7 +11,14 @@ from NMSWSegment.protocol import SegmentOptions
 def a_run_info(**changes) -> dict:
     """Four patches, one of them reused, in 2000 voxels of the model grid of a volume of 24000; no preview."""
     timings = {"read": 9.0, "load": 8.0, "canonical": 0.5, "coarse": 1.0, "select": 0.25, "upsample": 0.75, "aggregate": 0.4, "patches": 6.0, "restore": 1.2}
-    run_info = {"timings_s": timings, "patches": [{}] * 4, "patches_reused": 1, "canonical_voxels": 2000, "device_steps": [], "volume": {"shape_kji": [20, 30, 40]}}
+    run_info = {
+        "timings_s": timings,
+        "patches": [{}] * 4,
+        "patches_reused": 1,
+        "canonical_voxels": 2000,
+        "device_steps": [],
+        "volume": {"shape_kji": [20, 30, 40]},
+    }
     return run_info | changes
 
 

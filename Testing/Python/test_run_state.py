@@ -53,7 +53,9 @@ def test_start_during_a_run_is_refused(a_running_run):
     assert a_running_run.progress(7)
 
 
-@pytest.mark.parametrize("end", [lambda run: run.done(7, signature=SIGNATURE), lambda run: run.cancelled(7, by_user=True), lambda run: run.failed(7), Run.worker_died])
+@pytest.mark.parametrize(
+    "end", [lambda run: run.done(7, signature=SIGNATURE), lambda run: run.cancelled(7, by_user=True), lambda run: run.failed(7), Run.worker_died]
+)
 @pytest.mark.parametrize("is_cancelling", [False, True])
 def test_every_end_leaves_an_idle_run(a_running_run, end, is_cancelling):
     run = a_running_run

@@ -66,7 +66,10 @@ def test_missing_device_lists_what_is_there(two_gpus):
         resolve_device("cuda:2")
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError(TORCHSCRIPT_MESSAGE), RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)")])
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError(TORCHSCRIPT_MESSAGE), RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)")],
+)
 def test_out_of_memory_moves_the_nets_to_the_cpu_for_good(error):
     # An archive raises a plain RuntimeError where eager torch raises OutOfMemoryError (pytorch issue 148642).
     nets, local = nets_on_full_gpu(error)
@@ -176,7 +179,9 @@ def test_batch_size_is_one_on_the_cpu_and_four_on_a_gpu():
     [
         MemoryError("Unable to allocate 3.5 GiB for an array"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000 bytes."),
-        RuntimeError("The following operation failed in the TorchScript interpreter.\nRuntimeError: DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError(
+            "The following operation failed in the TorchScript interpreter.\nRuntimeError: DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
+        ),
     ],
 )
 def test_lack_of_memory_names_the_volume_and_the_way_out(error):

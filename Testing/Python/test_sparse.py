@@ -32,7 +32,11 @@ class TinyRun:
 
     def state(self) -> dict:
         """What a checkpoint holds, as copies."""
-        return {"net": {key: value.clone() for key, value in self.net.state_dict().items()}, "optimizer": self.optimizer.state_dict(), "sparsity": self.sparsity.state_dict()}
+        return {
+            "net": {key: value.clone() for key, value in self.net.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "sparsity": self.sparsity.state_dict(),
+        }
 
 
 def expanded(mask: torch.Tensor, conv: torch.nn.Module) -> torch.Tensor:
@@ -151,7 +155,15 @@ def test_state_of_another_kind_says_to_resume_with_the_same_options():
         TinyRun("channel").sparsity.load_state_dict(TinyRun("kernel").sparsity.state_dict())
 
 
-@pytest.mark.parametrize(("values", "fix"), [({"kind": "channels"}, "Did you mean 'channel'"), ({"sparsity": 1.0}, "for example 0.8"), ({"sparsity": 0.0}, "train without masks"), ({"update_every": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("values", "fix"),
+    [
+        ({"kind": "channels"}, "Did you mean 'channel'"),
+        ({"sparsity": 1.0}, "for example 0.8"),
+        ({"sparsity": 0.0}, "train without masks"),
+        ({"update_every": 0}, "at least 1"),
+    ],
+)
 def test_options_that_make_no_sense_say_what_does(values, fix):
     with pytest.raises(UserError, match=fix):
         SparsityOptions(**({"iterations": 5} | values))

@@ -569,10 +569,19 @@ def test_parameter_node_has_defaults_again_after_the_scene_was_closed(app, wrapp
     assert (fresh.volume, fresh.amount, fresh.device, fresh.maybe) == (None, 10.0, "cuda", None)
 
 
-@pytest.mark.parametrize(("name", "value", "error"), [
-    ("amount", 50.5, ValueError), ("amount", "5", TypeError), ("amount", None, ValueError), ("device", "mps", ValueError), ("count", 1.5, TypeError),
-    ("volume", "vtkMRMLScalarVolumeNode1", TypeError), ("pair", (1,), ValueError), ("where", "x", TypeError),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("amount", 50.5, ValueError),
+        ("amount", "5", TypeError),
+        ("amount", None, ValueError),
+        ("device", "mps", ValueError),
+        ("count", 1.5, TypeError),
+        ("volume", "vtkMRMLScalarVolumeNode1", TypeError),
+        ("pair", (1,), ValueError),
+        ("where", "x", TypeError),
+    ],
+)
 def test_parameter_node_refuses_values(wrapper, name, value, error):
     parameters = wrapper(parameter_node())
 
@@ -639,8 +648,17 @@ def test_disconnect_gui_with_a_tag_lets_the_widgets_go(wrapper, ctk):
     assert slider.value == 12.0
 
 
-@pytest.mark.parametrize(("widget", "name"), [("qt.QLabel()", "text"), ("ctk.ctkCheckBox()", "isOn"), ("qt.QSpinBox()", "amount"), ("qt.QComboBox()", "text"),
-                                              ("qt.QPlainTextEdit()", "text"), ("qt.QSlider()", "count")])
+@pytest.mark.parametrize(
+    ("widget", "name"),
+    [
+        ("qt.QLabel()", "text"),
+        ("ctk.ctkCheckBox()", "isOn"),
+        ("qt.QSpinBox()", "amount"),
+        ("qt.QComboBox()", "text"),
+        ("qt.QPlainTextEdit()", "text"),
+        ("qt.QSlider()", "count"),
+    ],
+)
 def test_connect_gui_refuses_pairs_that_the_application_cannot_bind(wrapper, qt, ctk, widget, name):
     parameters = wrapper(parameter_node())
 
@@ -654,7 +672,11 @@ def test_connect_gui_refuses_pairs_that_the_application_cannot_bind(wrapper, qt,
 def test_module_is_loaded_opened_reloaded_and_closed(app, tmp_path):
     loaded = app.load_module(write_module(tmp_path))
     assert sys.modules["Tiny"] is loaded
-    assert (slicer.modules.tiny.title, slicer.modules.tiny.categories, slicer.modules.tiny.path) == ("Tiny module", ("Segmentation",), str(tmp_path / "Tiny.py"))
+    assert (slicer.modules.tiny.title, slicer.modules.tiny.categories, slicer.modules.tiny.path) == (
+        "Tiny module",
+        ("Segmentation",),
+        str(tmp_path / "Tiny.py"),
+    )
     app.startup_completed()
     widget = app.open_panel("Tiny")
     assert loaded.events == ["startup", "setup", "enter"]

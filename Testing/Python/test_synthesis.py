@@ -201,9 +201,11 @@ def test_draw_table_contrast_brightens_the_aorta_not_the_fat(tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_warp_never_folds_or_mirrors(seed):
-    warp = random_warp(torch.tensor([[0.0, 0, 0], [180.0, 150, 210]]), limits=WarpLimits(elastic_mm=18.0), spacing_mm=(3.0,) * 3, max_voxels=10**6, generator=generator(seed))
+    warp = random_warp(
+        torch.tensor([[0.0, 0, 0], [180.0, 150, 210]]), limits=WarpLimits(elastic_mm=18.0), spacing_mm=(3.0,) * 3, max_voxels=10**6, generator=generator(seed)
+    )
     index = warp.source_index((1.0, 1.0, 1.0))
-    steps = [index.diff(dim=axis + 1)[:, :-1 if axis != 0 else None, :-1 if axis != 1 else None, :-1 if axis != 2 else None] for axis in range(3)]
+    steps = [index.diff(dim=axis + 1)[:, : -1 if axis != 0 else None, : -1 if axis != 1 else None, : -1 if axis != 2 else None] for axis in range(3)]
     determinant = torch.linalg.det(torch.stack(steps, dim=-1).permute(1, 2, 3, 0, 4))
     assert float(determinant.min()) > 0
 

@@ -89,7 +89,15 @@ def a_run(data, tmp_path_factory) -> Path:
 
 
 def step_options(**changes) -> TrainOptions:
-    values = {"data": ("decathlon:nowhere",), "spacing_mm": (6.0, 6.0, 6.0), "patch_size": (16, 16, 32), "coarse_factor": (1, 1, 2), "top_k_patches": 2, "random_patches": 1, "entropy_weight": 0.0}
+    values = {
+        "data": ("decathlon:nowhere",),
+        "spacing_mm": (6.0, 6.0, 6.0),
+        "patch_size": (16, 16, 32),
+        "coarse_factor": (1, 1, 2),
+        "top_k_patches": 2,
+        "random_patches": 1,
+        "entropy_weight": 0.0,
+    }
     return TrainOptions(**(values | changes))
 
 
@@ -209,7 +217,11 @@ def test_gate_gradient_reaches_the_importance_head_as_the_formula_says(spied_ste
     weight = net.coarse.importance_head.weight
     losses.total.backward(retain_graph=True)
     found = weight.grad.clone()
-    grid, window, a = seen["grid"], aggregation.patch_window(seen["grid"].patch_size), aggregation.mixing_weights(net.class_weights.detach())[:, None, None, None]
+    grid, window, a = (
+        seen["grid"],
+        aggregation.patch_window(seen["grid"].patch_size),
+        aggregation.mixing_weights(net.class_weights.detach())[:, None, None, None],
+    )
     pull, weight_sum = torch.zeros(4, *grid.padded_shape), torch.zeros(grid.padded_shape)
     for index, gradient in zip(seen["indices"], seen["high"].grad):
         pull[(slice(None), *grid.slices(index))] += gradient
@@ -654,7 +666,9 @@ def test_flags_have_the_defaults_of_the_options(monkeypatch, tmp_path):
     assert called["options"] == TrainOptions(data=("decathlon:a", "anatomies:b")) and not called["resume"]
     more = ["--hold-out", "one,two", "--spacing", "5", "2", "1", "--iterations", "7", "--learning-rate", "0.01", "--resume", "--workers", "3"]
     assert train_module.run(parser.parse_args(words + more)) == 0
-    assert called["options"] == TrainOptions(data=("decathlon:a", "anatomies:b"), hold_out=("one", "two"), spacing_mm=(5.0, 2.0, 1.0), iterations=7, learning_rate=0.01)
+    assert called["options"] == TrainOptions(
+        data=("decathlon:a", "anatomies:b"), hold_out=("one", "two"), spacing_mm=(5.0, 2.0, 1.0), iterations=7, learning_rate=0.01
+    )
     assert called["resume"] and called["num_workers"] == 3
 
 
@@ -666,7 +680,13 @@ def test_recipe_sets_options_that_flags_override(monkeypatch, tmp_path):
     words = ["--data", "word:a", "--output", str(tmp_path), "--device", "cpu", "--recipe", "paper-word"]
     train_module.run(parser.parse_args(words))
     paper = called["options"]
-    assert (paper.preset, paper.spacing_mm, paper.patch_size, paper.coarse_factor, paper.augmentation) == ("paper", (3.0, 1.0, 1.0), (128, 128, 128), (3, 3, 3), "paper")
+    assert (paper.preset, paper.spacing_mm, paper.patch_size, paper.coarse_factor, paper.augmentation) == (
+        "paper",
+        (3.0, 1.0, 1.0),
+        (128, 128, 128),
+        (3, 3, 3),
+        "paper",
+    )
     assert paper.intensity_points == ((-250.0, 0.0), (500.0, 1.0))
     train_module.run(parser.parse_args([*words, "--patch-size", "96", "96", "64", "--window", "-250", "1100"]))
     assert called["options"] == replace(paper, patch_size=(96, 96, 64), intensity_points=((-250.0, 0.0), (1100.0, 1.0)))

@@ -56,7 +56,16 @@ def a_labelmap(geometry: str = "oblique") -> Volume:
     return Volume(array=array, ijk_to_ras=GEOMETRIES[geometry])
 
 
-def write_dicom(folder: Path, *, positions_mm, series: str = "1.2.3", description: str = "Thorax 2.5", names=None, tilt_mm: float = 0.0, image_type: str = "ORIGINAL\\PRIMARY\\AXIAL") -> np.ndarray:
+def write_dicom(
+    folder: Path,
+    *,
+    positions_mm,
+    series: str = "1.2.3",
+    description: str = "Thorax 2.5",
+    names=None,
+    tilt_mm: float = 0.0,
+    image_type: str = "ORIGINAL\\PRIMARY\\AXIAL",
+) -> np.ndarray:
     """Axial int16 slices at LPS (10, -20, position); returns the array (K, J, I)."""
     folder.mkdir(exist_ok=True)
     array = np.random.default_rng(len(positions_mm)).integers(-1000, 1000, (len(positions_mm), 6, 7)).astype(np.int16)

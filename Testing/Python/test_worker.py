@@ -50,7 +50,12 @@ class Client:
 
     def __init__(self, *words: str, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, *words],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         self.lines: queue.Queue[bytes] = queue.Queue()
         self.log: list[str] = []
@@ -130,7 +135,15 @@ def test_coarse_result_then_labels_then_more_and_fewer_patches(a_worker, a_tiny_
         progress = [event for event in events if event["event"] == "progress"]
         assert all(event["id"] == request["id"] for event in events)
         assert [event["fraction"] for event in progress] == sorted(event["fraction"] for event in progress)
-        assert progress[-1] | {"message": ""} == {"event": "progress", "id": request["id"], "stage": "done", "fraction": 1.0, "message": "", "done": 0, "total": 0}
+        assert progress[-1] | {"message": ""} == {
+            "event": "progress",
+            "id": request["id"],
+            "stage": "done",
+            "fraction": 1.0,
+            "message": "",
+            "done": 0,
+            "total": 0,
+        }
         coarse = [event for event in events if event["event"] == "coarse"]
         assert len(coarse) == (index == 0)
         if coarse:

@@ -61,7 +61,9 @@ def write_nnunet(folder: Path, *, names: tuple[str, ...], ignore: bool = False) 
         volume, labels = a_case()
         write_array(volume.array, volume, folder / "imagesTr" / f"{name}_0000.nii.gz")
         write_array(labels, volume, folder / "labelsTr" / f"{name}.nii.gz")
-    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels_by_name, "numTraining": len(names), "file_ending": ".nii.gz"}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "CT"}, "labels": labels_by_name, "numTraining": len(names), "file_ending": ".nii.gz"})
+    )
     return folder
 
 

@@ -1,10 +1,10 @@
 """The application: load the module as Slicer does, open its panel, click, look, close.
 
-    with Application() as app:
-        module = app.load_module(path_of_NMSWSegment_py)
-        widget = app.open_panel("NMSWSegment")
-        widget.ui.segmentButton.click()
-        app.wait_until(lambda: widget.ui.statusLabel.text == "Done")
+with Application() as app:
+    module = app.load_module(path_of_NMSWSegment_py)
+    widget = app.open_panel("NMSWSegment")
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: widget.ui.statusLabel.text == "Done")
 """
 
 import importlib.util

@@ -7,12 +7,20 @@ import slicer
 from PySide6.QtCore import QObject
 
 FILE_TYPES = {
-    "vtkMRMLVolumeNode": "VolumeFile", "vtkMRMLSegmentationNode": "SegmentationFile", "vtkMRMLTableNode": "TableFile",
-    "vtkMRMLMarkupsNode": "MarkupsFile", "vtkMRMLTransformNode": "TransformFile", "vtkMRMLModelNode": "ModelFile", "vtkMRMLTextNode": "TextFile",
+    "vtkMRMLVolumeNode": "VolumeFile",
+    "vtkMRMLSegmentationNode": "SegmentationFile",
+    "vtkMRMLTableNode": "TableFile",
+    "vtkMRMLMarkupsNode": "MarkupsFile",
+    "vtkMRMLTransformNode": "TransformFile",
+    "vtkMRMLModelNode": "ModelFile",
+    "vtkMRMLTextNode": "TextFile",
 }
 NODE_CLASSES = {
-    "SegmentationFile": "vtkMRMLSegmentationNode", "TableFile": "vtkMRMLTableNode", "TransformFile": "vtkMRMLTransformNode",
-    "ModelFile": "vtkMRMLModelNode", "TextFile": "vtkMRMLTextNode",
+    "SegmentationFile": "vtkMRMLSegmentationNode",
+    "TableFile": "vtkMRMLTableNode",
+    "TransformFile": "vtkMRMLTransformNode",
+    "ModelFile": "vtkMRMLModelNode",
+    "TextFile": "vtkMRMLTextNode",
 }
 
 

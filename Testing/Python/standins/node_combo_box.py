@@ -46,9 +46,18 @@ class qMRMLNodeComboBox(QWidget):
         super().__init__(parent)
         self._scene = None
         self._observing = Observing()
-        self._options = {"nodeTypes": [], "noneEnabled": False, "noneDisplay": "None", "addEnabled": True, "removeEnabled": True,
-                         "renameEnabled": False, "editEnabled": False, "showHidden": False, "showChildNodeTypes": True,
-                         "selectNodeUponCreation": True}
+        self._options = {
+            "nodeTypes": [],
+            "noneEnabled": False,
+            "noneDisplay": "None",
+            "addEnabled": True,
+            "removeEnabled": True,
+            "renameEnabled": False,
+            "editEnabled": False,
+            "showHidden": False,
+            "showChildNodeTypes": True,
+            "selectNodeUponCreation": True,
+        }
         self._base_names: dict[str, str] = {}
         self._type_labels: dict[str, str] = {}
         self._attributes: list[tuple[str, str, str | None]] = []

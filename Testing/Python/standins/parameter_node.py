@@ -17,7 +17,15 @@ from standins.parameter_annotations import Choice, Decimals, Default, Maximum, M
 from standins.parameter_types import parameter_type, split_annotations
 
 __all__ = [
-    "Choice", "Decimals", "Default", "Maximum", "Minimum", "SingleStep", "WithinRange", "findChildWidgetForParameter", "isParameterNodeWrapper",
+    "Choice",
+    "Decimals",
+    "Default",
+    "Maximum",
+    "Minimum",
+    "SingleStep",
+    "WithinRange",
+    "findChildWidgetForParameter",
+    "isParameterNodeWrapper",
     "parameterNodeWrapper",
 ]
 
@@ -74,9 +82,7 @@ class ParameterNodeWrapper:
         self._connections: dict[int, dict[str, Connector]] = {}
         self._next_tag = 0
         self._is_updating_gui = False
-        self._parameters = {
-            name: Parameter(f"{prefix or ''}{name}", kind, default, parameterNode) for name, (kind, default, _) in self.allParameters.items()
-        }
+        self._parameters = {name: Parameter(f"{prefix or ''}{name}", kind, default, parameterNode) for name, (kind, default, _) in self.allParameters.items()}
 
     def default(self, name: str) -> Default:
         """The default of an attribute."""
@@ -110,9 +116,7 @@ class ParameterNodeWrapper:
         """Bind widgets, or connectors, to attributes by name; the tag is for disconnectGui."""
         for name in mapping:
             self._parameter(name)
-        connectors = {
-            name: widget if isinstance(widget, Connector) else connector_for(widget, self.dataType(name)) for name, widget in mapping.items()
-        }
+        connectors = {name: widget if isinstance(widget, Connector) else connector_for(widget, self.dataType(name)) for name, widget in mapping.items()}
         tag = self._next_tag
         self._next_tag += 1
         self._connections[tag] = connectors

@@ -29,8 +29,19 @@ class SampleDataLogic:
     sources: ClassVar[list[Source]] = []
 
     @staticmethod
-    def registerCustomSampleDataSource(category="Custom", sampleName=None, uris=None, fileNames=None, nodeNames=None, customDownloader=None,
-                                       thumbnailFileName=None, loadFileType=None, loadFiles=None, loadFileProperties=None, checksums=None) -> None:
+    def registerCustomSampleDataSource(
+        category="Custom",
+        sampleName=None,
+        uris=None,
+        fileNames=None,
+        nodeNames=None,
+        customDownloader=None,
+        thumbnailFileName=None,
+        loadFileType=None,
+        loadFiles=None,
+        loadFileProperties=None,
+        checksums=None,
+    ) -> None:
         """Offer a sample; customDownloader, loadFileType and loadFiles are not here."""
         if customDownloader or loadFileType or loadFiles:
             raise NotImplementedError("The stand-in of SampleData loads volumes only")

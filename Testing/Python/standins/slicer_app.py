@@ -22,8 +22,20 @@ class qSlicerScriptedLoadableModule(QObject):
 
     def __init__(self, name: str, path: str) -> None:
         super().__init__()
-        self._values = {"title": "", "categories": [], "contributors": [], "dependencies": [], "associatedNodeTypes": [], "helpText": "",
-                        "acknowledgementText": "", "icon": QIcon(), "hidden": False, "index": -1, "path": path, "name": name}
+        self._values = {
+            "title": "",
+            "categories": [],
+            "contributors": [],
+            "dependencies": [],
+            "associatedNodeTypes": [],
+            "helpText": "",
+            "acknowledgementText": "",
+            "icon": QIcon(),
+            "hidden": False,
+            "index": -1,
+            "path": path,
+            "name": name,
+        }
         self._make_widget = None
         self._representation = None
 
@@ -114,12 +126,24 @@ class qSlicerApplication(QObject):
         self._module_manager = qSlicerModuleManager()
         self._io_manager = qSlicerCoreIOManager()
         self._startup_environment = startup_environment
-        self._values = {"temporaryPath": os.path.join(folder, "Temp"), "slicerHome": folder, "majorVersion": 5, "minorVersion": 13, "revision": "0",
-                        "applicationName": "Slicer", "mainApplicationName": "Slicer", "applicationVersion": "5.13.0-stand-in",
-                        "slicerUserSettingsFilePath": QSettings().fileName(), "extensionsInstallPath": os.path.join(folder, "Extensions"),
-                        "launcherExecutableFilePath": os.path.join(folder, "Slicer"), "platform": f"{platform.system().lower()}-amd64",
-                        "os": platform.system().lower(), "arch": "amd64", "documentationBaseUrl": "https://slicer.readthedocs.io/en/latest/",
-                        "renderPaused": False}
+        self._values = {
+            "temporaryPath": os.path.join(folder, "Temp"),
+            "slicerHome": folder,
+            "majorVersion": 5,
+            "minorVersion": 13,
+            "revision": "0",
+            "applicationName": "Slicer",
+            "mainApplicationName": "Slicer",
+            "applicationVersion": "5.13.0-stand-in",
+            "slicerUserSettingsFilePath": QSettings().fileName(),
+            "extensionsInstallPath": os.path.join(folder, "Extensions"),
+            "launcherExecutableFilePath": os.path.join(folder, "Slicer"),
+            "platform": f"{platform.system().lower()}-amd64",
+            "os": platform.system().lower(),
+            "arch": "amd64",
+            "documentationBaseUrl": "https://slicer.readthedocs.io/en/latest/",
+            "renderPaused": False,
+        }
 
     def mrmlScene(self) -> Any:
         """The scene."""

@@ -15,10 +15,33 @@ from standins.api import names_of
 from standins.recorder import RECORDER
 
 NOT_HERE = {
-    "clickAndDrag", "createProgressDialog", "displayPythonShell", "downloadAndExtractArchive", "downloadFile", "exit", "exportNode", "moduleSelector",
-    "openAddDataDialog", "openSaveDataDialog", "pip_uninstall", "plot", "pythonShell", "quit", "restart", "setApplicationLogoVisible",
-    "setDataProbeVisible", "setErrorLogVisible", "setMenuBarsVisible", "setModuleHelpSectionVisible", "setModulePanelTitleVisible",
-    "setPythonConsoleVisible", "setStatusBarVisible", "setToolbarsVisible", "setViewControllersVisible", "sourceDir", "startQtDesigner",
+    "clickAndDrag",
+    "createProgressDialog",
+    "displayPythonShell",
+    "downloadAndExtractArchive",
+    "downloadFile",
+    "exit",
+    "exportNode",
+    "moduleSelector",
+    "openAddDataDialog",
+    "openSaveDataDialog",
+    "pip_uninstall",
+    "plot",
+    "pythonShell",
+    "quit",
+    "restart",
+    "setApplicationLogoVisible",
+    "setDataProbeVisible",
+    "setErrorLogVisible",
+    "setMenuBarsVisible",
+    "setModuleHelpSectionVisible",
+    "setModulePanelTitleVisible",
+    "setPythonConsoleVisible",
+    "setStatusBarVisible",
+    "setToolbarsVisible",
+    "setViewControllersVisible",
+    "sourceDir",
+    "startQtDesigner",
 }
 """Functions that need the application itself: calling one says so."""
 

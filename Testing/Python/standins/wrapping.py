@@ -22,7 +22,12 @@ PYTHON_KEYWORDS = {"raise": "raise_", "print": "print_"}
 METHODS_IN_QT_5 = {"contentsMargins"}
 """Properties of Qt 6 only: used as attributes they would work here and fail there."""
 PROPERTY_TYPES = {
-    "bool": (bool, int), "int": (int, float), "uint": (int, float), "double": (int, float), "QString": (str,), "QStringList": (list, tuple),
+    "bool": (bool, int),
+    "int": (int, float),
+    "uint": (int, float),
+    "double": (int, float),
+    "QString": (str,),
+    "QStringList": (list, tuple),
 }
 
 
