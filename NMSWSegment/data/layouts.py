@@ -88,14 +88,13 @@ def read_cases(argument: str, *, subset: str = "", split: str = "train") -> Case
     return cases
 
 
-def read_decathlon(folder: Path, *, exclude: Sequence[str] = ()) -> tuple[list[CaseFiles], tuple[str, ...]]:
+def read_decathlon(folder: Path) -> tuple[list[CaseFiles], tuple[str, ...]]:
     """The labelled cases of a folder in Medical Segmentation Decathlon or nnU-Net layout.
 
     A case is named by its image file, or by the image's folder where several images share a file name.
 
     Args:
         folder: holds dataset.json.
-        exclude: names of cases to leave out.
 
     Returns:
         The cases in the order of the list, and the label names in label order, background left out.
@@ -118,7 +117,7 @@ def read_decathlon(folder: Path, *, exclude: Sequence[str] = ()) -> tuple[list[C
     names = stems if len(set(stems)) == len(stems) else [image.parent.name for image, _ in pairs]
     if len(set(names)) < len(names):
         raise UserError(f"Several cases of '{path}' have the same name ({', '.join(sorted(names)[:4])}, ...). Give the image files different names.")
-    cases = [CaseFiles(name=name, image=image, label=label) for name, (image, label) in zip(names, pairs) if name not in exclude]
+    cases = [CaseFiles(name=name, image=image, label=label) for name, (image, label) in zip(names, pairs)]
     return cases, read_label_names(path)
 
 

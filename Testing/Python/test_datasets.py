@@ -82,7 +82,6 @@ def test_read_decathlon_names_cases_and_labels(a_folder):
     cases, label_names = read_decathlon(a_folder)
     assert [name for name, _, _ in cases] == ["one", "two"] and label_names == ("liver", "spleen")
     assert cases[1].label == a_folder / "cases" / "two" / "label.nii.gz"
-    assert [case.name for case in read_decathlon(a_folder, exclude=("one",))[0]] == ["two"]
 
 
 def test_read_decathlon_reads_nnunet_layout(tmp_path):
