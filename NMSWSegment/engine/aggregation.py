@@ -9,16 +9,24 @@ with memory of one label volume and a few blocks. Both up-sample with `CoarseUps
 same sequence of float32 products and sums wherever it is computed.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from NMSWSegment.engine.blocked import BLOCK_FLOATS, BestClass, in_threads, ranges, shares
 from NMSWSegment.files.grid import CandidateGrid
 
+Block = tuple[int, int, int]
+"""A stride-sized block by its place in the grid of blocks."""
+SLICES_AT_ONCE = 16
+"""Of a patch, for one thread."""
 WINDOW_SIGMA = 0.125  # of the patch size; MONAI's and nnU-Net's choice
 WINDOW_FLOOR = 1e-3
-MIXED_VOXELS_AT_ONCE = 1 << 18  # bounds the memory of the gather below: C x 8 x 4 bytes each
 UNIFORM_MARGIN = 1e-5  # relative; far above the rounding of three float32 interpolations
 
 
@@ -42,59 +50,84 @@ def mixing_weights(class_weights: Tensor) -> Tensor:
 class CoarseUpsampler:
     """y_up: trilinear up-sampling of coarse logits to any box of the full volume.
 
-    The same numbers as torch.nn.functional.interpolate(mode="trilinear", align_corners=False) up to rounding.
+    The same numbers as torch.nn.functional.interpolate(mode="trilinear", align_corners=False) up to rounding where coarse voxels of r voxels
+    make up the volume. Axes are interpolated last one first, so that most of the work runs along contiguous voxels.
     """
 
-    def __init__(self, coarse_logits: Tensor, *, shape: Sequence[int]) -> None:
-        """Args: coarse_logits (C, d, h, w); shape: voxels of the full volume, KJI."""
+    def __init__(self, coarse_logits: Tensor, *, grid: CandidateGrid) -> None:
+        """Args: coarse_logits (C, d, h, w).
+
+        Raises:
+            ValueError: they are not those of the grid's volume.
+        """
+        if tuple(coarse_logits.shape[1:]) != grid.coarse_shape:
+            raise ValueError(f"coarse logits of {tuple(coarse_logits.shape[1:])} voxels for a coarse volume of {grid.coarse_shape}")
         self.coarse_logits = coarse_logits
-        self.shape = tuple(shape)
-        self.taps = [_axis_taps(full, coarse, coarse_logits.device) for full, coarse in zip(shape, coarse_logits.shape[1:])]
+        self.grid = grid
+        self.taps = [_AxisTaps(full, coarse, factor) for full, coarse, factor in zip(grid.padded_shape, grid.coarse_shape, grid.coarse_factor)]
 
     def region(self, box: Sequence[slice]) -> Tensor:
-        """y_up in a box of full-resolution voxels, (C, box)."""
+        """y_up in a box of full-resolution voxels, (C, box); differentiable."""
         values = self.coarse_logits
-        needed = [(lower[inside][0], upper[inside][-1]) for (lower, upper, _), inside in zip(self.taps, box)]
-        values = values[(slice(None), *(slice(int(first), int(last) + 1) for first, last in needed))]
-        for axis, ((lower, upper, weight), inside, (first, _)) in enumerate(zip(self.taps, box, needed), start=1):
-            t = weight[inside].reshape([-1 if i == axis else 1 for i in range(4)])
-            values = values.index_select(axis, lower[inside] - first) * (1 - t) + values.index_select(axis, upper[inside] - first) * t
+        for axis in (3, 2, 1):
+            lower, upper, weight = (torch.from_numpy(part[box[axis - 1]]).to(values.device) for part in self.taps[axis - 1].parts)
+            t = weight.reshape([-1 if i == axis else 1 for i in range(4)])
+            first, last = int(lower[0]), int(upper[-1])
+            values = values.narrow(axis, first, last - first + 1)
+            low = values.index_select(axis, lower - first)
+            values = low + (values.index_select(axis, upper - first) - low) * t
         return values
+
+    def planes(self, box: Sequence[slice]) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+        """What `region` knows before its last axis: for each slice of the box the coarse plane below it (C, h, w), from there to the plane above,
+        and which share of that is to be added."""
+        depth, height, width = ([part[inside] for part in taps.parts] for taps, inside in zip(self.taps, box))
+        rows, columns = (slice(lower[0], upper[-1] + 1) for lower, upper, _ in (height, width))
+        planes: dict[int, np.ndarray] = {}
+        last, step = None, None
+        for lower, upper, t in zip(*depth):
+            if (lower, upper) != last:
+                last = lower, upper
+                planes = {d: planes.get(d) for d in last}
+                for d in last:
+                    if planes[d] is None:
+                        part = self.coarse_logits.numpy()[:, d, rows, columns]
+                        part = _interpolated(part, *(index - columns.start for index in width[:2]), width[2], axis=2)
+                        planes[d] = _interpolated(part, *(index - rows.start for index in height[:2]), height[2][:, None], axis=1)
+                step = np.subtract(planes[upper], planes[lower], out=step)
+            yield planes[lower], step, t
 
     def labels(self) -> Tensor:
         """arg max of y_up everywhere, (D, H, W) uint8, without ever holding C full volumes.
 
         A cell whose eight corners agree clearly on the arg max has that class everywhere inside, because the interpolant
-        is a convex combination; only voxels in mixed cells are interpolated.
+        is a convex combination; only mixed cells are interpolated.
         """
-        uniform = self._uniform_cells()
-        (d0, _, _), (h0, _, _), (w0, _, _) = self.taps
-        labels = uniform[d0][:, h0][:, :, w0]
-        mixed = torch.nonzero(labels < 0)
-        result = labels.to(torch.uint8)
-        for voxels in mixed.split(MIXED_VOXELS_AT_ONCE):
-            d, h, w = voxels.unbind(1)
-            result[d, h, w] = _best_class(self._at(d, h, w))
-        return result
+        cells = uniform_cells(torch.from_numpy(np.pad(_clear_classes(self.coarse_logits.numpy()), 1, mode="edge")))[:-1, :-1, :-1].numpy()
+        for axis, taps in enumerate(self.taps):
+            cells = cells.take(taps.cells + 1, axis=axis)
+        labels = cells.astype(np.uint8)
+        for axis, factor in ((2, self.grid.coarse_factor[2]), (1, self.grid.coarse_factor[1]), (0, self.grid.coarse_factor[0])):
+            labels = labels.repeat(factor, axis=axis)
+        shape = [side for count, factor in zip(cells.shape, self.grid.coarse_factor) for side in (count, factor)]
+        by_cell = labels.reshape(shape).transpose(0, 2, 4, 1, 3, 5)  # a view: cells, then the voxels of each
+        mixed = np.stack(np.nonzero(cells < 0))
+        at_once = max(1, BLOCK_FLOATS // (len(self.coarse_logits) * int(np.prod(self.grid.coarse_factor))))
+        in_threads(lambda part: self._label_cells(by_cell, mixed[:, part]), ranges(mixed.shape[1], step=at_once))
+        box = tuple(slice(taps.first, taps.first + length) for taps, length in zip(self.taps, self.grid.padded_shape))
+        return torch.from_numpy(np.ascontiguousarray(labels[box]))
 
-    def _at(self, *index: Tensor) -> Tensor:
-        """y_up at single voxels, (C, n): the arithmetic of `region`, axis by axis."""
-        lower, upper, weight = zip(*[(low[i], high[i], t[i]) for (low, high, t), i in zip(self.taps, index)])
-        corners = (lower, upper)
-        along_w = []
-        for w in (0, 1):
-            along_h = []
-            for h in (0, 1):
-                low, high = (self.coarse_logits[:, corners[d][0], corners[h][1], corners[w][2]] for d in (0, 1))
-                along_h.append(low * (1 - weight[0]) + high * weight[0])
-            along_w.append(along_h[0] * (1 - weight[1]) + along_h[1] * weight[1])
-        return along_w[0] * (1 - weight[2]) + along_w[1] * weight[2]
-
-    def _uniform_cells(self) -> Tensor:
-        """Per coarse cell (named by its lower corner) the class of all eight corners, or -1; (d, h, w) int16."""
-        best, labels = self.coarse_logits.topk(2, dim=0)
-        is_clear = best[0] - best[1] > UNIFORM_MARGIN * best.abs().amax(0).clamp_min(1)
-        return uniform_cells(torch.where(is_clear, labels[0], -1).to(torch.int16))
+    def _label_cells(self, by_cell: np.ndarray, cells: np.ndarray) -> None:
+        """Write the labels of some cells, (3, n) indices: the arithmetic of `region`, axis by axis."""
+        pairs = [taps.corners(taps.cells[index]) for taps, index in zip(self.taps, cells)]
+        corner = [np.stack(pair).reshape([2 if i == axis else 1 for i in range(3)] + [-1]) for axis, pair in enumerate(pairs)]
+        values = self.coarse_logits.numpy()[:, corner[0], corner[1], corner[2]]  # (C, 2, 2, 2, n)
+        for axis in (3, 2, 1):  # (C, 2, 2, 2, n) -> (C, 2, 2, r, n) -> (C, 2, r, r, n) -> (C, r, r, r, n)
+            t = self.taps[axis - 1].phases.reshape([-1 if i == axis else 1 for i in range(5)])
+            low = values.take([0], axis=axis)
+            values = low + (values.take([1], axis=axis) - low) * t
+        best = BestClass(len(values))(values.reshape(len(values), -1))
+        by_cell[tuple(cells)] = np.moveaxis(best.reshape(values.shape[1:]), -1, 0)
 
 
 def uniform_cells(labels: Tensor) -> Tensor:
@@ -132,24 +165,51 @@ def aggregate(
     Source: paper Eq. 6; the gate is ours (docs/deviations.md, D3).
     """
     box = tuple(box or (slice(0, length) for length in grid.padded_shape))
-    upsampled = CoarseUpsampler(coarse_logits, shape=grid.padded_shape).region(box)
+    upsampled = CoarseUpsampler(coarse_logits, grid=grid).region(box)
     window = patch_window(grid.patch_size, device=coarse_logits.device)
-    total = torch.zeros_like(upsampled)
+    overlaps = {index: _overlap(box, grid.slices(index)) for index in indices}
     weight_sum = torch.zeros(upsampled.shape[1:], device=upsampled.device)
     gated_sum = torch.zeros_like(weight_sum)
+    for index, gate in sorted(zip(indices, torch.ones(len(indices)) if gates is None else gates), key=lambda pair: pair[0]):
+        if overlaps[index]:
+            in_box, in_patch = overlaps[index]
+            weight_sum[in_box] += window[in_patch]
+            gated_sum[in_box] += window[in_patch] * gate
+    total = torch.zeros_like(upsampled)
     for position, (index, logits) in enumerate(zip(indices, patch_logits)):
-        overlap = _overlap(box, grid.slices(index))
-        if overlap is None:
-            continue
-        in_box, in_patch = overlap
-        weight = window[in_patch]
-        gated = weight if gates is None else weight * gates[position]
-        total[(slice(None), *in_box)] += gated * logits[(slice(None), *in_patch)]
-        weight_sum[in_box] += weight
-        gated_sum[in_box] += gated
+        if overlaps[index]:
+            in_box, in_patch = overlaps[index]
+            share = window[in_patch] / weight_sum[in_box]
+            total[(slice(None), *in_box)] += (share if gates is None else share * gates[position]) * logits[(slice(None), *in_patch)]
     is_covered = weight_sum > 0
-    divisor = torch.where(is_covered, weight_sum, torch.ones_like(weight_sum))
-    return torch.where(is_covered, _mix(total, divisor, gated_sum, upsampled, class_weights), upsampled), is_covered
+    a = mixing_weights(class_weights)[:, None, None, None]
+    gated_share = gated_sum / torch.where(is_covered, weight_sum, torch.ones_like(weight_sum))  # exactly 1 without gates
+    return torch.where(is_covered, a * total + (1 - a * gated_share) * upsampled, upsampled), is_covered
+
+
+@dataclass
+class _BlockSums:
+    """What a block that several patches cover has so far."""
+
+    weight_sum: np.ndarray
+    """Of the windows of all its patches, (block)."""
+    missing: int
+    """Patches that have not come yet."""
+    total: np.ndarray
+    """Weighted logits of those that have come, (C, block)."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A block as the patch that is being added sees it."""
+
+    block: Block
+    inside: tuple[slice, slice, slice]
+    """Its voxels in the coordinates of the patch."""
+    sums: _BlockSums | None
+    """None where no other patch covers the block."""
+    is_first: bool
+    is_last: bool
 
 
 class StreamingAggregator:
@@ -166,36 +226,42 @@ class StreamingAggregator:
         """Take what holds where no patch will come.
 
         Args:
-            coarse_logits: (C, d, h, w).
+            coarse_logits: (C, d, h, w), on the CPU.
             indices: all candidates that will be added.
             class_weights: c, (C,).
             coarse_labels: `labels` of the CoarseUpsampler of these logits, (D, H, W); None computes them.
         """
         self.grid = grid
-        self.window = patch_window(grid.patch_size, device=coarse_logits.device)
-        self.class_weights = class_weights
-        self.upsampler = CoarseUpsampler(coarse_logits, shape=grid.padded_shape)
+        self.window = patch_window(grid.patch_size).numpy()
+        self.upsampler = CoarseUpsampler(coarse_logits, grid=grid)
         self.labels = self.upsampler.labels() if coarse_labels is None else coarse_labels.clone()
-        self.pending: dict[tuple[int, int, int], int] = {}
-        self.sums: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
-        for index in indices:
+        a = mixing_weights(class_weights.cpu())[:, None, None]
+        self.shares = a.numpy(), (1 - a).numpy()  # of the patches and of y_up, (C, 1, 1)
+        self.covering: dict[Block, list[int]] = {}  # the candidates of each block that is not done
+        self.sums: dict[Block, _BlockSums] = {}
+        for index in sorted(indices):
             for block in self._blocks(index):
-                self.pending[block] = self.pending.get(block, 0) + 1
+                self.covering.setdefault(block, []).append(index)
 
     def add(self, index: int, logits: Tensor) -> None:
         """Take the local logits (C, P, P, P) of a candidate that was announced."""
-        start = self.grid.starts[index]
-        weighted = self.window * logits
-        for block in self._blocks(index):
-            box = self._box(block)
-            inside = tuple(slice(s.start - int(o), s.stop - int(o)) for s, o in zip(box, start))
-            total, weight_sum = self.sums.get(block) or (weighted.new_zeros((len(logits), *self.grid.stride)), weighted.new_zeros(self.grid.stride))
-            total += weighted[(slice(None), *inside)]
-            weight_sum += self.window[inside]
-            self.sums[block] = (total, weight_sum)
-            self.pending[block] -= 1
-            if self.pending[block] == 0:
-                self._finish_block(block, box)
+        patch = logits.numpy()
+        pieces = [self._piece(index, block, num_classes=len(patch)) for block in self._blocks(index)]
+        share = np.ones_like(self.window) if any(piece.sums for piece in pieces) else None
+        for piece in pieces:
+            if piece.sums:
+                np.divide(self.window[piece.inside], piece.sums.weight_sum, out=share[piece.inside])
+        strips: dict[tuple[int, int], list[_Piece]] = {}
+        for piece in pieces:
+            strips.setdefault(piece.block[:2], []).append(piece)
+        tasks = [
+            (slices, strip) for strip in strips.values() for slices in ranges(strip[0].inside[0].stop, start=strip[0].inside[0].start, step=SLICES_AT_ONCE)
+        ]
+        in_threads(lambda task: self._add_strip(patch, share, slices=task[0], strip=task[1], start=self.grid.starts[index]), tasks)
+        for piece in pieces:
+            if piece.is_last:
+                del self.covering[piece.block]
+                self.sums.pop(piece.block, None)
 
     def finish(self) -> Tensor:
         """The labels, (D, H, W) uint8 of the padded volume.
@@ -203,44 +269,157 @@ class StreamingAggregator:
         Raises:
             ValueError: an announced patch was not added.
         """
-        if self.pending:
-            raise ValueError(f"{len(self.pending)} blocks still wait for a patch that was announced but not added")
+        if self.covering:
+            raise ValueError(f"{len(self.covering)} blocks still wait for a patch that was announced but not added")
         return self.labels
 
-    def _finish_block(self, block: tuple[int, int, int], box: tuple[slice, ...]) -> None:
-        """Mix, take the arg max, forget the sums."""
-        total, weight_sum = self.sums.pop(block)
-        mixed = _mix(total, weight_sum, weight_sum, self.upsampler.region(box), self.class_weights)
-        self.labels[box] = _best_class(mixed)
-        del self.pending[block]
+    def _piece(self, index: int, block: Block, *, num_classes: int) -> _Piece:
+        """A block of a patch that comes now."""
+        candidates = self.covering[block]
+        inside = self._inside(index, block)
+        if len(candidates) == 1:
+            return _Piece(block, inside, sums=None, is_first=True, is_last=True)
+        is_first = block not in self.sums
+        if is_first:
+            weight_sum = sum((self.window[self._inside(other, block)] for other in candidates), start=np.zeros(self.grid.stride, np.float32))
+            self.sums[block] = _BlockSums(weight_sum, missing=len(candidates), total=np.empty((num_classes, *self.grid.stride), np.float32))
+        self.sums[block].missing -= 1
+        return _Piece(block, inside, sums=self.sums[block], is_first=is_first, is_last=self.sums[block].missing == 0)
 
-    def _blocks(self, index: int) -> list[tuple[int, int, int]]:
+    def _add_strip(self, patch: np.ndarray, share: np.ndarray | None, *, slices: slice, strip: list[_Piece], start: np.ndarray) -> None:
+        """Some slices of a patch, as high as a block and as wide as the patch: the arithmetic of `aggregate`, a few rows at a time.
+
+        Args:
+            patch: (C, P, P, P) logits.
+            share: its share of the patches at each voxel, (P, P, P); None is 1 everywhere.
+            slices: of the patch.
+            strip: the blocks side by side.
+            start: of the patch.
+        """
+        num_classes, width = len(patch), patch.shape[3]
+        patch_share, coarse_share = self.shares
+        best, labels = BestClass(num_classes), self.labels.numpy()
+        in_patch = strip[0].inside[1]
+        box = [slice(part.start + int(o), part.stop + int(o)) for part, o in zip((slices, in_patch, slice(0, width)), start)]
+        is_done = any(piece.is_last for piece in strip)
+        planes = self.upsampler.planes(box) if is_done else itertools.repeat((None, None, 0.0))
+        rows_at_once = max(1, BLOCK_FLOATS // (num_classes * width))
+        buffers = np.empty((2, num_classes, min(rows_at_once, in_patch.stop - in_patch.start), width), np.float32)
+        for z, (below, step, t) in zip(range(slices.start, slices.stop), planes):
+            for rows in ranges(in_patch.stop, start=in_patch.start, step=rows_at_once):
+                mixed, upsampled = buffers[:, :, : rows.stop - rows.start]
+                source = patch[:, z, rows]
+                if share is not None:
+                    source = np.multiply(share[z, rows], source, out=mixed)
+                    for piece in strip:
+                        _exchange(mixed[..., piece.inside[2]], piece, z=z, rows=rows)
+                if not is_done:
+                    continue
+                np.multiply(patch_share, source, out=mixed)
+                here = slice(rows.start - in_patch.start, rows.stop - in_patch.start)
+                np.multiply(step[:, here], t, out=upsampled)
+                np.add(below[:, here], upsampled, out=upsampled)
+                np.multiply(coarse_share, upsampled, out=upsampled)
+                np.add(mixed, upsampled, out=mixed)
+                found = best(mixed.reshape(num_classes, -1)).reshape(-1, width)
+                for piece in strip:
+                    if piece.is_last:
+                        target = tuple(slice(part.start + int(o), part.stop + int(o)) for part, o in zip((slice(z, z + 1), rows, piece.inside[2]), start))
+                        labels[target] = found[:, piece.inside[2]]
+
+    def _inside(self, index: int, block: Block) -> tuple[slice, slice, slice]:
+        """The voxels of a block in the coordinates of a patch."""
+        return tuple(slice(s.start - int(start), s.stop - int(start)) for s, start in zip(self._box(block), self.grid.starts[index]))
+
+    def _blocks(self, index: int) -> list[Block]:
         """The blocks of a patch, by their place in the grid of blocks."""
         first = [int(start) // step for start, step in zip(self.grid.starts[index], self.grid.stride)]
         d, h, w = [range(f, f + size // step) for f, size, step in zip(first, self.grid.patch_size, self.grid.stride)]
         return [(i, j, k) for i in d for j in h for k in w]
 
-    def _box(self, block: tuple[int, int, int]) -> tuple[slice, slice, slice]:
+    def _box(self, block: Block) -> tuple[slice, slice, slice]:
         """The voxels of a block."""
         return tuple(slice(i * step, (i + 1) * step) for i, step in zip(block, self.grid.stride))
 
 
-def _mix(total: Tensor, weight_sum: Tensor, gated_sum: Tensor, upsampled: Tensor, class_weights: Tensor) -> Tensor:
-    """a L + (1 - a G) y_up, with G = gated_sum / weight_sum, exactly 1 without gates."""
-    a = mixing_weights(class_weights)[:, None, None, None]
-    return a * (total / weight_sum) + (1 - a * (gated_sum / weight_sum)) * upsampled
+def _exchange(weighted: np.ndarray, piece: _Piece, *, z: int, rows: slice) -> None:
+    """Bring rows of a patch into the sums of a block, or for its last patch the sums into the rows, (C, rows, block)."""
+    if piece.sums is None:
+        return
+    sums = piece.sums.total[:, z - piece.inside[0].start, rows.start - piece.inside[1].start : rows.stop - piece.inside[1].start]
+    if piece.is_first:
+        sums[...] = weighted
+    else:
+        np.add(sums, weighted, out=weighted if piece.is_last else sums)
 
 
-def _best_class(logits: Tensor) -> Tensor:
-    """arg max over the first axis, uint8, the lowest class where several are largest; `max` is twice as fast as `argmax`."""
-    return logits.max(0).indices.to(torch.uint8)
+@dataclass(frozen=True)
+class _AxisTaps:
+    """Linear interpolation along one axis. The r voxels between the centers of coarse voxels c and c + 1 make up cell c; beyond the first and the
+    last center the value is that of the edge."""
+
+    full: int
+    """Full-resolution voxels of the axis."""
+    coarse: int
+    factor: int
+    """r."""
+
+    @cached_property
+    def phases(self) -> np.ndarray:
+        """Weight of the upper coarse voxel for each voxel of a cell, (r,) float32."""
+        r = self.factor
+        return ((2 * (np.arange(r) + r // 2) + 1 - r) / (2 * r)).astype(np.float32)
+
+    @cached_property
+    def cells(self) -> np.ndarray:
+        """The cells in a row that hold every voxel of the axis, -1 before the first center; repeated at the end where the coarse volume ends early."""
+        return np.arange(-(self.factor // 2 > 0), self._cell(self.full - 1) + 1).clip(-1, self.coarse - 1)
+
+    @property
+    def first(self) -> int:
+        """Place of voxel 0 among the voxels of these cells."""
+        return -(self.factor // 2 + self.factor * int(self.cells[0]))
+
+    @cached_property
+    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lower coarse voxel, upper coarse voxel and weight of the upper one for every voxel of the axis."""
+        voxels = np.arange(self.full)
+        cells = self._cell(voxels)
+        return (*self.corners(cells), self.phases[voxels - self.factor // 2 - cells * self.factor])
+
+    def corners(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper coarse voxel of some cells."""
+        return cells.clip(0, self.coarse - 1), (cells + 1).clip(0, self.coarse - 1)
+
+    def _cell(self, voxel: np.ndarray | int) -> np.ndarray | int:
+        """The cell of a voxel."""
+        return (voxel - self.factor // 2) // self.factor
 
 
-def _axis_taps(full: int, coarse: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower index, upper index and weight of the upper one for every full-resolution voxel of an axis."""
-    position = ((torch.arange(full, dtype=torch.float64) + 0.5) * coarse / full - 0.5).clamp(0, coarse - 1)
-    lower = position.floor().long()
-    return lower.to(device), (lower + 1).clamp_max(coarse - 1).to(device), (position - lower).float().to(device)
+def _interpolated(values: np.ndarray, lower: np.ndarray, upper: np.ndarray, weight: np.ndarray, *, axis: int) -> np.ndarray:
+    """values[lower] + (values[upper] - values[lower]) weight along an axis; the weights broadcast. "clip" leaves out the check of the indices."""
+    low, result = values.take(lower, axis=axis, mode="clip"), values.take(upper, axis=axis, mode="clip")
+    np.subtract(result, low, out=result)
+    np.multiply(result, weight, out=result)
+    return np.add(low, result, out=result)
+
+
+def _clear_classes(coarse_logits: np.ndarray) -> np.ndarray:
+    """The arg max of every coarse voxel that has a clear one, -1 for the others; (C, d, h, w) -> (d, h, w) int16."""
+    num_classes, shape = len(coarse_logits), coarse_logits.shape[1:]
+    logits, result = coarse_logits.reshape(num_classes, -1), np.empty(int(np.prod(shape)), np.int16)
+    codes = np.arange(num_classes, dtype=np.uint8)[:, None]
+
+    def label(share: slice) -> None:
+        for part in ranges(share.stop, start=share.start, step=BLOCK_FLOATS // num_classes):
+            best = logits[:, part].max(0)
+            near_best = logits[:, part] >= best - UNIFORM_MARGIN * np.maximum(np.abs(best), 1)
+            is_clear = np.add.reduce(near_best.view(np.uint8), axis=0, dtype=np.uint16) == 1
+            classes = np.multiply(near_best.view(np.uint8), codes, out=near_best.view(np.uint8)).max(0)
+            result[part] = np.where(is_clear, classes, np.int16(-1))
+
+    in_threads(label, shares(logits.shape[1]))
+    return result.reshape(shape)
 
 
 def _overlap(box: Sequence[slice], other: Sequence[slice]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

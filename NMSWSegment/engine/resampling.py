@@ -29,10 +29,13 @@ def to_model_grid(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, Mod
     Raises:
         UserError: the volume is too large for the model spacing.
     """
-    intensity, model_grid = resample_to_model_grid(volume, spacing_mm=manifest.spacing_mm, outside=manifest.intensity_points[0][0])
-    grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
-    x = normalize_intensity(intensity, manifest.intensity_points)
-    return pad_to_grid(x, grid=grid, value=0)[None, None], model_grid, grid
+    model_grid = model_grid_around(volume.shape, volume.ijk_to_ras, spacing_mm=manifest.spacing_mm)
+    grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap, coarse_factor=manifest.coarse_factor)
+    x = torch.zeros(1, 1, *grid.padded_shape)
+    inside = tuple(slice(0, length) for length in model_grid.shape[1:])
+    for slab, intensity in _resampled_slabs(volume, model_grid=model_grid, outside=manifest.intensity_points[0][0]):
+        x[(0, 0, slab, *inside)] = normalize_intensity(intensity, manifest.intensity_points)
+    return x, model_grid, grid
 
 
 def resample_to_model_grid(volume: Volume, *, spacing_mm: Sequence[float], outside: float) -> tuple[Tensor, ModelGrid]:
@@ -45,15 +48,9 @@ def resample_to_model_grid(volume: Volume, *, spacing_mm: Sequence[float], outsi
         outside: intensity of voxels of the model grid that the volume does not reach.
     """
     model_grid = model_grid_around(volume.shape, volume.ijk_to_ras, spacing_mm=spacing_mm)
-    source, source_ijk_to_ras = _averaged(volume, spacing_mm=spacing_mm)
-    to_source = np.linalg.inv(source_ijk_to_ras) @ model_grid.ijk_to_ras
     result = torch.empty(model_grid.shape)
-    for slab in _slabs(model_grid.shape):
-        positions = _positions(to_source, shape=model_grid.shape, slab=slab)
-        is_inside = torch.ones((), dtype=torch.bool)
-        for p, length in zip(positions, source.shape):
-            is_inside = is_inside & (p >= -0.5 - GRID_TOLERANCE) & (p <= length - 0.5 + GRID_TOLERANCE)
-        result[slab] = torch.where(is_inside, _interpolated(source, positions), torch.tensor(float(outside)))
+    for slab, intensity in _resampled_slabs(volume, model_grid=model_grid, outside=outside):
+        result[slab] = intensity
     return result, model_grid
 
 
@@ -61,7 +58,7 @@ def normalize_intensity(intensity: Tensor, points: Sequence[tuple[float, float]]
     """Map intensity to [0, 1] along straight lines through `points` (intensity, value), constant outside; two points are the paper's window."""
     result = torch.full_like(intensity, points[0][1])
     for (x0, y0), (x1, y1) in zip(points[:-1], points[1:]):
-        result += (intensity - x0).clamp(0, x1 - x0) * ((y1 - y0) / (x1 - x0))
+        result += (intensity - x0).clamp_(0, x1 - x0).mul_((y1 - y0) / (x1 - x0))
     return result
 
 
@@ -71,17 +68,24 @@ def pad_to_grid(tensor: Tensor, *, grid: CandidateGrid, value: float) -> Tensor:
     return torch.nn.functional.pad(tensor, [0, missing[2], 0, missing[1], 0, missing[0]], value=value)
 
 
-def coarse_input(x: Tensor, *, coarse_factor: Sequence[int]) -> Tensor:
-    """x_low: the mean over r voxels along each axis, (B, 1, D, H, W) -> (B, 1, d, h, w), d = ceil(D / r)."""
-    shape = [-(-length // factor) for length, factor in zip(x.shape[2:], coarse_factor)]
-    return torch.nn.functional.interpolate(x, size=shape, mode="area")
+def coarse_input(x: Tensor, *, grid: CandidateGrid) -> Tensor:
+    """x_low: the mean over the r voxels of each coarse voxel along each axis, (B, 1, D, H, W) -> (B, 1, d, h, w).
+
+    Only the volume's own extent is looked at, not the padding to whole patches; beyond it a coarse voxel averages the lower bound, 0.
+    """
+    needed = [length * r for length, r in zip(grid.coarse_shape, grid.coarse_factor)]
+    x = x[(..., *(slice(0, length) for length in needed))]
+    missing = [full - length for full, length in zip(needed, x.shape[2:])]
+    if any(missing):
+        x = torch.nn.functional.pad(x, [0, missing[2], 0, missing[1], 0, missing[0]])
+    return torch.nn.functional.avg_pool3d(x, grid.coarse_factor)
 
 
-def coarse_ijk_to_ras(model_grid: ModelGrid, *, grid: CandidateGrid, shape: Sequence[int]) -> np.ndarray:
-    """Where coarse voxels lie, 4 x 4; the coarse volume of `shape` (KJI) covers the whole padded volume of the grid."""
-    voxels_ijk = np.array(grid.padded_shape[::-1]) / np.array(tuple(shape)[::-1])  # model voxels per coarse voxel, r but for rounding
-    coarse_to_ijk = np.diag([*voxels_ijk, 1.0])
-    coarse_to_ijk[:3, 3] = (voxels_ijk - 1) / 2
+def coarse_ijk_to_ras(model_grid: ModelGrid, *, grid: CandidateGrid) -> np.ndarray:
+    """Where the coarse voxels lie, 4 x 4."""
+    factor_ijk = np.array(grid.coarse_factor[::-1], dtype=float)
+    coarse_to_ijk = np.diag([*factor_ijk, 1.0])
+    coarse_to_ijk[:3, 3] = (factor_ijk - 1) / 2
     return model_grid.ijk_to_ras @ coarse_to_ijk
 
 
@@ -106,21 +110,34 @@ def restore_labelmap(labels: Tensor, model_grid: ModelGrid) -> Volume:
         labels: (D, H, W) uint8; padding beyond model_grid.shape is ignored.
     """
     labels = labels[tuple(slice(0, length) for length in model_grid.shape)].cpu()
-    uniform = uniform_cells(labels.to(torch.int16))
     to_model_ijk = np.linalg.inv(model_grid.ijk_to_ras) @ model_grid.source_ijk_to_ras
     result = torch.empty(model_grid.source_shape, dtype=torch.uint8)
+    uniform = uniform_cells(labels.to(torch.int16))
     for slab in _slabs(model_grid.source_shape):
         positions = _positions(to_model_ijk, shape=model_grid.source_shape, slab=slab)
         positions = [p.clamp(0, length - 1) for p, length in zip(positions, labels.shape)]
         lower = [p.floor().long() for p in positions]
-        values = uniform[tuple(lower)].expand(slab.stop - slab.start, *model_grid.source_shape[1:])
-        slab_labels = values.to(torch.uint8)
-        for voxels in torch.nonzero(values < 0).split(VOXELS_AT_ONCE // 64):
-            at = tuple(voxels.unbind(1))
+        values = _looked_up(uniform, lower).expand(slab.stop - slab.start, *model_grid.source_shape[1:])
+        result[slab] = values
+        slab_labels = result[slab].view(-1)
+        for voxels in torch.from_numpy(np.flatnonzero(values.numpy() < 0)).split(VOXELS_AT_ONCE // 64):
+            at = torch.unravel_index(voxels, values.shape)
             mixed = [p.expand(values.shape)[at] for p in positions]
-            slab_labels[at] = _interpolated_labels(labels, mixed)
-        result[slab] = slab_labels
+            slab_labels[voxels] = _interpolated_labels(labels, mixed)
     return Volume(array=result.numpy(), ijk_to_ras=model_grid.source_ijk_to_ras)
+
+
+def _resampled_slabs(volume: Volume, *, model_grid: ModelGrid, outside: float) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the model grid and their intensity, (slices, H, W) float32."""
+    source, source_ijk_to_ras = _averaged(volume, spacing_mm=model_grid.spacing_mm)
+    to_source = np.linalg.inv(source_ijk_to_ras) @ model_grid.ijk_to_ras
+    for slab in _slabs(model_grid.shape):
+        positions = _positions(to_source, shape=model_grid.shape, slab=slab)
+        intensity = _interpolated(source, positions)
+        is_inside = [(p >= -0.5 - GRID_TOLERANCE) & (p <= length - 0.5 + GRID_TOLERANCE) for p, length in zip(positions, source.shape)]
+        if not all(bool(inside.all()) for inside in is_inside):
+            intensity.masked_fill_(~(is_inside[0] & is_inside[1] & is_inside[2]), float(outside))
+        yield slab, intensity
 
 
 def _averaged(volume: Volume, *, spacing_mm: Sequence[float]) -> tuple[Tensor, np.ndarray]:
@@ -183,7 +200,49 @@ def _corners(positions: list[Tensor], shape: Sequence[int]) -> Iterator[tuple[tu
 
 def _interpolated(source: Tensor, positions: list[Tensor]) -> Tensor:
     """Trilinear values at the positions; exact where a position is a voxel."""
-    return sum(weight * source[index] for index, weight in _corners(positions, source.shape))
+    order = _axis_order(positions)
+    if order is None:
+        return sum(weight * source[index] for index, weight in _corners(positions, source.shape))
+    values = source.permute(order)
+    for axis, d in enumerate(order):
+        values = _interpolated_along(values, positions[d].flatten(), axis=axis)
+    return values.contiguous()
+
+
+def _looked_up(source: Tensor, index: list[Tensor]) -> Tensor:
+    """source[index] for three index arrays that broadcast."""
+    order = _axis_order(index)
+    if order is None:
+        return source[tuple(index)]
+    values = source.permute(order)
+    first, last = int(index[order[0]].min()), int(index[order[0]].max())
+    values = values[first : last + 1]
+    for axis in (2, 1, 0):  # the first axis last, because whole slices are copied fastest
+        values = values.index_select(axis, index[order[axis]].flatten() - (first if axis == 0 else 0))
+    return values
+
+
+def _axis_order(coordinates: list[Tensor]) -> list[int] | None:
+    """Which coordinate changes along each axis of the result where each changes along one at most, as in a volume that is upright, whatever
+    the order of its axes; None where one changes along several."""
+    follows = [[axis for axis in range(3) if coordinate.shape[axis] > 1] for coordinate in coordinates]
+    if any(len(axes) > 1 for axes in follows):
+        return None
+    order = [next((d for d in range(3) if follows[d] == [axis]), None) for axis in range(3)]
+    constant = iter(d for d in range(3) if d not in order)
+    return [next(constant) if d is None else d for d in order]
+
+
+def _interpolated_along(values: Tensor, positions: Tensor, *, axis: int) -> Tensor:
+    """Linear interpolation at positions along one axis, clamped to it."""
+    positions = positions.clamp(0, values.shape[axis] - 1)
+    lower = positions.floor().long()
+    weight = (positions - lower).float()
+    low = values.index_select(axis, lower)
+    if not weight.any():
+        return low
+    upper = values.index_select(axis, (lower + 1).clamp_max(values.shape[axis] - 1))
+    return low.add_(upper.sub_(low).mul_(weight.reshape([-1 if other == axis else 1 for other in range(3)])))
 
 
 def _interpolated_labels(labels: Tensor, positions: list[Tensor]) -> Tensor:

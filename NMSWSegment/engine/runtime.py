@@ -47,7 +47,7 @@ class Nets:
     def coarse(self, x_low: Tensor) -> tuple[Tensor, Tensor]:
         """Coarse logits (C, d, h, w) and importance map (d, h, w) of x_low (1, 1, d, h, w)."""
         logits, importance_map = run_coarse(lambda x: self._run("coarse_net", x), x_low, multiple=self.manifest.coarse_multiple)
-        return logits[0], importance_map[0, 0]
+        return logits[0].contiguous(), importance_map[0, 0].contiguous()  # without the padding of the net
 
     def local(self, patches: Tensor) -> Tensor:
         """Local logits (B, C, P, P, P) of patches (B, P, P, P); more than `batch_size` go one batch after the other."""

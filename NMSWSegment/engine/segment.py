@@ -45,7 +45,7 @@ class CoarsePass:
     @property
     def coarse_ijk_to_ras(self) -> np.ndarray:
         """4 x 4 of the coarse voxels."""
-        return coarse_ijk_to_ras(self.model_grid, grid=self.grid, shape=self.importance_map.shape)
+        return coarse_ijk_to_ras(self.model_grid, grid=self.grid)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CoarseResult:
     labelmap: Volume
     """The result of k = 0, as in SegmentResult."""
     importance: Volume
-    """p(z | x_low) per coarse voxel as a share of the largest, float32 in (0, 1], on the coarse grid, padding included."""
+    """p(z | x_low) per coarse voxel as a share of the largest, float32 in (0, 1], on the coarse grid."""
     candidates: int
     """N."""
 
@@ -159,9 +159,9 @@ def coarse_pass(volume: Volume, nets: Nets, *, on_progress: OnProgress = ignore_
         x, model_grid, grid = to_model_grid(volume, nets.manifest)
     on_progress(Progress("coarse", 0.12, "Coarse pass over the whole volume"))
     with timed(timings, "coarse"):
-        coarse_logits, importance_map = nets.coarse(coarse_input(x, coarse_factor=nets.manifest.coarse_factor))
+        coarse_logits, importance_map = nets.coarse(coarse_input(x, grid=grid))
     with timed(timings, "upsample"):
-        coarse_labels = CoarseUpsampler(coarse_logits, shape=grid.padded_shape).labels()
+        coarse_labels = CoarseUpsampler(coarse_logits, grid=grid).labels()
     return CoarsePass(x=x, model_grid=model_grid, grid=grid, coarse_logits=coarse_logits, importance_map=importance_map, coarse_labels=coarse_labels)
 
 

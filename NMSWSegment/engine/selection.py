@@ -8,9 +8,11 @@ ranks them without noise, ties broken by candidate index, so that the same volum
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from NMSWSegment.engine.blocked import BLOCK_FLOATS, in_threads, ranges, shares
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.protocol import AUTO
 
@@ -37,13 +39,13 @@ def pool_mean(coarse_map: Tensor, *, grid: CandidateGrid) -> Tensor:
 
     A footprint is the set of coarse voxels whose center lies in the candidate.
     """
-    sums, sizes = (_window_sums(_block_sums(values, grid=grid), grid=grid) for values in (coarse_map, torch.ones_like(coarse_map)))
-    return (sums / sizes).flatten()
+    sums = _window_sums(_block_sums(coarse_map, grid=grid), grid=grid)
+    return (sums / _footprint_sizes(grid).to(sums)).flatten()
 
 
 def shows_foreground(presence: Tensor, *, grid: CandidateGrid) -> Tensor:
     """Candidates whose footprint reaches FOREGROUND_THRESHOLD somewhere, (N,) bool, from the foreground probability (d, h, w)."""
-    return pool_mean((presence >= FOREGROUND_THRESHOLD).double(), grid=grid) > 0
+    return pool_mean((presence >= FOREGROUND_THRESHOLD).float(), grid=grid) > 0
 
 
 def candidate_importance(importance_map: Tensor, *, grid: CandidateGrid) -> Tensor:
@@ -104,10 +106,10 @@ def select(
 
     Candidates that show only background come last whatever the policy, and are not taken by "auto".
     """
-    logits, scores = coarse_logits.detach().double().cpu(), importance_map.detach().double().cpu()
+    scores = importance_map.detach().double().cpu()
     within = torch.ones_like(scores) if in_roi is None else in_roi.double()
-    probabilities = torch.softmax(logits, dim=0)
-    presence = within * (probabilities[list(focus_classes)].sum(0) if focus_classes else 1 - probabilities[0])
+    shown, entropy = class_presence(coarse_logits.detach().cpu(), focus_classes=focus_classes)
+    presence = within * shown
     wanted = presence if focus_classes else within
     importance = torch.softmax(candidate_importance(scores, grid=grid), dim=0)
     meets_roi = pool_mean(within, grid=grid) > 0
@@ -117,7 +119,7 @@ def select(
     score = importance
     if policy == "greedy":
         least_share = AUTO_GAIN if num_patches == AUTO else 0.0
-        order = greedy_coverage(expected_error(probabilities, scores) * wanted, is_foreground, grid=grid, num_patches=count, least_share=least_share)
+        order = greedy_coverage(expected_error(entropy, scores) * wanted, is_foreground, grid=grid, num_patches=count, least_share=least_share)
     else:
         score = pool_mean(wanted, grid=grid) * (_random_score(len(importance)) if policy == "random" else importance)
     if num_patches != AUTO:  # greedy ends where nothing uncovered is left; the rest by importance
@@ -126,14 +128,38 @@ def select(
     return Selection(indices=tuple(order), importance=tuple(float(importance[index]) for index in order))
 
 
-def expected_error(probabilities: Tensor, importance_map: Tensor) -> Tensor:
+def class_presence(coarse_logits: Tensor, *, focus_classes: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Probability of foreground, or of some classes together, and the entropy of all classes, each (d, h, w) float32.
+
+    Args:
+        coarse_logits: (C, d, h, w), on the CPU.
+        focus_classes: empty for all but the background.
+    """
+    num_classes, shape = len(coarse_logits), coarse_logits.shape[1:]
+    logits = coarse_logits.numpy().reshape(num_classes, -1)
+    presence, entropy = np.empty(logits.shape[1], np.float32), np.empty(logits.shape[1], np.float32)
+
+    def fill(share: slice) -> None:
+        for part in ranges(share.stop, start=share.start, step=BLOCK_FLOATS // num_classes):
+            below = logits[:, part] - logits[:, part].max(0)
+            exponentials = np.exp(below)
+            total = np.add.reduce(exponentials, axis=0)
+            shown = exponentials[list(focus_classes)].sum(0) if focus_classes else total - exponentials[0]
+            np.divide(shown, total, out=presence[part])
+            np.multiply(exponentials, below, out=exponentials)
+            entropy[part] = np.log(total) - np.add.reduce(exponentials, axis=0) / total
+
+    in_threads(fill, shares(logits.shape[1]))
+    return torch.from_numpy(presence.reshape(shape)), torch.from_numpy(entropy.reshape(shape))
+
+
+def expected_error(entropy: Tensor, importance_map: Tensor) -> Tensor:
     """Where the coarse answer is likely wrong, (d, h, w), not normalized: its entropy times the importance.
 
     Args:
-        probabilities: of the coarse net, (C, d, h, w).
+        entropy: of the coarse net's answer, (d, h, w).
         importance_map: logits (d, h, w); only differences matter, as in softmax.
     """
-    entropy = -(probabilities * probabilities.clamp_min(1e-12).log()).sum(0)
     return entropy * torch.exp(importance_map - importance_map.max())
 
 
@@ -179,14 +205,25 @@ def _ranked(score: Tensor, is_foreground: Tensor) -> list[int]:
 
 def _block_sums(coarse_map: Tensor, *, grid: CandidateGrid) -> Tensor:
     """Sum the coarse voxels whose centers lie in each stride-sized block, (blocks D, H, W)."""
-    for axis in range(3):
-        coarse, full = coarse_map.shape[axis], grid.padded_shape[axis]
-        center = (torch.arange(coarse, dtype=torch.float64) + 0.5) * full / coarse
-        block = (center / grid.stride[axis]).long().to(coarse_map.device)
+    if tuple(coarse_map.shape) != grid.coarse_shape:
+        raise ValueError(f"a map of {tuple(coarse_map.shape)} voxels for a coarse volume of {grid.coarse_shape}")
+    for axis, blocks in enumerate(_blocks_of_coarse_voxels(grid)):
         shape = list(coarse_map.shape)
-        shape[axis] = full // grid.stride[axis]
-        coarse_map = coarse_map.new_zeros(shape).index_add(axis, block, coarse_map)
+        shape[axis] = grid.padded_shape[axis] // grid.stride[axis]
+        coarse_map = coarse_map.new_zeros(shape).index_add(axis, blocks.to(coarse_map.device), coarse_map)
     return coarse_map
+
+
+def _blocks_of_coarse_voxels(grid: CandidateGrid) -> list[Tensor]:
+    """For each axis the block that holds the center of each coarse voxel; the last block for a center beyond the end."""
+    axes = zip(grid.coarse_shape, grid.coarse_factor, grid.stride, grid.padded_shape)
+    return [((2 * torch.arange(coarse) + 1) * r // (2 * step)).clamp_max(full // step - 1) for coarse, r, step, full in axes]
+
+
+def _footprint_sizes(grid: CandidateGrid) -> Tensor:
+    """Coarse voxels in the footprint of every candidate, (n_d, n_h, n_w) float64."""
+    d, h, w = (torch.bincount(blocks, minlength=full // step) for blocks, full, step in zip(_blocks_of_coarse_voxels(grid), grid.padded_shape, grid.stride))
+    return _window_sums((d[:, None, None] * h[:, None] * w).double(), grid=grid)
 
 
 def _window_sums(blocks: Tensor, *, grid: CandidateGrid) -> Tensor:

@@ -15,7 +15,7 @@ from NMSWSegment.engine.aggregation import patch_window
 from NMSWSegment.engine.resampling import restore_labelmap, to_model_grid
 from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reproducible
 from NMSWSegment.engine.segment import CoarsePass, RunCache, SegmentResult, coarse_pass, patch_boxes, refine, segment_volume, timed
-from NMSWSegment.engine.selection import Selection, candidate_importance, shows_foreground
+from NMSWSegment.engine.selection import Selection, candidate_importance, class_presence, shows_foreground
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import ModelGrid
@@ -200,8 +200,7 @@ def as_segment(
 
 def footprint_foreground(coarse_logits: Tensor, *, grid: CandidateGrid) -> Tensor:
     """Candidates that show foreground anywhere in their footprint, as in selection.select, (N,) bool."""
-    presence = 1 - torch.softmax(coarse_logits.double(), dim=0)[0]
-    return shows_foreground(presence, grid=grid)
+    return shows_foreground(class_presence(coarse_logits)[0], grid=grid)
 
 
 def one_voxel_foreground(coarse_logits: Tensor, *, grid: CandidateGrid) -> Tensor:

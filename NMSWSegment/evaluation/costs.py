@@ -56,11 +56,11 @@ def bundle_costs(manifest: BundleManifest, grid: CandidateGrid) -> Costs | None:
     """
     if not manifest.architecture:
         return None
-    return run_costs(Architecture(**manifest.architecture), coarse_shape=coarse_shape(grid.padded_shape, manifest=manifest), patch_size=manifest.patch_size)
+    return run_costs(Architecture(**manifest.architecture), coarse_shape=coarse_shape(grid.shape, manifest=manifest), patch_size=manifest.patch_size)
 
 
 def coarse_shape(shape: Sequence[int], *, manifest: BundleManifest) -> tuple[int, int, int]:
-    """Voxels that the coarse net sees of a volume on the model grid of `shape`, its padding to whole multiples included, KJI."""
+    """Voxels that the coarse net sees of a volume on the model grid of `shape`, the padding to whole multiples included, KJI."""
     multiple = manifest.coarse_multiple
     lengths = [-(-length // factor) for length, factor in zip(shape, manifest.coarse_factor)]
     return tuple(-(-length // multiple) * multiple for length in lengths)

@@ -62,7 +62,7 @@ class SpeedOptions:
     @property
     def grid(self) -> CandidateGrid:
         """Of all candidates."""
-        return CandidateGrid.covering(self.shape, patch_size=(GEOMETRY[self.preset][0],) * 3, overlap=OVERLAP)
+        return CandidateGrid.covering(self.shape, patch_size=(GEOMETRY[self.preset][0],) * 3, overlap=OVERLAP, coarse_factor=(GEOMETRY[self.preset][1],) * 3)
 
 
 class FirstCalls(nn.Module):
@@ -119,23 +119,21 @@ def measure_speed(method: str, options: SpeedOptions) -> dict:
 def speed_macs(method: str, options: SpeedOptions, *, windows: int) -> tuple[int, int]:
     """True MACs of a row as it runs here, and the paper's count of the published nets.
 
-    The paper's coarse net sees the volume divided by the coarse factor; ours also sees the padding to whole strides (docs/deviations.md, D1).
+    Both coarse nets see the volume divided by the coarse factor, up to a multiple that the net takes.
     """
     uses_coarse = not method.startswith("sw")
     manifest = _manifest(options)
-    published_shape = coarse_shape(options.shape, manifest=manifest)
-    true = run_costs(options.architecture, coarse_shape=coarse_shape(options.grid.padded_shape, manifest=manifest), patch_size=options.grid.patch_size).true
-    paper = run_costs(options.architecture, coarse_shape=published_shape, patch_size=options.grid.patch_size).paper
-    return true.total(windows, uses_coarse=uses_coarse), paper.total(windows, uses_coarse=uses_coarse)
+    costs = run_costs(options.architecture, coarse_shape=coarse_shape(options.shape, manifest=manifest), patch_size=options.grid.patch_size)
+    return costs.true.total(windows, uses_coarse=uses_coarse), costs.paper.total(windows, uses_coarse=uses_coarse)
 
 
 def _coarse_pass(x: Tensor, run: MethodRun, *, options: SpeedOptions) -> CoarsePass:
     """The coarse net really runs; its logits are replaced by smooth ones, because those of random weights would make every cell a mixed one."""
     with timed(run.timings, "coarse"):
-        logits, importance_map = run.nets.coarse(coarse_input(x, coarse_factor=run.nets.manifest.coarse_factor))
+        logits, importance_map = run.nets.coarse(coarse_input(x, grid=options.grid))
     logits = _phantom_logits(tuple(logits.shape[1:]), classes=options.classes)
     with timed(run.timings, "upsample"):
-        labels = CoarseUpsampler(logits, shape=options.grid.padded_shape).labels()
+        labels = CoarseUpsampler(logits, grid=options.grid).labels()
     model_grid = model_grid_around(options.grid.padded_shape, np.eye(4), spacing_mm=(1.0, 1.0, 1.0))
     return CoarsePass(x=x, model_grid=model_grid, grid=options.grid, coarse_logits=logits, importance_map=importance_map, coarse_labels=labels)
 

@@ -22,15 +22,20 @@ class CandidateGrid:
     """Voxels between neighboring starts along each axis."""
     counts: Triple
     """Candidates along each axis."""
+    shape: Triple
+    """Voxels of the volume before padding."""
+    coarse_factor: Triple = (1, 1, 1)
+    """r: coarse voxel i covers the voxels [r i, r i + r) along each axis."""
 
     @classmethod
-    def covering(cls, shape: Triple, *, patch_size: Triple, overlap: float) -> "CandidateGrid":
+    def covering(cls, shape: Triple, *, patch_size: Triple, overlap: float, coarse_factor: Triple = (1, 1, 1)) -> "CandidateGrid":
         """The smallest grid whose patches cover a volume of `shape`.
 
         Args:
             shape: voxels of the volume before padding, KJI.
             patch_size: voxels of a patch, KJI.
             overlap: share of a patch that the next one repeats, in [0, 1).
+            coarse_factor: r, KJI; does not matter to those who only ask for candidates.
 
         Raises:
             ValueError: the overlap does not give a whole stride that divides the patch.
@@ -41,12 +46,20 @@ class CandidateGrid:
         if any(step < 1 or size % step for size, step in zip(patch_size, stride)):
             raise ValueError(f"overlap {overlap} of patch {patch_size} gives stride {stride}, which does not divide the patch")
         counts = tuple(-(-max(length - size, 0) // step) + 1 for length, size, step in zip(shape, patch_size, stride))
-        return cls(patch_size=tuple(patch_size), stride=stride, counts=counts)
+        return cls(patch_size=tuple(patch_size), stride=stride, counts=counts, shape=tuple(shape), coarse_factor=tuple(coarse_factor))
 
     @property
     def padded_shape(self) -> Triple:
         """Voxels of the padded volume: P + (n - 1) s along each axis."""
         return tuple(size + (count - 1) * step for size, count, step in zip(self.patch_size, self.counts, self.stride))
+
+    @cached_property
+    def coarse_shape(self) -> Triple:
+        """Voxels of the coarse volume: those that cover the volume's own extent, and one at least with its center in every candidate."""
+        return tuple(
+            max(-(-length // r), -(-(2 * (full - size) - r) // (2 * r)) + 1)
+            for length, full, size, r in zip(self.shape, self.padded_shape, self.patch_size, self.coarse_factor)
+        )
 
     @property
     def num_candidates(self) -> int:

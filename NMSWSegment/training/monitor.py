@@ -102,10 +102,10 @@ def selection_picture(x: np.ndarray, labels: np.ndarray, chosen: tuple[int, ...]
 def _coarse_view(net: NMSWNet, x: Tensor, *, grid: CandidateGrid, options: TrainOptions) -> tuple[Tensor, tuple[int, ...]]:
     """Labels of the coarse net (D, H, W) and the candidates that inference would take now."""
     net.eval()
-    coarse_logits, importance_map = run_coarse(net.coarse, coarse_input(x, coarse_factor=options.coarse_factor), multiple=net.architecture.coarse_multiple)
+    coarse_logits, importance_map = run_coarse(net.coarse, coarse_input(x, grid=grid), multiple=net.architecture.coarse_multiple)
     net.train()
     selection = select(coarse_logits[0], importance_map[0, 0], grid=grid, num_patches=OVERLAY_PATCHES, policy="greedy")
-    return CoarseUpsampler(coarse_logits[0], shape=grid.padded_shape).labels(), selection.indices
+    return CoarseUpsampler(coarse_logits[0].cpu(), grid=grid).labels(), selection.indices
 
 
 def _fullest_row(labels: Tensor) -> int:

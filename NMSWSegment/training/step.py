@@ -43,7 +43,7 @@ class Losses:
 
 def prepare(sample: TrainingSample, options: TrainOptions) -> tuple[Tensor, Tensor, CandidateGrid]:
     """x (1, 1, D, H, W) in [0, 1], labels (D, H, W) with padding unknown, and the grid: what inference would make of it."""
-    grid = CandidateGrid.covering(tuple(sample.intensity.shape), patch_size=options.patch_size, overlap=options.overlap)
+    grid = CandidateGrid.covering(tuple(sample.intensity.shape), patch_size=options.patch_size, overlap=options.overlap, coarse_factor=options.coarse_factor)
     x = pad_to_grid(normalize_intensity(sample.intensity, options.intensity_points), grid=grid, value=0)
     return x[None, None], pad_to_grid(sample.labels, grid=grid, value=UNKNOWN_LABEL), grid
 
@@ -54,7 +54,7 @@ def volume_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateGri
     Of train = patches they are those of both nets: the coarse net is frozen, so that its terms have no gradient.
     """
     if options.train == "coarse":
-        return coarse_losses(net, x, labels, options=options)
+        return coarse_losses(net, x, labels, grid=grid, options=options)
     if options.train == "local":
         return local_losses(net, x, labels, options=options, generator=generator)
     return training_losses(net, x, labels, grid=grid, options=options, tau=tau, generator=generator)
@@ -67,7 +67,7 @@ def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateG
         x: (1, 1, D, H, W); labels: (D, H, W), 255 unknown.
         generator: draws the Gumbel noise and the random candidates (CPU).
     """
-    coarse_logits, importance_map = _run_coarse(net, x, options)
+    coarse_logits, importance_map = _run_coarse(net, x, grid=grid, options=options)
     importance = candidate_importance(importance_map, grid=grid)
     indices, soft_weights = differentiable_top_k(importance, k=options.top_k_patches, tau=tau, generator=generator)
     indices, soft_weights = _with_random(indices, soft_weights, grid=grid, count=options.random_patches, generator=generator)
@@ -79,17 +79,17 @@ def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateG
     patch_labels = torch.stack([labels[grid.slices(index)] for index in indices])
     gates = 1 + soft_weights - soft_weights.detach() if options.estimator == "gate" else None
     y_high, is_first = _high_on_patches(coarse_logits[0].detach(), patch_logits, indices=indices, grid=grid, class_weights=net.class_weights, gates=gates)
-    coarse = segmentation_loss(coarse_logits, _coarse_labels(labels, coarse_logits))
+    coarse = segmentation_loss(coarse_logits, _coarse_labels(labels, grid=grid))
     high = segmentation_loss(y_high, patch_labels, mask=is_first)
     patch = _mean_patch_loss(deep_logits, patch_labels)
     spread = entropy(importance)
     return Losses(coarse=coarse, high=high, patch=patch, entropy=spread, total=coarse + high + patch - options.entropy_weight * spread)
 
 
-def coarse_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, options: TrainOptions) -> Losses:
+def coarse_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateGrid, options: TrainOptions) -> Losses:
     """seg(y_low) alone: the baseline that sees no patch."""
-    coarse_logits, _ = _run_coarse(net, x, options)
-    coarse = segmentation_loss(coarse_logits, _coarse_labels(labels, coarse_logits))
+    coarse_logits, _ = _run_coarse(net, x, grid=grid, options=options)
+    coarse = segmentation_loss(coarse_logits, _coarse_labels(labels, grid=grid))
     nothing = torch.zeros_like(coarse)
     return Losses(coarse=coarse, high=nothing, patch=nothing, entropy=nothing, total=coarse)
 
@@ -112,10 +112,10 @@ def trained_parameters(net: NMSWNet, options: TrainOptions) -> list[torch.nn.Par
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
-def _run_coarse(net: NMSWNet, x: Tensor, options: TrainOptions) -> tuple[Tensor, Tensor]:
+def _run_coarse(net: NMSWNet, x: Tensor, *, grid: CandidateGrid, options: TrainOptions) -> tuple[Tensor, Tensor]:
     """Coarse logits (1, C, d, h, w) and importance map (d, h, w), float32."""
     with _autocast(x, options):
-        x_low = coarse_input(x, coarse_factor=options.coarse_factor)
+        x_low = coarse_input(x, grid=grid)
         width, multiple = x_low.shape[4], net.architecture.coarse_multiple
         if max(x_low.shape[2:]) <= multiple:  # instance norm refuses a single voxel at the net's bottom
             x_low = torch.nn.functional.pad(x_low, [0, multiple])
@@ -135,9 +135,12 @@ def _autocast(tensor: Tensor, options: TrainOptions) -> torch.autocast:
     return torch.autocast(tensor.device.type, torch.bfloat16, enabled=options.precision == "bf16")
 
 
-def _coarse_labels(labels: Tensor, coarse_logits: Tensor) -> Tensor:
-    """Labels (D, H, W) at the coarse voxels, (1, d, h, w)."""
-    return _nearest(labels[None], tuple(coarse_logits.shape[2:]))
+def _coarse_labels(labels: Tensor, *, grid: CandidateGrid) -> Tensor:
+    """Labels (D, H, W) at the centers of the coarse voxels, (1, d, h, w); unknown beyond the volume."""
+    missing = [coarse * r - length for coarse, r, length in zip(grid.coarse_shape, grid.coarse_factor, labels.shape)]
+    padding = [0, max(missing[2], 0), 0, max(missing[1], 0), 0, max(missing[0], 0)]
+    padded = torch.nn.functional.pad(labels, padding, value=UNKNOWN_LABEL)
+    return padded[tuple(slice(r // 2, coarse * r, r) for coarse, r in zip(grid.coarse_shape, grid.coarse_factor))][None]
 
 
 def _nearest(labels: Tensor, shape: tuple[int, ...]) -> Tensor:

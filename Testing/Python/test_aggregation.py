@@ -10,18 +10,30 @@ CLASSES = 5
 def a_case(seed, *, shape=(24, 16, 40), coarse_factor=2, overlap=0.5):
     """Random coarse and local logits with smooth parts, so that uniform and mixed cells both occur."""
     generator = torch.Generator().manual_seed(seed)
-    grid = CandidateGrid.covering(shape, patch_size=(8, 8, 8), overlap=overlap)
-    coarse_shape = [length // coarse_factor for length in grid.padded_shape]
-    coarse = torch.nn.functional.interpolate(torch.randn(1, CLASSES, 3, 3, 4, generator=generator) * 5, size=coarse_shape, mode="trilinear")[0]
+    grid = CandidateGrid.covering(shape, patch_size=(8, 8, 8), overlap=overlap, coarse_factor=(coarse_factor,) * 3)
+    coarse = torch.nn.functional.interpolate(torch.randn(1, CLASSES, 3, 3, 4, generator=generator) * 5, size=grid.coarse_shape, mode="trilinear")[0]
     indices = torch.randperm(grid.num_candidates, generator=generator)[: grid.num_candidates // 2].tolist()
     patches = [torch.randn(CLASSES, 8, 8, 8, generator=generator) for _ in indices]
     class_weights = torch.randn(CLASSES, generator=generator) * 3
     return grid, coarse, indices, patches, class_weights
 
 
-@pytest.mark.parametrize(("seed", "overlap", "coarse_factor"), [(0, 0.5, 2), (1, 0.5, 4), (2, 0.75, 2), (3, 0.0, 1), (4, 0.5, 2)])
-def test_streaming_equals_reference_bit_for_bit(seed, overlap, coarse_factor):
-    grid, coarse, indices, patches, class_weights = a_case(seed, overlap=overlap, coarse_factor=coarse_factor)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("seed", "shape", "overlap", "coarse_factor"),
+    [
+        (0, (24, 16, 40), 0.5, 2),
+        (1, (24, 16, 40), 0.5, 4),
+        (2, (24, 16, 40), 0.75, 2),
+        (3, (24, 16, 40), 0.0, 1),
+        (4, (17, 9, 21), 0.5, 2),  # padded to 20, 12, 24: the coarse volume ends before the padding does
+        (5, (17, 9, 25), 0.5, 3),  # r divides neither volume nor padding
+        (6, (5, 8, 11), 0.5, 5),
+    ],
+)
+def test_streaming_equals_reference_bit_for_bit(seed, shape, overlap, coarse_factor, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    grid, coarse, indices, patches, class_weights = a_case(seed, shape=shape, overlap=overlap, coarse_factor=coarse_factor)
     expected, _ = aggregate(coarse, patches, indices=indices, grid=grid, class_weights=class_weights)
     streaming = StreamingAggregator(coarse, indices=indices, grid=grid, class_weights=class_weights)
     for index, logits in zip(indices, patches):
@@ -34,22 +46,22 @@ def test_streaming_equals_reference_bit_for_bit(seed, overlap, coarse_factor):
 def test_streaming_without_patches_equals_upsampled_coarse(scale):
     grid, coarse, _, _, class_weights = a_case(7)
     coarse = (coarse * scale).round(decimals=7)  # rounding makes ties, which the fast path must not decide
-    expected = CoarseUpsampler(coarse, shape=grid.padded_shape).region([slice(0, n) for n in grid.padded_shape]).argmax(0)
+    expected = CoarseUpsampler(coarse, grid=grid).region([slice(0, n) for n in grid.padded_shape]).argmax(0)
     assert torch.equal(StreamingAggregator(coarse, indices=[], grid=grid, class_weights=class_weights).finish().long(), expected)
 
 
 def test_upsampling_is_trilinear():
-    _, coarse, _, _, _ = a_case(3)
+    grid, coarse, _, _, _ = a_case(3)
     shape = (24, 16, 40)
     expected = torch.nn.functional.interpolate(coarse[None], size=shape, mode="trilinear", align_corners=False)[0]
     box = (slice(3, 17), slice(0, 16), slice(21, 40))
-    found = CoarseUpsampler(coarse, shape=shape).region(box)
+    found = CoarseUpsampler(coarse, grid=grid).region(box)
     torch.testing.assert_close(found, expected[(slice(None), *box)], rtol=1e-5, atol=1e-5)  # other order of the three axes
 
 
 def test_region_is_the_same_numbers_as_everywhere():
-    _, coarse, _, _, _ = a_case(5)
-    upsampler = CoarseUpsampler(coarse, shape=(24, 16, 40))
+    grid, coarse, _, _, _ = a_case(5)
+    upsampler = CoarseUpsampler(coarse, grid=grid)
     box = (slice(5, 6), slice(2, 13), slice(39, 40))
     everywhere = upsampler.region([slice(0, 24), slice(0, 16), slice(0, 40)])
     assert torch.equal(upsampler.region(box), everywhere[(slice(None), *box)])
@@ -62,7 +74,7 @@ def test_constant_patches_come_out_constant():
     patches = [constant[:, None, None, None].expand(-1, 8, 8, 8)] * len(indices)
     high, is_covered = aggregate(coarse, patches, indices=indices, grid=grid, class_weights=torch.full((CLASSES,), 10.0))
     assert is_covered.all()
-    upsampled = CoarseUpsampler(coarse, shape=grid.padded_shape).region([slice(0, n) for n in grid.padded_shape])
+    upsampled = CoarseUpsampler(coarse, grid=grid).region([slice(0, n) for n in grid.padded_shape])
     a = mixing_weights(torch.tensor(10.0))
     torch.testing.assert_close(high, a * constant[:, None, None, None] + (1 - a) * upsampled, rtol=1e-5, atol=1e-5)
 
@@ -87,7 +99,7 @@ def test_gate_gradient_is_the_benefit_of_its_patch():
     weight_sum = torch.zeros(grid.padded_shape)
     for index in indices:
         weight_sum[grid.slices(index)] += window
-    upsampled = CoarseUpsampler(coarse, shape=grid.padded_shape).region([slice(0, n) for n in grid.padded_shape])
+    upsampled = CoarseUpsampler(coarse, grid=grid).region([slice(0, n) for n in grid.padded_shape])
     for gradient, index, logits in zip(gates.grad, indices, patches):
         box = grid.slices(index)
         benefit = a * window / weight_sum[box] * (logits - upsampled[(slice(None), *box)])

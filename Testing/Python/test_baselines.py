@@ -96,7 +96,7 @@ def test_top_k_of_one_voxel_ranks_by_importance(a_bundle, a_phantom):
 
 def test_background_by_one_voxel_misses_what_the_footprint_sees():
     # 4 x 2 x 2 coarse voxels for 3 x 1 x 1 candidates; nearest reads the voxels 0, 1 and 2 along the first axis, always the first of the others
-    grid = CandidateGrid(patch_size=(4, 4, 4), stride=(2, 2, 2), counts=(3, 1, 1))
+    grid = CandidateGrid.covering((8, 4, 4), patch_size=(4, 4, 4), overlap=0.5, coarse_factor=(2, 2, 2))
     logits = torch.zeros(2, 4, 2, 2)
     logits[0] = 5.0
     logits[1, 3, 1, 1] = 9.0  # foreground only where one voxel does not look

@@ -31,3 +31,26 @@ def test_candidates_are_numbered_with_the_last_axis_fastest():
 def test_overlap_without_whole_stride_is_refused():
     with pytest.raises(ValueError, match="does not divide the patch"):
         CandidateGrid.covering((20, 20, 20), patch_size=(8, 8, 8), overlap=0.3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "factor", "expected"),
+    [
+        ((480, 480, 480), 128, 3, (160, 160, 160)),  # not 171, of the 512 voxels with padding
+        ((1, 30, 130), 64, 2, (1, 15, 65)),
+        ((97, 200, 95), 96, 4, (25, 50, 24)),
+    ],
+)
+def test_coarse_volume_is_that_of_the_volume_without_padding(shape, patch, factor, expected):
+    assert CandidateGrid.covering(shape, patch_size=(patch,) * 3, overlap=0.5, coarse_factor=(factor,) * 3).coarse_shape == expected
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
+def test_every_candidate_has_the_center_of_a_coarse_voxel(overlap):
+    for length in range(1, 40):
+        for factor in (1, 2, 3, 5, 8):
+            grid = CandidateGrid.covering((length, 8, 8), patch_size=(8, 8, 8), overlap=overlap, coarse_factor=(factor, 1, 1))
+            centers = (np.arange(grid.coarse_shape[0]) + 0.5) * factor
+            centers = np.minimum(centers, grid.padded_shape[0] - 0.5)  # the last coarse voxel may reach beyond the padding
+            for start in grid.starts[:, 0]:
+                assert ((centers >= start) & (centers < start + 8)).any(), (length, factor, start)

@@ -75,23 +75,33 @@ def test_intensity_map_goes_through_its_points_and_clamps():
 
 def test_coarse_input_is_the_mean_of_blocks():
     x = torch.arange(64.0).reshape(1, 1, 4, 4, 4)
-    coarse = coarse_input(x, coarse_factor=(2, 2, 4))
+    coarse = coarse_input(x, grid=CandidateGrid.covering((4, 4, 4), patch_size=(4, 4, 4), overlap=0.5, coarse_factor=(2, 2, 4)))
     assert coarse.shape == (1, 1, 2, 2, 1)
     assert coarse[0, 0, 1, 0, 0] == x[0, 0, 2:, :2, :].mean()
 
 
-@pytest.mark.parametrize("coarse_factor", [(2, 2, 4), (3, 3, 3)])  # 3 does not divide the padded 40 and 24 voxels
+@pytest.mark.parametrize("coarse_factor", [(2, 2, 4), (3, 3, 3)])  # 3 divides neither volume nor padding
 def test_coarse_voxels_lie_in_the_middle_of_what_they_average(coarse_factor):
     model_grid = model_grid_around((31, 15, 22), turned((7.0, 6.0, 5.0), (31, 15, 22)), spacing_mm=(6.0, 5.0, 4.0))
-    grid = CandidateGrid.covering(model_grid.shape, patch_size=(16, 8, 8), overlap=0.5)
+    grid = CandidateGrid.covering(model_grid.shape, patch_size=(16, 8, 8), overlap=0.5, coarse_factor=coarse_factor)
     k, j, i = np.meshgrid(*[np.arange(n) for n in grid.padded_shape], indexing="ij")
     points = np.stack([i, j, k], -1) @ model_grid.ijk_to_ras[:3, :3].T + model_grid.ijk_to_ras[:3, 3]
-    averaged = [coarse_input(torch.from_numpy(points[..., axis])[None, None], coarse_factor=coarse_factor)[0, 0] for axis in range(3)]
-    matrix = coarse_ijk_to_ras(model_grid, grid=grid, shape=averaged[0].shape)
-    for index_kji in np.ndindex(tuple(averaged[0].shape)):
+    averaged = [coarse_input(torch.from_numpy(points[..., axis])[None, None], grid=grid)[0, 0] for axis in range(3)]
+    assert tuple(averaged[0].shape) == grid.coarse_shape
+    matrix = coarse_ijk_to_ras(model_grid, grid=grid)
+    for index_kji in np.ndindex(*[full // r for full, r in zip(grid.shape, coarse_factor)]):
         center = (matrix @ [*index_kji[::-1], 1])[:3]
-        # Where r does not divide the volume, the blocks that are averaged are whole voxels and the cells are not.
-        np.testing.assert_allclose([float(values[index_kji]) for values in averaged], center, atol=1e-6 if coarse_factor == (2, 2, 4) else 4.0)
+        np.testing.assert_allclose([float(values[index_kji]) for values in averaged], center, atol=1e-6)
+
+
+def test_coarse_input_sees_the_volume_and_not_the_padding():
+    grid = CandidateGrid.covering((9, 8, 13), patch_size=(8, 8, 8), overlap=0.5, coarse_factor=(2, 2, 2))
+    assert (grid.padded_shape, grid.coarse_shape) == ((12, 8, 16), (5, 4, 7))
+    x = torch.zeros(1, 1, *grid.padded_shape)
+    x[..., :9, :8, :13] = 1
+    coarse = coarse_input(x, grid=grid)
+    assert coarse[0, 0, :4, :, :6].eq(1).all()
+    assert coarse[0, 0, 4, 0, 6] == 1 / 4  # one slice of two, one column of two
 
 
 @pytest.mark.parametrize("orientation", [{"degrees": (0, 0, 0)}, {"degrees": (0, 0, 0), "mirror": (-1, 1, -1), "permutation": (2, 0, 1)}])

@@ -6,7 +6,7 @@ import torch
 from NMSWSegment.engine.selection import candidate_importance, differentiable_top_k, greedy_coverage, pool_mean, select
 from NMSWSegment.files.grid import CandidateGrid
 
-GRID = CandidateGrid.covering((8, 8, 16), patch_size=(8, 8, 8), overlap=0.5)  # three candidates in a row
+GRID = CandidateGrid.covering((8, 8, 16), patch_size=(8, 8, 8), overlap=0.5, coarse_factor=(2, 2, 2))  # three candidates in a row
 
 
 def logits_with_foreground(columns):
@@ -25,8 +25,8 @@ def test_pooling_covers_the_true_footprint():
 
 
 def test_pooling_with_a_factor_that_divides_nothing_uses_voxel_centers():
-    grid = CandidateGrid.covering((8, 8, 16), patch_size=(8, 8, 8), overlap=0.5)
-    values = torch.arange(6.0).expand(3, 3, 6)  # coarse voxels of 2.67: centers 1.3, 4, 6.7, 9.3, 12, 14.7
+    grid = CandidateGrid.covering((8, 8, 16), patch_size=(8, 8, 8), overlap=0.5, coarse_factor=(3, 3, 3))
+    values = torch.arange(6.0).expand(3, 3, 6)  # centers 1.5, 4.5, 7.5, 10.5, 13.5, 16.5
     assert pool_mean(values, grid=grid).tolist() == [1, 2, 4]
 
 
@@ -72,7 +72,7 @@ def test_greedy_goes_on_by_importance_when_everything_is_covered():
 
 @pytest.mark.parametrize(("least_share", "expected"), [(0.0, [0, 2, 1]), (0.1, [0, 2, 1]), (0.101, [0, 2]), (0.35, [0]), (0.7, [])])
 def test_greedy_stops_where_the_next_patch_adds_less_than_the_share(least_share, expected):
-    grid = CandidateGrid.covering((8, 8, 24), patch_size=(8, 8, 8), overlap=0.0)  # three candidates side by side
+    grid = CandidateGrid.covering((8, 8, 24), patch_size=(8, 8, 8), overlap=0.0, coarse_factor=(2, 2, 2))  # three candidates side by side
     mass = torch.zeros(4, 4, 12)
     mass[:, :, 1], mass[:, :, 5], mass[:, :, 9] = 6.0, 1.0, 3.0
     assert greedy_coverage(mass, torch.ones(3, dtype=torch.bool), grid=grid, num_patches=3, least_share=least_share) == expected
