@@ -23,7 +23,7 @@ from NMSWSegment.files.output_file import check_output_path, replaced_together
 from NMSWSegment.files.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, STATISTICS_ENDINGS, require_matplotlib, write_patches, write_preview, write_statistics
 from NMSWSegment.files.volume import LABELMAP_ENDINGS, Volume, read_volume, write_labelmap
 from NMSWSegment.progress_bar import progress_bar
-from NMSWSegment.protocol import AUTO, Cancelled, Progress, SegmentOptions, UserError
+from NMSWSegment.protocol import AUTO, RUNTIMES, Cancelled, Progress, SegmentOptions, UserError
 
 if TYPE_CHECKING:
     from NMSWSegment.engine.segment import SegmentResult
@@ -201,6 +201,12 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--structures", default="", metavar="NAME,...", help="structures to keep, for example liver,spleen (default: all)")
     parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="CPU threads (default: all cores but one)")
+    parser.add_argument(
+        "--runtime",
+        default=defaults.runtime,
+        metavar="|".join(RUNTIMES),
+        help="what computes the local net on a CPU; auto takes the fastest whose answer agrees (default: %(default)s)",
+    )
     also = parser.add_argument_group("further output files")
     also.add_argument("--statistics", type=Path, metavar="FILE.csv", help="volume, intensity and center of each structure")
     also.add_argument("--preview", type=Path, metavar="FILE.png", help="picture of three slices with the structures")
@@ -242,6 +248,7 @@ def _options(arguments: argparse.Namespace) -> SegmentOptions:
         device=arguments.device,
         structures=tuple(name.strip() for name in arguments.structures.split(",") if name.strip()),
         threads=arguments.threads,
+        runtime=arguments.runtime,
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 POLICIES = ("greedy", "top_k", "random")
+EXACT = "exact"
+RUNTIMES = (EXACT, "auto", "openvino", "openvino-bf16", "torch-bf16")
 AUTO = "auto"
 """num_patches that stops by itself where the next patch is expected to change little."""
 
@@ -82,6 +84,9 @@ class SegmentOptions:
     and segments end at its faces; None is the whole volume."""
     threads: int | None = None
     """CPU threads; None leaves one core free for the rest of the computer."""
+    runtime: str = EXACT
+    """What computes the local net on a CPU: exact (PyTorch in float32, the same bits on every run), auto (the fastest on this computer whose answer
+    agrees, measured once), or one by name: openvino, openvino-bf16, torch-bf16. A GPU always computes as in exact."""
 
     def __post_init__(self) -> None:
         is_count = isinstance(self.num_patches, int) and self.num_patches >= 0
@@ -93,6 +98,8 @@ class SegmentOptions:
             raise UserError(
                 f"k = auto asks how much the next patch would add, which only the policy greedy knows; the policy is {self.policy}. Use greedy, or a number of patches."
             )
+        if self.runtime not in RUNTIMES:
+            raise UserError(unknown_name("runtime", self.runtime, RUNTIMES))
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}. Use 1 or more, or leave it out.")
 

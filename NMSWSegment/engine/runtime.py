@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from NMSWSegment.engine.net_runtimes import RuntimeChoice, choose_runtime
 from NMSWSegment.engine.resampling import run_coarse
 from NMSWSegment.files.bundle import Bundle, BundleManifest
-from NMSWSegment.protocol import UserError
+from NMSWSegment.protocol import EXACT, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Nets:
     """(B, 1, P, P, P) -> local logits (B, C, P, P, P)."""
     device: torch.device
     device_steps: list[str] = field(default_factory=list)
+    runtime: RuntimeChoice = RuntimeChoice(EXACT)
+    """What computes the local net on the CPU."""
     batch_size: int = field(init=False)
     """Patches that go through the local net together."""
 
@@ -157,11 +160,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(key)
 
 
-def open_nets(bundle: Bundle, *, device: str) -> Nets:
+def open_nets(bundle: Bundle, *, device: str, runtime: str = EXACT) -> Nets:
     """Load the nets of a bundle; weights are stored in fp16 and computed in fp32.
 
+    Args:
+        runtime: as in SegmentOptions; prepared for as many threads as torch has now.
+
     Raises:
-        UserError: the device is not there, or this version of torch cannot read the archives.
+        UserError: the device is not there, a runtime that was asked for by name cannot be used, or this version of torch cannot read the archives.
     """
     target = resolve_device(device)
     try:
@@ -171,7 +177,10 @@ def open_nets(bundle: Bundle, *, device: str) -> Nets:
         raise UserError(
             f"Torch {torch.__version__} cannot read the nets of bundle '{bundle.manifest.name}' ({reason}). Use torch 2.2 or later, or install the bundle again."
         ) from error
-    return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=target)
+    choice = RuntimeChoice(EXACT)
+    if target.type == "cpu":
+        local, choice = choose_runtime(bundle, local, runtime=runtime)
+    return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=target, runtime=choice)
 
 
 def thread_count(threads: int | None) -> int:

@@ -70,7 +70,7 @@ class SegmentResult:
     """Best first."""
     run_info: dict
     """JSON-ready: versions, device, bundle, options, timings in seconds of what was really done, canonical_voxels (before padding),
-    candidates, patches, patches_reused, device steps."""
+    candidates, patches, patches_reused, device steps, runtime (name, speedup, agreement) and a sentence about it."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ def segment_volume(
     with reproducible(options.threads), memory_explained(volume.shape):
         threads = torch.get_num_threads()
         in_roi = _voxels_in_roi(volume, options=options, timings=timings)
-        _fill_run_cache(run_cache, volume, bundle, device=options.device, on_progress=on_progress, timings=timings)
+        _fill_run_cache(run_cache, volume, bundle, options=options, on_progress=on_progress, timings=timings)
         nets, coarse = run_cache.nets, run_cache.coarse
         if coarse_ready:
             on_progress(Progress("preview", PATCHES_FROM, "Writing the coarse labels to the volume's grid"))
@@ -133,6 +133,8 @@ def segment_volume(
         "device": str(nets.device),
         "threads": threads,
         "device_steps": list(nets.device_steps),
+        "runtime": asdict(nets.runtime),
+        "runtime_note": nets.runtime.sentence(),
         "versions": {
             "NMSWSegment": NMSWSegment.__version__,
             "torch": torch.__version__,
@@ -269,12 +271,14 @@ def structure_values(manifest: BundleManifest, structures: tuple[str, ...]) -> t
     return tuple(values[name] for name in structures) or tuple(values.values())
 
 
-def _fill_run_cache(run_cache: RunCache, volume: Volume, bundle: Bundle, *, device: str, on_progress: OnProgress, timings: dict[str, float]) -> None:
+def _fill_run_cache(
+    run_cache: RunCache, volume: Volume, bundle: Bundle, *, options: SegmentOptions, on_progress: OnProgress, timings: dict[str, float]
+) -> None:
     """Open the nets and run the coarse pass, unless an earlier run did."""
     if run_cache.nets is None:
         on_progress(Progress("load", 0.0, f"Loading model {bundle.manifest.name}"))
         with timed(timings, "load"):
-            run_cache.nets = open_nets(bundle, device=device)
+            run_cache.nets = open_nets(bundle, device=options.device, runtime=options.runtime)
     if run_cache.coarse is None:
         run_cache.coarse = coarse_pass(volume, run_cache.nets, on_progress=on_progress, timings=timings)
 

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from NMSWSegment.engine.patch_cache import PatchCache
-from NMSWSegment.engine.runtime import OutOfMemory, open_nets, resolve_device, thread_count
+from NMSWSegment.engine.runtime import OutOfMemory, open_nets, reproducible, resolve_device, thread_count
 from NMSWSegment.engine.segment import CoarseResult, RunCache, SegmentResult, segment_volume
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.memory import available_memory_bytes, cache_limit_bytes
 from NMSWSegment.files.rates import Rate
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.protocol import OnProgress, SegmentOptions, ignore_progress
+from NMSWSegment.protocol import EXACT, OnProgress, SegmentOptions, ignore_progress
 
 PLANNING_S = 1.0
 """Far above what torch takes to plan a net at its first call; a measurement that is longer need not be repeated."""
@@ -32,7 +32,7 @@ class Session:
         """Args: max_patch_bytes: for logits of patches; None suits the memory that is available now."""
         budget = cache_limit_bytes(available_memory_bytes()) if max_patch_bytes is None else max_patch_bytes
         self._run_cache = RunCache(patches=PatchCache(max_bytes=budget))
-        self._key: tuple[str, torch.device | None, int] = ("", None, 0)  # bundle, device and threads of what is kept
+        self._key: tuple[str, torch.device | None, str, int] = ("", None, "", 0)  # bundle, device, runtime and threads of what is kept
         self._volume_key: str | None = None
         self._volume: Volume | None = None
 
@@ -58,7 +58,7 @@ class Session:
         """
         if volume is None and not self.holds(volume_key):
             raise UnknownVolume(volume_key)
-        self._keep_what_fits(bundle, device=options.device, threads=options.threads)
+        self._keep_what_fits(bundle, device=options.device, threads=options.threads, runtime=options.runtime)
         if not self.holds(volume_key):
             self._take_volume(volume_key, volume)
         try:
@@ -67,16 +67,17 @@ class Session:
             self.forget()
             raise
 
-    def measure(self, bundle: Bundle, *, device: str, threads: int | None) -> tuple[str, Rate]:
+    def measure(self, bundle: Bundle, *, device: str, threads: int | None, runtime: str = EXACT) -> tuple[str, Rate]:
         """Segment a small volume and look at the clock; the nets stay for the runs to come.
 
         Returns:
             The device that the nets really ran on, and how fast it is.
         """
-        self._keep_what_fits(bundle, device=device, threads=threads)
-        self._run_cache.nets = nets = self._run_cache.nets or open_nets(bundle, device=device)
+        self._keep_what_fits(bundle, device=device, threads=threads, runtime=runtime)
+        with reproducible(threads):
+            self._run_cache.nets = nets = self._run_cache.nets or open_nets(bundle, device=device, runtime=runtime)
         volume = _finer_phantom(bundle.manifest)
-        options = SegmentOptions(num_patches=None, device=device, threads=threads)
+        options = SegmentOptions(num_patches=None, device=device, threads=threads, runtime=runtime)
         for _ in range(2):
             run_info = segment_volume(volume, bundle, options=options, run_cache=RunCache(nets=nets)).run_info
             if sum(run_info["timings_s"].values()) > PLANNING_S:
@@ -92,10 +93,10 @@ class Session:
         self._volume_key = self._volume = None
         self._drop_results()
 
-    def _keep_what_fits(self, bundle: Bundle, *, device: str, threads: int | None) -> None:
+    def _keep_what_fits(self, bundle: Bundle, *, device: str, threads: int | None, runtime: str) -> None:
         """Drop the nets of another bundle or device, and results of other nets or of another number of threads."""
-        key = (bundle.sha256, resolve_device(device), thread_count(threads))
-        if key[:2] != self._key[:2]:
+        key = (bundle.sha256, resolve_device(device), runtime, thread_count(threads))
+        if key[:3] != self._key[:3] or (runtime != EXACT and key != self._key):  # other runtimes are prepared for a number of threads
             self._run_cache.nets = None
         if key != self._key:
             # Threads share out the sums, so that the last digits of a logit may depend on their number.

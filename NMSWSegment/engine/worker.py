@@ -1,7 +1,7 @@
 """The served side of the Slicer panel: a process that stays warm and speaks JSON, one object a line, UTF-8.
 
 Requests on standard input:
-    {"request": "measure", "bundle", "device", "threads"}                    -> rate
+    {"request": "measure", "bundle", "device", "threads", "runtime"}         -> rate; the runtime may be left out
     {"request": "segment", "id", "folder", "volume": {"key", "name", "ijk_to_ras"}, "send", "options", "coarse_first"}
         -> progress ..., coarse, progress ..., done; or cancelled, unknown_volume, error. With send, FOLDER/volume.npy holds the
         voxels (K, J, I); without, those of an earlier run with the same key and place are meant.
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from NMSWSegment import __version__
-from NMSWSegment.protocol import Cancelled, Progress, SegmentOptions, UserError
+from NMSWSegment.protocol import EXACT, Cancelled, Progress, SegmentOptions, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,7 +175,7 @@ class Server:
         from NMSWSegment.files.bundle import load_bundle
 
         bundle = load_bundle(request["bundle"])
-        device, rate = self._session.measure(bundle, device=request["device"], threads=request["threads"])
+        device, rate = self._session.measure(bundle, device=request["device"], threads=request["threads"], runtime=request.get("runtime", EXACT))
         self._send({"event": "rate", "bundle": bundle.manifest.name, "device": device, "rate": asdict(rate)})
 
 
