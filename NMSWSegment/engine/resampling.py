@@ -17,7 +17,7 @@ from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid, model_grid_around
 from NMSWSegment.files.volume import Volume
 
-VOXELS_AT_ONCE = 1 << 23  # bounds the working memory of one slab: about 250 MB
+VOXELS_AT_ONCE = 1 << 21  # bounds the working memory of one slab: about 60 MB, 250 of an oblique volume
 
 
 def to_model_grid(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, ModelGrid, CandidateGrid]:
@@ -120,8 +120,8 @@ def restore_labelmap(labels: Tensor, model_grid: ModelGrid) -> Volume:
         values = _looked_up(uniform, lower).expand(slab.stop - slab.start, *model_grid.source_shape[1:])
         result[slab] = values
         slab_labels = result[slab].view(-1)
-        for voxels in torch.from_numpy(np.flatnonzero(values.numpy() < 0)).split(VOXELS_AT_ONCE // 64):
-            at = torch.unravel_index(voxels, values.shape)
+        for voxels in torch.from_numpy(np.flatnonzero(values.numpy() < 0)).split(VOXELS_AT_ONCE // 32):
+            at = tuple(map(torch.from_numpy, np.unravel_index(voxels.numpy(), tuple(values.shape))))  # torch's imports a compiler at its first call
             mixed = [p.expand(values.shape)[at] for p in positions]
             slab_labels[voxels] = _interpolated_labels(labels, mixed)
     return Volume(array=result.numpy(), ijk_to_ras=model_grid.source_ijk_to_ras)

@@ -319,4 +319,7 @@ def _kept(labels: Tensor, keep: tuple[int, ...]) -> Tensor:
     """Labels with everything but the values to keep turned into background."""
     table = torch.zeros(256, dtype=torch.uint8)
     table[list(keep)] = torch.tensor(keep, dtype=torch.uint8)
-    return table[labels.long()]
+    kept = torch.empty_like(labels)
+    for source, target in zip(labels, kept):  # slice by slice, because an index takes eight bytes a voxel
+        torch.index_select(table, 0, source.flatten().int(), out=target.view(-1))
+    return kept
