@@ -9,11 +9,15 @@ import numpy as np
 from NMSWSegment.evaluation.comparison_page import machine_paragraph
 from NMSWSegment.evaluation.comparison_run import open_results, write_results
 from NMSWSegment.evaluation.measurement import in_own_process
-from NMSWSegment.evaluation.speed_measurement import METHODS, SpeedOptions, measure_speed, speed_macs
+from NMSWSegment.evaluation.speed_measurement import METHODS, SpeedOptions, measure_earlier, measure_speed, speed_macs
 from NMSWSegment.evaluation.tables import markdown
 from NMSWSegment.files.memory import available_memory_bytes
 from NMSWSegment.nets.backbones import BACKBONES, NUM_FEATURES
 from NMSWSegment.protocol import OnProgress, Progress, UserError
+
+COMPARED = "nmsw_10"
+"""The method that --before measures."""
+STAGES = ("coarse", "upsample", "select", "patches", "aggregate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--classes", type=int, default=20, metavar="N", help="classes with background (default: %(default)s)")
     group.add_argument("--preset", default="paper", choices=tuple(NUM_FEATURES), help="size of the nets (default: %(default)s)")
     group.add_argument("--backbone", default="unet", choices=BACKBONES, help="local net (default: %(default)s)")
+    group.add_argument(
+        "--before", type=Path, default=None, metavar="FOLDER", help="folder of an earlier version: its seconds by stage beside those of this one, k = 10"
+    )
     group.add_argument(
         "--windows", type=int, default=3, metavar="N", help="windows of each method that are measured; the others are extrapolated (default: %(default)s)"
     )
@@ -41,6 +48,8 @@ def run_speed(arguments: argparse.Namespace, *, on_progress: OnProgress) -> tupl
         threads=arguments.threads,
     )
     folder: Path = arguments.output
+    if arguments.before is not None and not (arguments.before / "NMSWSegment").is_dir():
+        raise UserError(f"'{arguments.before}' holds no folder NMSWSegment. Give the folder of an earlier version with --before, or leave it out.")
     results = open_results(folder, options=options, device=options.device, threads=options.threads)
     done = {record["method"] for record in results["records"]}
     for number, method in enumerate(METHODS):
@@ -51,6 +60,10 @@ def run_speed(arguments: argparse.Namespace, *, on_progress: OnProgress) -> tupl
         record = in_own_process(measure_speed, method, options)
         macs, paper_macs = speed_macs(method, options, windows=record["windows"])
         results["records"].append(record | {"macs": macs, "paper_macs": paper_macs})
+        write_results(results, folder)
+    if arguments.before is not None and "before" not in results:
+        on_progress(Progress("compare", 1.0, f"{options.backbone}: {_title(COMPARED)}, earlier version"))
+        results["before"] = measure_earlier(COMPARED, options, folder=arguments.before)
         write_results(results, folder)
     return speed_page(results, options), [], speed_sentence(results["records"])
 
@@ -65,6 +78,9 @@ def speed_page(results: dict, options: SpeedOptions) -> str:
         "measured with all windows; seconds marked * extrapolate the local net, by the median of all measured windows. TMACs (paper) count the published nets in "
         "the paper's way.\n",
         speed_table(results["records"]),
+        "Seconds by stage, and what is not a net as a share of the nets:\n",
+        stage_table(results["records"]),
+        *([f"Seconds of {_title(COMPARED)} before and after, measured one after the other:\n", before_table(results)] if "before" in results else []),
         f"**{speed_sentence(results['records'])}**\n",
     ]
     return "\n".join(parts)
@@ -87,9 +103,38 @@ def speed_table(records: list[dict]) -> str:
     return markdown(header, lines)
 
 
+def stage_table(records: list[dict]) -> str:
+    """A row for each method with a coarse pass."""
+    per_patch_s = _patch_seconds(records)
+    lines = []
+    for record in records:
+        if "coarse" in record["seconds"]:
+            stages = record["seconds"] | {"patches": record["windows"] * per_patch_s}
+            nets = stages["coarse"] + stages["patches"]
+            rest = sum(stages.values()) - nets
+            lines.append((_title(record["method"]), *(f"{stages[stage]:.2f}" for stage in STAGES), f"{100 * rest / nets:.0f} %"))
+    return markdown(("method", *STAGES, "not nets"), lines)
+
+
+def before_table(results: dict) -> str:
+    """A row a stage, and the peak memory."""
+    after = next(record for record in results["records"] if record["method"] == COMPARED)
+    rows = []
+    for stage in STAGES:
+        pair = [
+            statistics.median(record["seconds_per_patch"]) * record["windows"] if stage == "patches" else record["seconds"][stage]
+            for record in (results["before"], after)
+        ]
+        rows.append((stage, *(f"{seconds:.2f} s" for seconds in pair), f"{pair[0] / max(pair[1], 1e-3):.1f}"))
+    peaks = [record["peak_memory_bytes"] for record in (results["before"], after)]
+    if all(peaks):
+        rows.append(("peak memory", *(f"{peak / 1e9:.1f} GB" for peak in peaks), f"{peaks[0] / peaks[1]:.1f}"))
+    return markdown(("stage", "before", "after", "before / after"), rows)
+
+
 def total_seconds(records: list[dict]) -> dict[str, float]:
     """Seconds by method. All methods share the net, so that the median over all measured windows stands for each of them."""
-    per_patch_s = statistics.median(seconds for record in records for seconds in record["seconds_per_patch"])
+    per_patch_s = _patch_seconds(records)
     return {record["method"]: sum(record["seconds"].values()) + record["windows"] * per_patch_s for record in records}
 
 
@@ -99,6 +144,11 @@ def speed_sentence(records: list[dict]) -> str:
     if not {"sw_0.50", "nmsw_5"} <= totals.keys():
         return "There is no sentence without both the sliding window and k = 5."
     return f"On this computer k = 5 takes {_duration(totals['nmsw_5'])} where a sliding window takes {_duration(totals['sw_0.50'])}: {100 * totals['nmsw_5'] / totals['sw_0.50']:.1f} % of its time."
+
+
+def _patch_seconds(records: list[dict]) -> float:
+    """Of the local net for one patch."""
+    return statistics.median(seconds for record in records for seconds in record["seconds_per_patch"])
 
 
 def _check_memory(method: str, options: SpeedOptions) -> None:

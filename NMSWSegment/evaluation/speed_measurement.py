@@ -4,8 +4,13 @@ The local net runs on the first few windows only; then its last answer stands in
 memory) is real, and the time of the nets is extrapolated.
 """
 
+import json
+import os
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +35,7 @@ GEOMETRY = {"paper": (128, 3), "compact": (64, 2)}
 """Preset -> side of a patch, coarse factor."""
 OVERLAP = 0.5
 SEED = 0
-METHODS = {"sw_0.50": None, "nmsw_5": 5, "nmsw_30": 30, "nmsw_all": None}
+METHODS = {"sw_0.50": None, "nmsw_5": 5, "nmsw_10": 10, "nmsw_30": 30, "nmsw_all": None}
 """Method -> patches; None is all windows."""
 
 
@@ -114,6 +119,26 @@ def measure_speed(method: str, options: SpeedOptions) -> dict:
         "peak_memory_bytes": peak_memory_bytes(),
         "gpu_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }
+
+
+def measure_earlier(method: str, options: SpeedOptions, *, folder: Path) -> dict:
+    """The same row measured by the NMSWSegment of another folder, in a process of its own.
+
+    Raises:
+        UserError: it cannot measure this.
+    """
+    script = (
+        "import json, sys; from NMSWSegment.evaluation import speed_measurement as s; method, k, options = json.loads(sys.argv[1]); s.METHODS[method] = k; "
+        "print(json.dumps(s.measure_speed(method, s.SpeedOptions(**options | {'shape': tuple(options['shape'])}))))"
+    )
+    request = json.dumps([method, METHODS[method], asdict(options)])
+    done = subprocess.run(
+        [sys.executable, "-c", script, request], env=os.environ | {"PYTHONPATH": str(folder.resolve())}, cwd=folder, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        raise UserError(f"The version in '{folder}' cannot measure this ({reason}). Give another one with --before, or leave it out.")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def speed_macs(method: str, options: SpeedOptions, *, windows: int) -> tuple[int, int]:

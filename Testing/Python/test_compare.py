@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,8 @@ from NMSWSegment.evaluation import compare, comparison_run, fusion_speed, speed
 from NMSWSegment.evaluation.comparison_page import put_into_page
 from NMSWSegment.evaluation.costs import bundle_costs, coarse_shape, run_costs
 from NMSWSegment.evaluation.measurement import RUNS, STAGES, in_own_process, peak_memory_bytes
-from NMSWSegment.evaluation.speed import speed_sentence, total_seconds
-from NMSWSegment.evaluation.speed_measurement import FirstCalls, SpeedOptions, measure_speed, speed_macs
+from NMSWSegment.evaluation.speed import before_table, speed_sentence, stage_table, total_seconds
+from NMSWSegment.evaluation.speed_measurement import FirstCalls, SpeedOptions, measure_earlier, measure_speed, speed_macs
 from NMSWSegment.evaluation.tables import losses, main_table, plain_sentence, structure_table, summary_rows
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import load_bundle
@@ -291,6 +292,33 @@ def test_speed_seconds_of_unmeasured_windows_are_the_median_of_all_measured_ones
     ]
     assert total_seconds(records) == {"sw_0.50": 210.0, "nmsw_5": 11.5}
     assert speed_sentence(records) == "On this computer k = 5 takes 12 s where a sliding window takes 3.5 min: 5.5 % of its time."
+
+
+def test_speed_stages_before_and_after_stand_side_by_side():
+    after = {
+        "method": "nmsw_10",
+        "windows": 10,
+        "seconds_per_patch": [2.0, 3.0, 4.0],
+        "seconds": {"coarse": 5.0, "upsample": 0.5, "select": 0.25, "aggregate": 1.0},
+        "peak_memory_bytes": 2e9,
+    }
+    before = after | {"seconds": {"coarse": 10.0, "upsample": 3.0, "select": 3.0, "aggregate": 9.0}, "peak_memory_bytes": 5e9}
+    assert stage_table([after]).splitlines()[-1] == "| NMSW, k = 10 | 5.00 | 0.50 | 0.25 | 30.00 | 1.00 | 5 % |"
+    rows = before_table({"before": before, "records": [after]}).splitlines()[2:]
+    assert (
+        "| upsample | 3.00 s | 0.50 s | 6.0 |" in rows and "| patches | 30.00 s | 30.00 s | 1.0 |" in rows and "| peak memory | 5.0 GB | 2.0 GB | 2.5 |" in rows
+    )
+
+
+def test_speed_of_an_earlier_version_is_measured_in_its_folder(tmp_path):
+    options = replace(PAPER, shape=(64, 64, 64), classes=2, preset="compact", windows=1)
+    record = measure_earlier("nmsw_10", options, folder=Path(speed.__file__).parents[2])
+    assert (record["method"], record["windows"]) == ("nmsw_10", 1) and {"coarse", "upsample", "select", "aggregate"} == record["seconds"].keys()
+    (tmp_path / "NMSWSegment").mkdir()
+    with pytest.raises(UserError, match="Give another one with --before"):
+        measure_earlier("nmsw_10", options, folder=tmp_path)
+    with pytest.raises(UserError, match="holds no folder NMSWSegment"):
+        verb("--speed", "--before", tmp_path / "nowhere", "--output", tmp_path / "speed")
 
 
 def test_speed_verb_writes_a_table_and_goes_on(tmp_path, in_this_process, monkeypatch, capsys):
