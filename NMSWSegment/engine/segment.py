@@ -119,6 +119,7 @@ def segment_volume(
             with timed(timings, "preview"):
                 preview = coarse_result(coarse, keep=keep, in_roi=in_roi, name=volume.name)
             coarse_ready(preview)
+            del preview  # a labelmap as large as the volume
         with timed(timings, "select"):
             selection = choose(coarse, options=options, focus_classes=keep if options.structures else ())
         num_reused = sum(index in run_cache.patches for index in selection.indices)

@@ -21,12 +21,13 @@ MAX_CACHE_BYTES = 2 << 30
 # Measured with torch 2.13 on Linux x86-64 and the packaged bundle: peak resident set of every stage by itself, upright and
 # oblique volumes of 1.6 to 105 million voxels. The factors follow from the code of the stages (how many arrays live at
 # once); those of the nets are upper bounds, one patch of the preset's size on one thread, random weights.
-_WORKER_BYTES = 370_000_000  # Python, numpy, SimpleITK, torch and both nets
-_SLAB_VOXELS = 1 << 23  # resampling.VOXELS_AT_ONCE: what resampling and restoring hold at once
+_WORKER_BYTES = 385_000_000  # Python, numpy, SimpleITK, torch and both nets
+_SLAB_VOXELS = 1 << 21  # resampling.VOXELS_AT_ONCE: what resampling and restoring hold at once
 _RESAMPLE_SLAB_BYTES, _RESAMPLE_OBLIQUE_SLAB_BYTES = 28, 115  # an oblique volume needs three coordinates for every voxel
-_RESTORE_SLAB_BYTES, _RESTORE_OBLIQUE_SLAB_BYTES = 20, 92
-_RESTORE_CHUNK_BYTES = 90_000_000  # eight corners of 2^17 voxels, compared with each other
-_UPSAMPLE_CLASS_BYTES = (1 << 18) * 4 * 17  # aggregation.MIXED_VOXELS_AT_ONCE, float32, arrays alive in CoarseUpsampler._at
+_RESTORE_SLAB_BYTES, _RESTORE_OBLIQUE_SLAB_BYTES = 40, 140
+_RESTORE_CHUNK_BYTES = 45_000_000  # eight corners of 2^16 voxels, compared with each other
+_BLOCKED_BYTES = 12 * 4 * (1 << 17)  # arrays of blocked.BLOCK_FLOATS that one pass has at a time, two threads
+_OVERLAPPING = 4.0  # blocks that wait, as a multiple of the share of the candidates that are chosen
 _ALLOCATOR = 1.15  # freed memory that is not given back between the stages; the largest excess over the sum was 13 %
 _NET_BYTES = 50_000_000  # of a net, whatever its input
 _NET_FLOATS = {  # of a net, per input voxel beside one float a class, by backbone and preset; the coarse net is a UNet
@@ -80,32 +81,29 @@ def needed_memory_bytes(
     On a GPU the nets work in its own memory, so that this is more than is taken.
     """
     source, model, padded = (int(np.prod(shape, dtype=float)) for shape in (model_grid.source_shape, model_grid.shape, grid.padded_shape))
-    coarse = int(np.prod([-(-length // factor) for length, factor in zip(grid.padded_shape, coarse_factor)], dtype=float))
+    coarse = int(np.prod([-(-length // factor) for length, factor in zip(model_grid.shape, coarse_factor)], dtype=float))
     patch_logits = 4 * num_classes * int(np.prod(grid.patch_size))
     stays = 4 * padded + 4 * (num_classes + 1) * coarse  # x, coarse logits, importance map
     to_source = np.linalg.inv(model_grid.ijk_to_ras) @ model_grid.source_ijk_to_ras
     is_oblique = bool((np.abs(to_source[:3, :3]) > 1e-12).sum() > 3)
     restore_slab_bytes = _RESTORE_OBLIQUE_SLAB_BYTES if is_oblique else _RESTORE_SLAB_BYTES
     stages = [
-        _resample_bytes(model_grid, is_oblique=is_oblique),
-        16 * model + 4 * padded,  # intensity, its copy and two terms; padding
+        _resample_bytes(model_grid, is_oblique=is_oblique) + 4 * padded,
         stays + _net_bytes(coarse, num_classes=num_classes, floats=_NET_FLOATS["unet"]["paper"]),
-        stays + (32 * num_classes + 48) * coarse,  # selection: four float64 copies of the logits
-        stays + _UPSAMPLE_CLASS_BYTES * num_classes + 60 * coarse + 7 * padded,
-        stays + padded + _patch_bytes(grid, num_classes=num_classes, num_patches=num_patches, floats=_local_floats(backbone, preset)),
-        stays + 10 * padded,  # labels, as int64 too, to drop structures
-        stays + padded + 10 * model + _RESTORE_CHUNK_BYTES + restore_slab_bytes * min(_SLAB_VOXELS, source),
+        stays + 60 * coarse + _BLOCKED_BYTES,  # selection: presence and entropy, some maps in float64
+        stays + 30 * coarse + 3 * padded + _BLOCKED_BYTES,  # up-sampling: cells, labels with a margin, their copy
+        stays + 2 * padded + _BLOCKED_BYTES + _patch_bytes(grid, num_classes=num_classes, num_patches=num_patches, floats=_local_floats(backbone, preset)),
+        stays + 3 * padded + 5 * model + _RESTORE_CHUNK_BYTES + restore_slab_bytes * min(_SLAB_VOXELS, source) + source,  # ... and the labelmap
     ]
-    labelmaps = 2 * source  # the coarse one and the final one
     cache = min(cache_bytes, num_patches * patch_logits)
-    return int(_WORKER_BYTES + _ALLOCATOR * (bytes_per_voxel * source + max(stages) + labelmaps + cache))
+    return int(_WORKER_BYTES + _ALLOCATOR * (bytes_per_voxel * source + max(stages) + cache))
 
 
 def _resample_bytes(model_grid: ModelGrid, *, is_oblique: bool) -> int:
-    """Source slab, averaged source twice (its pieces, then together), slab of the model grid, volume on the model grid."""
+    """Source slab, averaged source twice (its pieces, then together), slab of the model grid."""
     source, model = np.prod(model_grid.source_shape, dtype=float), np.prod(model_grid.shape, dtype=float)
     slab_bytes = _RESAMPLE_OBLIQUE_SLAB_BYTES if is_oblique else _RESAMPLE_SLAB_BYTES
-    return int(4 * min(_SLAB_VOXELS, source) + 8 * _averaged_voxels(model_grid) + slab_bytes * min(_SLAB_VOXELS, model) + 4 * model)
+    return int(4 * min(_SLAB_VOXELS, source) + 8 * _averaged_voxels(model_grid) + slab_bytes * min(_SLAB_VOXELS, model))
 
 
 def _averaged_voxels(model_grid: ModelGrid) -> float:
@@ -136,9 +134,11 @@ def _patch_bytes(grid: CandidateGrid, *, num_classes: int, num_patches: int, flo
     blocks_per_axis = [size // step for size, step in zip(grid.patch_size, grid.stride)]
     # Patches come in candidate order, so that the blocks in waiting lie in the layers of one row of patches.
     blocks_in_layers = blocks_per_axis[0] * int(np.prod([count + per_patch - 1 for count, per_patch in zip(grid.counts[1:], blocks_per_axis[1:])]))
-    blocks = min(num_patches * int(np.prod(blocks_per_axis)), blocks_in_layers)
+    # A block waits only where several of the chosen patches cover it; with few patches of many that is seldom.
+    share = min(1.0, _OVERLAPPING * num_patches / grid.num_candidates)
+    blocks = min(num_patches * int(np.prod(blocks_per_axis)), int(np.ceil(share * blocks_in_layers)))
     patch_voxels = int(np.prod(grid.patch_size))
-    one_patch = max(_net_bytes(patch_voxels, num_classes=num_classes, floats=floats), 4 * 4 * num_classes * patch_voxels)  # logits, weighted, mixed, up-sampled
+    one_patch = max(_net_bytes(patch_voxels, num_classes=num_classes, floats=floats), 2 * 4 * num_classes * patch_voxels)  # the last patch and the next one
     return blocks * 4 * (num_classes + 1) * int(np.prod(grid.stride)) + one_patch
 
 

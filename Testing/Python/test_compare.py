@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -310,13 +309,26 @@ def test_speed_stages_before_and_after_stand_side_by_side():
     )
 
 
+EARLIER_VERSION = """
+from types import SimpleNamespace
+METHODS = {}
+SpeedOptions = SimpleNamespace
+def measure_speed(method, options):
+    print("loading")
+    return {"method": method, "k": METHODS[method], "shape": list(options.shape), "classes": options.classes}
+"""
+
+
 def test_speed_of_an_earlier_version_is_measured_in_its_folder(tmp_path):
-    options = replace(PAPER, shape=(64, 64, 64), classes=2, preset="compact", windows=1)
-    record = measure_earlier("nmsw_10", options, folder=Path(speed.__file__).parents[2])
-    assert (record["method"], record["windows"]) == ("nmsw_10", 1) and {"coarse", "upsample", "select", "aggregate"} == record["seconds"].keys()
-    (tmp_path / "NMSWSegment").mkdir()
-    with pytest.raises(UserError, match="Give another one with --before"):
-        measure_earlier("nmsw_10", options, folder=tmp_path)
+    evaluation = tmp_path / "NMSWSegment" / "evaluation"
+    evaluation.mkdir(parents=True)
+    (tmp_path / "NMSWSegment" / "__init__.py").touch()
+    (evaluation / "__init__.py").touch()
+    (evaluation / "speed_measurement.py").write_text(EARLIER_VERSION)
+    assert measure_earlier("nmsw_10", PAPER, folder=tmp_path) == {"method": "nmsw_10", "k": 10, "shape": list(PAPER.shape), "classes": PAPER.classes}
+    (evaluation / "speed_measurement.py").write_text("raise ValueError('of another time')")
+    with pytest.raises(UserError, match="of another time.*Give another one with --before"):
+        measure_earlier("nmsw_10", PAPER, folder=tmp_path)
     with pytest.raises(UserError, match="holds no folder NMSWSegment"):
         verb("--speed", "--before", tmp_path / "nowhere", "--output", tmp_path / "speed")
 
