@@ -200,7 +200,7 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default=defaults.device, metavar="auto|cpu|cuda|mps", help="where the nets run; cuda:1 is the second GPU (default: %(default)s)"
     )
     parser.add_argument("--structures", default="", metavar="NAME,...", help="structures to keep, for example liver,spleen (default: all)")
-    parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="CPU threads (default: all cores but one)")
+    parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="CPU threads (default: all physical cores)")
     parser.add_argument(
         "--runtime",
         default=defaults.runtime,

@@ -83,7 +83,7 @@ class SegmentOptions:
     """4 x 4; sends the cube [-0.5, 0.5]^3 to the region of interest in RAS mm, oblique or not. Patches are spent inside it only,
     and segments end at its faces; None is the whole volume."""
     threads: int | None = None
-    """CPU threads; None leaves one core free for the rest of the computer."""
+    """CPU threads; None takes all physical cores. The worker of the panel runs at low priority, so that the application stays responsive."""
     runtime: str = EXACT
     """What computes the local net on a CPU: exact (PyTorch in float32, the same bits on every run), auto (the fastest on this computer whose answer
     agrees, measured once), or one by name: openvino, openvino-bf16, torch-bf16. A GPU always computes as in exact."""

@@ -184,8 +184,8 @@ def open_nets(bundle: Bundle, *, device: str, runtime: str = EXACT) -> Nets:
 
 
 def thread_count(threads: int | None) -> int:
-    """CPU threads of a run; None leaves one core free."""
-    return threads or max(1, (os.cpu_count() or 2) - 1)
+    """CPU threads of a run; None is what torch takes by itself, one for each physical core where it knows them."""
+    return threads or torch.get_num_threads()
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def reproducible(threads: int | None) -> Iterator[None]:
     """Fixed thread count, deterministic cuDNN, no TF32; everything as before at the end.
 
     Args:
-        threads: CPU threads; None leaves one core free.
+        threads: CPU threads; None as in thread_count.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(thread_count(threads))

@@ -73,6 +73,7 @@ def serve(*, folder: Path | None = None) -> int:
         folder: removed at the end, for the case that the panel died and cannot do so itself.
     """
     requests, events = _taken_standard_streams()
+    _lower_priority()
     send = _event_writer(events)
     send({"event": "ready", "pid": os.getpid(), "version": __version__})
     inbox = Inbox()
@@ -188,6 +189,22 @@ def _taken_standard_streams() -> tuple[BinaryIO, BinaryIO]:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     return requests, events
+
+
+def _lower_priority() -> None:
+    """Let the application, and all else on the computer, go first: the nets take every core."""
+    try:
+        if sys.platform == "win32":
+            import ctypes
+
+            below_normal = 0x4000  # BELOW_NORMAL_PRIORITY_CLASS
+            kernel = ctypes.WinDLL("kernel32")
+            kernel.GetCurrentProcess.restype = ctypes.c_void_p
+            kernel.SetPriorityClass(ctypes.c_void_p(kernel.GetCurrentProcess()), below_normal)
+        else:
+            os.nice(5)
+    except OSError as error:  # a system that forbids it; the run is the same
+        print(f"The priority of the worker stays as it is ({error}).", file=sys.stderr)
 
 
 def _event_writer(stream: BinaryIO) -> Send:

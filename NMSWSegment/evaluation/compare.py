@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default="", metavar="NAME,...", help="only these methods (default: all but what --ablate adds)")
     parser.add_argument("--ablate", default="", metavar="NAME,...", help=f"a further table each: {', '.join(ABLATIONS)}")
     parser.add_argument("--device", default="cpu", metavar="auto|cpu|cuda|mps", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores but one)")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: all physical cores)")
     parser.add_argument(
         "--docs",
         type=Path,

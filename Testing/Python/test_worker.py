@@ -288,3 +288,8 @@ def test_progress_is_told_at_every_stage_and_not_too_often_within_one():
     time.sleep(0.06)
     on_progress(Progress("restore", 0.95, ""))
     assert len(sent) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "getpriority"), reason="not on Windows")
+def test_worker_lets_the_application_go_first(a_worker):
+    assert os.getpriority(os.PRIO_PROCESS, a_worker.process.pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5)
