@@ -157,7 +157,7 @@ def test_lack_of_memory_lets_everything_go(bundle, volume, monkeypatch):
 def test_nets_that_left_a_full_gpu_get_another_chance_with_the_next_volume(bundle, volume, monkeypatch):
     opened = []
 
-    def open_nets(bundle, *, device, original=session.open_nets):
+    def open_nets(bundle, *, device, runtime="exact", original=session.open_nets):
         opened.append(device)
         nets = original(bundle, device=device)
         nets.device_steps.append("cuda:0 ran out of memory; the nets went on with the CPU")

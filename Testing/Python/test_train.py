@@ -177,7 +177,7 @@ def test_training_answer_equals_inference_answer_on_the_same_patches(spied_step)
     coarse = coarse_pass(Volume(sample.intensity.numpy(), phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), tuple(sample.intensity.shape))), nets)
     assert torch.equal(coarse.coarse_logits, seen["coarse_logits"])
     labels = refine(coarse, Selection(indices=tuple(seen["indices"]), importance=(0.0,) * 3), nets)
-    only_coarse = aggregation.CoarseUpsampler(coarse.coarse_logits, shape=coarse.grid.padded_shape).labels()
+    only_coarse = aggregation.CoarseUpsampler(coarse.coarse_logits, grid=coarse.grid).labels()
     num_clear = num_changed = 0
     for index, high in zip(seen["indices"], seen["high"].detach()):
         best = high.topk(2, dim=0).values
@@ -226,7 +226,7 @@ def test_gate_gradient_reaches_the_importance_head_as_the_formula_says(spied_ste
     for index, gradient in zip(seen["indices"], seen["high"].grad):
         pull[(slice(None), *grid.slices(index))] += gradient
         weight_sum[grid.slices(index)] += window
-    upsampled = aggregation.CoarseUpsampler(seen["coarse_logits"], shape=grid.padded_shape).region([slice(0, n) for n in grid.padded_shape])
+    upsampled = aggregation.CoarseUpsampler(seen["coarse_logits"], grid=grid).region([slice(0, n) for n in grid.padded_shape])
     benefits = []
     for index, logits in zip(seen["indices"], seen["patch_logits"].detach()):
         box = grid.slices(index)
