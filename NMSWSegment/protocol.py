@@ -80,6 +80,8 @@ class SegmentOptions:
     roi_to_ras: tuple[tuple[float, ...], ...] | None = None
     """4 x 4; sends the cube [-0.5, 0.5]^3 to the region of interest in RAS mm, oblique or not. Patches are spent inside it only,
     and segments end at its faces; None is the whole volume."""
+    min_island_ml: float = 0.0
+    """Parts of a structure that lie apart from it and are smaller than this become background, except its largest; 0 keeps all of them."""
     threads: int | None = None
     """CPU threads; None leaves one core free for the rest of the computer."""
 
@@ -93,6 +95,8 @@ class SegmentOptions:
             raise UserError(
                 f"k = auto asks how much the next patch would add, which only the policy greedy knows; the policy is {self.policy}. Use greedy, or a number of patches."
             )
+        if not 0 <= self.min_island_ml < float("inf"):
+            raise UserError(f"The size of islands to remove is {self.min_island_ml} ml. Use 0 or more.")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}. Use 1 or more, or leave it out.")
 

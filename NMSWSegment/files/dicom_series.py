@@ -43,16 +43,50 @@ class DicomSlice:
         return int(self.size[2]) if len(self.size) > 2 else 1
 
 
-def find_series(folder: Path, *, quiet: Callable) -> list[Path]:
-    """Files of the only image series in a folder, along the direction that rows x columns gives.
+@dataclass(frozen=True)
+class SeriesInfo:
+    """One image series of a folder, for a person to choose from."""
+
+    uid: str
+    """Series Instance UID."""
+    description: str
+    num_slices: int
+
+
+def list_series(folder: Path, *, quiet: Callable) -> list[SeriesInfo]:
+    """The image series of a folder in the order of their UIDs; scouts and single slices are left out where there is anything else.
+
+    Raises:
+        UserError: there is none.
+    """
+    volumes = _volumes(folder, quiet=quiet)
+    return sorted((SeriesInfo(files[0].series_uid, files[0].description, _num_slices(files)) for files in volumes), key=lambda info: info.uid)
+
+
+def find_series(folder: Path, *, quiet: Callable, series_uid: str | None = None) -> list[Path]:
+    """Files of an image series in a folder, along the direction that rows x columns gives.
 
     Args:
         folder: searched without its sub-folders; files that are no DICOM images are passed over.
         quiet: context manager that keeps the reader's own messages from the terminal.
+        series_uid: Series Instance UID; None takes the only series.
 
     Raises:
-        UserError: there is no series or several, or its slices do not make a regular volume.
+        UserError: there is no such series, or several to choose from, or its slices do not make a regular volume.
     """
+    volumes = _volumes(folder, quiet=quiet)
+    if series_uid is not None:
+        chosen = [files for files in volumes if files[0].series_uid == series_uid]
+        if not chosen:
+            raise UserError(f"The folder '{folder}' has no image series with the UID '{series_uid}'. It has: {_listing(volumes)}.")
+        return _ordered(chosen[0])
+    if len(volumes) > 1:
+        raise UserError(f"The folder '{folder}' has {len(volumes)} image series: {_listing(volumes)}. Choose one with --series UID.")
+    return _ordered(volumes[0])
+
+
+def _volumes(folder: Path, *, quiet: Callable) -> list[list[DicomSlice]]:
+    """Slices of every image series in a folder."""
     with quiet():
         slices = [found for path in sorted(folder.iterdir()) if path.is_file() and (found := _read_slice(path))]
     series = {}
@@ -62,9 +96,7 @@ def find_series(folder: Path, *, quiet: Callable) -> list[Path]:
     volumes = [files for files in series.values() if _num_slices(files) > 1 and not files[0].is_localizer]
     if not volumes:
         _raise_no_series(folder, list(series.values()))
-    if len(volumes) > 1:
-        raise UserError(f"The folder '{folder}' has {len(volumes)} image series: {_listing(volumes)}. Put the files of one series into a folder of their own.")
-    return _ordered(volumes[0])
+    return volumes
 
 
 def _read_slice(path: Path) -> DicomSlice | None:
@@ -104,15 +136,15 @@ def _num_slices(files: list[DicomSlice]) -> int:
     return sum(found.num_frames for found in files)
 
 
-def _listing(volumes: list[list[DicomSlice]]) -> str:
-    """Series for a sentence: 'Thorax 1.0' (310 slices), 'Liver 3.0' (90 slices)."""
-    return ", ".join(f"'{files[0].description}' ({_num_slices(files)} slices)" for files in volumes)
+def _listing(volumes: list[list[DicomSlice]], *, with_uid: bool = True) -> str:
+    """Series for a sentence: 'Thorax 1.0' (310 slices, UID 1.2.3), 'Liver 3.0' (90 slices, UID 1.2.4)."""
+    return ", ".join(f"'{files[0].description}' ({_num_slices(files)} slices{f', UID {files[0].series_uid}' if with_uid else ''})" for files in volumes)
 
 
 def _raise_no_series(folder: Path, series: list[list[DicomSlice]]) -> None:
     """Say why there is nothing to read, and where there might be."""
     if series:
-        raise UserError(f"The folder '{folder}' has single slices or localizers only: {_listing(series)}. Give the folder of a whole series.")
+        raise UserError(f"The folder '{folder}' has single slices or localizers only: {_listing(series, with_uid=False)}. Give the folder of a whole series.")
     sub_folders = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     hint = f" Its sub-folders are not searched: {', '.join(sub_folders[:5])}." if sub_folders else ""
     raise UserError(

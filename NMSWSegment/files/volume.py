@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from NMSWSegment.files.bundle import Label
-from NMSWSegment.files.dicom_series import find_series
+from NMSWSegment.files.dicom_series import SeriesInfo, find_series, list_series
 from NMSWSegment.files.nifti_file import nonfinite_voxels
 from NMSWSegment.files.output_file import check_output_path, file_ending, replaced_file
 from NMSWSegment.protocol import UserError
@@ -51,11 +51,12 @@ class Volume:
         return tuple(float(length) for length in lengths[::-1])
 
 
-def read_volume(path: str | Path) -> Volume:
+def read_volume(path: str | Path, *, series_uid: str | None = None) -> Volume:
     """Read a scalar 3-D volume in its own dtype.
 
     Args:
-        path: a NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.
+        path: a NIfTI, NRRD or MetaImage file, or the folder of a DICOM series.
+        series_uid: Series Instance UID, where the folder has several series.
 
     Raises:
         UserError: there is no such file, it is damaged, or it holds something else than one regular 3-D scalar volume.
@@ -64,7 +65,9 @@ def read_volume(path: str | Path) -> Volume:
     if not path.exists():
         raise UserError(f"There is no file or folder '{path}'. Check the spelling of the path.")
     if path.is_dir():
-        return _checked(_read_dicom(path), path)
+        return _checked(_read_dicom(path, series_uid=series_uid), path)
+    if series_uid is not None:
+        raise UserError(f"A series is chosen of a DICOM folder, but '{path.name}' is a file. Give the folder, or leave --series out.")
     ending = file_ending(path, VOLUME_ENDINGS)
     if ending is None:
         raise UserError(f"'{path.name}' has an ending that is not known. Give one of {', '.join(VOLUME_ENDINGS)}, or the folder of a DICOM series.")
@@ -155,9 +158,23 @@ def _nonfinite_error(path: Path, num_bad: int) -> UserError:
     return UserError(f"'{path.name}' has {num_bad} voxels that are no number (NaN or infinite). Replace them, for example by -1024 (air), and save it again.")
 
 
-def _read_dicom(folder: Path) -> Volume:
-    """The only series of a DICOM folder."""
-    paths = [str(path) for path in find_series(folder, quiet=_quiet_itk)]
+def series_files(folder: Path, *, series_uid: str | None = None) -> list[Path]:
+    """Files of a DICOM series in the order of the planes k of its volume; errors as in read_volume."""
+    return find_series(folder, quiet=_quiet_itk, series_uid=series_uid)
+
+
+def series_of_folder(folder: str | Path) -> list[SeriesInfo]:
+    """The image series of a DICOM folder, for a person to choose from.
+
+    Raises:
+        UserError: there is none.
+    """
+    return list_series(Path(folder), quiet=_quiet_itk)
+
+
+def _read_dicom(folder: Path, *, series_uid: str | None) -> Volume:
+    """A series of a DICOM folder."""
+    paths = [str(path) for path in series_files(folder, series_uid=series_uid)]
     if len(paths) == 1:
         # Multi-frame object: one file is the whole volume.
         return _volume_from_image(_read_image(Path(paths[0])), name=folder.name)
