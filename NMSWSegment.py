@@ -644,3 +644,12 @@ def _timer(milliseconds: int, callback) -> "qt.QTimer":
     timer.setInterval(milliseconds)
     timer.connect("timeout()", callback)
     return timer
+
+
+def __getattr__(name: str) -> object:
+    """`from NMSWSegment import segment` in scripts of the application too; only when it is asked for, because it loads torch."""
+    if name in ("segment", "Segmentation"):
+        from NMSWSegment.engine import segmentation
+
+        return getattr(segmentation, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -59,15 +59,15 @@ class _Source:
     ijk_to_ras: np.ndarray
 
 
-def check_dicom_export(source: str | Path) -> None:
+def check_dicom_export(source: str | Path | Sequence[Path]) -> None:
     """Raise UserError if no DICOM SEG can be made of a result; to be asked before a long run.
 
     Args:
-        source: what was segmented.
+        source: what was segmented; for a DICOM series its folder or its files.
     """
     if importlib.util.find_spec("highdicom") is None:
         raise UserError('Writing DICOM needs the package highdicom, which is not installed. Install it with: pip install "NMSWSegment[dicom]"')
-    if not Path(source).is_dir():
+    if isinstance(source, (str, Path)) and not Path(source).is_dir():
         raise UserError(
             f"A DICOM segmentation refers to the DICOM images it was made from, but the input '{source}' is not a folder with a DICOM series. "
             "Give that folder as the input, or write .seg.nrrd or .nii.gz."
@@ -75,13 +75,13 @@ def check_dicom_export(source: str | Path) -> None:
 
 
 def export_dicom_seg(
-    labelmap: Volume, source_folder: str | Path, output: str | Path, *, labels: Sequence[Label], algorithm: Algorithm, series_uid: str | None = None
+    labelmap: Volume, source: str | Path | Sequence[Path], output: str | Path, *, labels: Sequence[Label], algorithm: Algorithm, series_uid: str | None = None
 ) -> Path:
     """Write a labelmap as one DICOM SEG object with a binary segment for each structure that has voxels.
 
     Args:
         labelmap: labels, (K, J, I) uint8, on the voxels of the series; the order and direction of its axes may differ.
-        source_folder: folder of the DICOM series that was segmented.
+        source: folder of the DICOM series that was segmented, or all its files in any order.
         output: file that ends in .dcm.
         labels: structures; values of the labelmap that are not listed are left out.
         series_uid: Series Instance UID, where the folder has several series.
@@ -91,8 +91,8 @@ def export_dicom_seg(
             what a segmentation needs, or the file cannot be written.
     """
     output = check_output_path(output, DICOM_SEG_ENDINGS)
-    check_dicom_export(source_folder)
-    source = _source(Path(source_folder), series_uid=series_uid)
+    check_dicom_export(source)
+    source = _source(source, series_uid=series_uid)
     present = set(np.unique(labelmap.array).tolist())
     labels = [label for label in labels if label.value in present]
     if not labels:
@@ -111,13 +111,14 @@ def export_dicom_seg(
     return output
 
 
-def _source(folder: Path, *, series_uid: str | None) -> _Source:
-    """Headers and grid of the series in a folder."""
+def _source(source: str | Path | Sequence[Path], *, series_uid: str | None) -> _Source:
+    """Headers and grid of a series."""
     import pydicom
 
+    paths = series_files(Path(source), series_uid=series_uid) if isinstance(source, (str, Path)) else source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        instances = [pydicom.dcmread(path, stop_before_pixels=True) for path in series_files(folder, series_uid=series_uid)]
+        instances = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
         try:
             for instance in instances:
                 _complete(instance)

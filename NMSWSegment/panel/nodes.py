@@ -28,12 +28,12 @@ SAME_GRID_ATOL_MM = 1e-3
 _TABLE_COLUMNS = {  # title: key of the statistics, decimal places; 0 is a whole number, None a text
     "Structure": ("structure", None),
     "Volume (ml)": ("volume_ml", 2),
+    "Voxels": ("voxels", 0),
     "Mean": ("mean", 1),
     "SD": ("sd", 1),
     "Surface (cm2)": ("surface_cm2", 1),
     "At border": ("border_faces", None),
     "Refined (%)": ("refined_percent", 1),
-    "Voxels": ("voxels", 0),
 }
 
 

@@ -153,8 +153,10 @@ def test_labelmap_with_other_axes_on_the_same_voxels_gives_the_same_segments(an_
     other_to_ijk = np.array([[0, 0, -1.0, i_last], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # (j, k, i reversed)
     other = Volume(np.ascontiguousarray(labelmap.array.transpose(2, 0, 1)[::-1]), labelmap.ijk_to_ras @ other_to_ijk)
     np.testing.assert_allclose(center_ras(other, 3), center_ras(labelmap, 3), atol=1e-9)
-    export_dicom_seg(other, source, tmp_path / "seg.dcm", labels=LABELS, algorithm=ALGORITHM)
-    assert pydicom.dcmread(tmp_path / "seg.dcm").PixelData == pydicom.dcmread(path).PixelData
+    export_dicom_seg(other, sorted(source.iterdir()), tmp_path / "seg.dcm", labels=LABELS, algorithm=ALGORITHM)  # files in the order of their names
+    found, expected = (highdicom.seg.segread(file).get_volume(combine_segments=True) for file in (tmp_path / "seg.dcm", path))
+    np.testing.assert_array_equal(found.array, expected.array)
+    np.testing.assert_allclose(found.affine, expected.affine)
 
 
 @pytest.mark.parametrize("fault", ["moved", "cropped", "resampled"])

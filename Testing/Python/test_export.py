@@ -14,13 +14,13 @@ pytest.importorskip("monai")
 pytest.importorskip("einops")  # MONAI's Swin-UNETR needs it
 
 from conftest import ROOT  # noqa: E402
-from NMSWSegment.volume import read_volume, write_volume  # noqa: E402
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
 from NMSWSegment.engine.runtime import Nets, open_nets  # noqa: E402
 from NMSWSegment.engine.segment import RunCache, choose, coarse_pass, refine, segment_volume  # noqa: E402
 from NMSWSegment.files import phantoms  # noqa: E402
 from NMSWSegment.files.bundle import load_bundle  # noqa: E402
+from NMSWSegment.files.volume import read_volume, write_volume  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402

@@ -249,20 +249,20 @@ def test_statistics_table_lists_the_segments_and_is_written_anew(scene, volume_n
     assert [table.GetColumnName(index) for index in range(8)] == [
         "Structure",
         "Volume (ml)",
+        "Voxels",
         "Mean",
         "SD",
         "Surface (cm2)",
         "At border",
         "Refined (%)",
-        "Voxels",
     ]
     found = [[table.GetValue(row, column).ToString() for column in range(table.GetNumberOfColumns())] for row in range(table.GetNumberOfRows())]
     present = [row for row in rows if row["voxels"]]
-    assert [row[0] for row in found] == ["liver", "right kidney"] and [row[7] for row in found] == ["5", "1"]
+    assert [row[0] for row in found] == ["liver", "right kidney"] and [row[2] for row in found] == ["5", "1"]
     assert [float(row[1]) for row in found] == [round(row["volume_ml"], 2) for row in present]
-    assert [float(row[2]) for row in found] == [round(row["mean"], 1) for row in present]
-    assert [row[5] for row in found] == [row["border_faces"] for row in present]
-    assert found[1][3] == "nan"  # one voxel has no spread
+    assert [float(row[3]) for row in found] == [round(row["mean"], 1) for row in present]
+    assert [row[6] for row in found] == [row["border_faces"] for row in present]
+    assert found[1][4] == "nan"  # one voxel has no spread
     assert scene.GetNumberOfNodesByClass("vtkMRMLTableNode") == 1
     assert segmentation_node.GetNodeReference(VOLUMES_ROLE) is table_node
 
