@@ -82,11 +82,14 @@ def _run(case: Case, settings: CohortSettings, *, options: SegmentOptions, folde
     """Fill the folder of a case."""
     from NMSWSegment.cohort.quality import WARNING, quality_checks
     from NMSWSegment.engine.segmentation import segment_with_options
+    from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, check_dicom_export
     from NMSWSegment.files.statistics import write_statistics
 
     bundle = load_bundle(options.bundle)
     if bundle.sha256 != settings.bundle_sha256:
         raise UserError(f"The model '{bundle.manifest.name}' is not the one the cohort was started with. Install the same model on every computer.")
+    if settings.ending in DICOM_SEG_ENDINGS:
+        check_dicom_export(case.input)
     result = segment_with_options(case.input, bundle, options=options, series=case.series)
     result.save(folder / f"segmentation{settings.ending}")
     rows = result.statistics()

@@ -77,7 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             if waiting:
                 _run_cases(waiting, settings, bundle, arguments=arguments, writer=writer)
+        except KeyboardInterrupt:
+            print(f"nmsw: {len(outcomes)} of {len(cases)} cases came to an end. The same command goes on with the others.", file=sys.stderr)
+            raise
         finally:
+            _remove_half_done(settings.output)
             writer.write(is_last=True)
     return _told_end(settings, outcomes, num_cases=len(cases))
 
@@ -188,10 +192,15 @@ def _prepare(settings: CohortSettings, *, restart: bool) -> None:
         for name in ("cases", "failed"):
             shutil.rmtree(settings.output / name, ignore_errors=True)
     (settings.output / "cases").mkdir(exist_ok=True)
-    for partial in (settings.output / "cases").glob(f"{PARTIAL_PREFIX}*"):
-        shutil.rmtree(partial, ignore_errors=True)
+    _remove_half_done(settings.output)
     with replaced_file(marker) as temporary:
         temporary.write_text(json.dumps(facts | {"version": __version__}, indent=1) + "\n", encoding="utf-8")
+
+
+def _remove_half_done(output: Path) -> None:
+    """Remove what processes left that were stopped in the middle of a case."""
+    for partial in (output / "cases").glob(f"{PARTIAL_PREFIX}*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

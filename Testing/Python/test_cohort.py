@@ -3,7 +3,6 @@
 import csv
 import html.parser
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -70,7 +69,7 @@ def test_cohort_of_ten_killed_with_signal_9_goes_on_and_one_broken_case_stops_no
     deadline = time.monotonic() + 60
     while len(finished()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(first.pid, signal.SIGKILL)
+    first.kill()
     first.communicate()
     kept = {path.name: (path / "outcome.json").stat().st_mtime_ns for path in finished()}
     assert 2 <= len(kept) < 9
@@ -88,6 +87,28 @@ def test_cohort_of_ten_killed_with_signal_9_goes_on_and_one_broken_case_stops_no
     statistics = rows_of(output / "statistics.csv")
     assert len(statistics) == 27 and {row["case"] for row in statistics} == {f"case{index}" for index in range(9)}
     assert np.unique(read_volume(output / "cases" / "case0" / "segmentation.nii.gz").array).tolist() == [0, 1, 2, 3]
+
+
+def test_stopped_cohort_says_how_to_go_on_and_leaves_nothing_half_done(tmp_path, a_tiny_bundle, monkeypatch, capfd):
+    write_cases(tmp_path / "in", count=2, broken=0)
+
+    def stopped(cases, settings, **options):
+        (settings.output / "cases" / ".partial-case0-1").mkdir()
+        yield local_workers.Started(cases[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("NMSWSegment.cohort.cohort.run_on_this_computer", stopped)
+    assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle)) == 130
+    assert "0 of 2 cases came to an end. The same command goes on with the others." in capfd.readouterr().err
+    assert not list((tmp_path / "out" / "cases").iterdir()) and rows_of(tmp_path / "out" / "cohort.csv") == []
+
+
+def test_dicom_segmentation_of_a_case_that_is_no_dicom_fails_before_it_is_segmented(tmp_path, a_tiny_bundle, monkeypatch):
+    pytest.importorskip("highdicom", reason="the extra dicom is not installed")
+    write_cases(tmp_path / "in", count=1, broken=0)
+    monkeypatch.setattr("NMSWSegment.engine.segmentation.segment_volume", None)
+    outcome = run_case(find_cases(tmp_path / "in")[0], settings_for(tmp_path / "out", a_tiny_bundle, ending=".dcm"), device="cpu", threads=1)
+    assert outcome.status == "failed" and "refers to the DICOM images" in outcome.message
 
 
 @pytest.mark.parametrize(("kind", "message"), [("user", "is damaged"), ("bug", "This is a bug (ZeroDivisionError"), ("memory", "ran out of memory")])
@@ -140,9 +161,9 @@ def test_worker_process_that_is_killed_costs_its_case_only(tmp_path, a_tiny_bund
         outcomes = []
         for event in local_workers.run_on_this_computer(find_cases(tmp_path / "in"), settings, plan=plan, needs_bytes={}):
             if isinstance(event, local_workers.Started) and event.case.name == "case0":
-                os.kill(workers[0]._process.pid, signal.SIGKILL)
+                workers[0]._process.kill()
             elif isinstance(event, local_workers.Finished):
-                outcomes.append((event.case.name, event.outcome.status, "ran out of memory" in event.outcome.message))
+                outcomes.append((event.case.name, event.outcome.status, "process" in event.outcome.message))
     finally:
         local_workers._Worker = original
     assert outcomes == [("case0", "failed", True), ("case1", "done", False)]
