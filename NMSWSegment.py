@@ -612,6 +612,7 @@ class NMSWSegmentLogic(ScriptedLoadableModuleLogic):
             UserError: the volume, the options or the bundle do not fit; the text says what to do.
         """
         from NMSWSegment.engine.segment import segment_volume
+        from NMSWSegment.files.statistics import structure_statistics
         from NMSWSegment.panel.nodes import volume_from_node
         from NMSWSegment.panel.result import apply_result
 
@@ -622,8 +623,16 @@ class NMSWSegmentLogic(ScriptedLoadableModuleLogic):
         volume = volume_from_node(inputVolume)
         bundle = load_bundle(options.bundle)
         result = segment_volume(volume, bundle, options=options, on_progress=on_progress)
+        labels = bundle.manifest.labels
+        statistics = [row.to_dict() for row in structure_statistics(result.labelmap, volume, labels=labels, patches=result.patches)]
         apply_result(
-            result.labelmap, result.run_info, labels=bundle.manifest.labels, volume_node=inputVolume, segmentation_node=outputSegmentation, started=started
+            result.labelmap,
+            result.run_info,
+            labels=labels,
+            statistics=statistics,
+            volume_node=inputVolume,
+            segmentation_node=outputSegmentation,
+            started=started,
         )
         return result
 
@@ -635,3 +644,12 @@ def _timer(milliseconds: int, callback) -> "qt.QTimer":
     timer.setInterval(milliseconds)
     timer.connect("timeout()", callback)
     return timer
+
+
+def __getattr__(name: str) -> object:
+    """`from NMSWSegment import segment` in scripts of the application too; only when it is asked for, because it loads torch."""
+    if name in ("segment", "Segmentation"):
+        from NMSWSegment.engine import segmentation
+
+        return getattr(segmentation, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

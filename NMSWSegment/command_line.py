@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, NoReturn
 from NMSWSegment import __version__
 from NMSWSegment.console import complain, forget_output, say, say_all
 from NMSWSegment.files.bundle import Bundle, Label, install_bundle, list_bundles, load_bundle, remove_bundle
-from NMSWSegment.files.output_file import check_name, check_output_path, replaced_together
-from NMSWSegment.files.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, STATISTICS_ENDINGS, require_matplotlib, write_patches, write_preview, write_statistics
+from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, Algorithm, check_dicom_export, export_dicom_seg
+from NMSWSegment.files.output_file import check_name, check_output_path, file_ending, replaced_together
+from NMSWSegment.files.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, require_matplotlib, write_patches, write_preview
 from NMSWSegment.files.run_checks import check_intensities, check_memory, check_modality
+from NMSWSegment.files.statistics import STATISTICS_ENDINGS, structure_statistics, write_statistics
 from NMSWSegment.files.volume import LABELMAP_ENDINGS, Volume, open_volume, write_labelmap
 from NMSWSegment.interrupt import stopped_at_once
 from NMSWSegment.progress_bar import progress_bar
@@ -41,10 +43,12 @@ _EXAMPLES = """examples:
   nmsw segment ct.nii.gz -o labels.seg.nrrd
   nmsw segment dicom_folder -o labels.nii.gz --k 30 --structures liver,spleen --statistics organs.csv
   nmsw segment ct.nrrd -o labels.seg.nrrd --k all --preview result.png --patches patches.mrk.json
+  nmsw segment-cohort folder -o results
   nmsw models
 """
 # Modules with add_arguments(parser) and run(args); imported only when asked for, because most need the training extra.
 _MODULE_VERBS = {
+    "segment-cohort": ("NMSWSegment.cohort.cohort", "segment all volumes of a folder or a list"),
     "train": ("NMSWSegment.training.train", "train the two nets of a new model"),
     "export": ("NMSWSegment.training.export", "make a bundle of a trained model"),
     "evaluate": ("NMSWSegment.evaluation.evaluate", "score a bundle on labelled cases"),
@@ -104,7 +108,7 @@ def _bug() -> int:
 
 def segment(arguments: argparse.Namespace) -> int:
     """The verb 'segment': everything is checked before the run, and written together after it."""
-    options = _options(arguments)
+    options = run_options(arguments)
     outputs = _checked_outputs(arguments)
     bundle = load_bundle(options.bundle)
     # Engine last: it imports torch, which takes seconds that a misspelled option should not cost.
@@ -126,7 +130,7 @@ def segment(arguments: argparse.Namespace) -> int:
         result.run_info["timings_s"] = {"read": round(read_s, 4)} | result.run_info["timings_s"]
         labels = [label for label in bundle.manifest.labels if label.value in kept_values]
         on_progress(Progress("write", 1.0, "Writing"))
-        _write_outputs(outputs, volume=volume, result=result, labels=labels)
+        _write_outputs(outputs, arguments, volume=volume, result=result, labels=labels)
     try:
         for kind, path in outputs.items():
             say(f"{kind}: {path}")
@@ -223,11 +227,36 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the verb 'segment'; the defaults are those of SegmentOptions."""
-    defaults = SegmentOptions()
+    """Options of the verb 'segment'."""
     parser.add_argument("input", type=Path, metavar="INPUT", help="volume: .nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, or the folder of a DICOM series")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUTPUT", help="labelmap (.nii.gz, .nii) or segmentation of 3D Slicer (.seg.nrrd)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUTPUT",
+        help="labelmap (.nii.gz, .nii), segmentation of 3D Slicer (.seg.nrrd), or of a DICOM series a DICOM segmentation (.dcm)",
+    )
     parser.add_argument("--series", default=None, metavar="UID", help="DICOM series to segment, where the folder has several")
+    parser.add_argument("--force-modality", action="store_true", help="run although the volume is not what the model was trained on")
+    parser.add_argument("--force-memory", action="store_true", help="run although the memory that is free may not be enough")
+    add_run_arguments(parser)
+    also = parser.add_argument_group("further output files")
+    also.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE.csv|FILE.json",
+        help="volume, intensity, surface, place of each structure, whether the edge of the volume cuts it, and how much of it was refined",
+    )
+    also.add_argument("--preview", type=Path, metavar="FILE.png", help="picture of three slices with the structures")
+    also.add_argument("--patches", type=Path, metavar="FILE.mrk.json", help="chosen patches as Markups of 3D Slicer")
+    also.add_argument("--report", type=Path, metavar="FILE.json", help="versions, options, times and patches of the run")
+    parser.set_defaults(run=segment)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how to segment, for run_options; the defaults are those of SegmentOptions."""
+    defaults = SegmentOptions()
     parser.add_argument("--bundle", default=defaults.bundle, metavar="NAME|FOLDER", help="model, see 'nmsw models' (default: %(default)s)")
     parser.add_argument(
         "--k",
@@ -246,6 +275,13 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default=defaults.device, metavar="auto|cpu|cuda|mps", help="where the nets run; cuda:1 is the second GPU (default: %(default)s)"
     )
     parser.add_argument("--structures", default="", metavar="NAME,...", help="structures to keep, for example liver,spleen (default: all)")
+    parser.add_argument(
+        "--min-island-ml",
+        type=float,
+        default=defaults.min_island_ml,
+        metavar="ML",
+        help="remove parts of a structure that lie apart and are smaller than this (default: keep all)",
+    )
     parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="CPU threads (default: all physical cores)")
     parser.add_argument(
         "--runtime",
@@ -253,14 +289,6 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="|".join(RUNTIMES),
         help="what computes the local net on a CPU; auto takes the fastest whose answer agrees (default: %(default)s)",
     )
-    parser.add_argument("--force-modality", action="store_true", help="run although the volume is not what the model was trained on")
-    parser.add_argument("--force-memory", action="store_true", help="run although the memory that is free may not be enough")
-    also = parser.add_argument_group("further output files")
-    also.add_argument("--statistics", type=Path, metavar="FILE.csv", help="volume, intensity and center of each structure")
-    also.add_argument("--preview", type=Path, metavar="FILE.png", help="picture of three slices with the structures")
-    also.add_argument("--patches", type=Path, metavar="FILE.mrk.json", help="chosen patches as Markups of 3D Slicer")
-    also.add_argument("--report", type=Path, metavar="FILE.json", help="versions, options, times and patches of the run")
-    parser.set_defaults(run=segment)
 
 
 def _patch_count(text: str) -> int | str | None:
@@ -287,7 +315,7 @@ def _verb_module(module_name: str, *, verb: str) -> ModuleType:
         ) from error
 
 
-def _options(arguments: argparse.Namespace) -> SegmentOptions:
+def run_options(arguments: argparse.Namespace) -> SegmentOptions:
     """What the user chose; SegmentOptions checks it."""
     return SegmentOptions(
         bundle=arguments.bundle,
@@ -295,6 +323,7 @@ def _options(arguments: argparse.Namespace) -> SegmentOptions:
         policy=arguments.policy,
         device=arguments.device,
         structures=tuple(name.strip() for name in arguments.structures.split(",") if name.strip()),
+        min_island_ml=arguments.min_island_ml,
         threads=arguments.threads,
         runtime=arguments.runtime,
     )
@@ -303,7 +332,7 @@ def _options(arguments: argparse.Namespace) -> SegmentOptions:
 def _checked_outputs(arguments: argparse.Namespace) -> dict[str, Path]:
     """Files to write by kind, each possible, none twice and none the input."""
     wanted = {
-        "labelmap": (arguments.output, LABELMAP_ENDINGS),
+        "labelmap": (arguments.output, (*LABELMAP_ENDINGS, *DICOM_SEG_ENDINGS)),
         "statistics": (arguments.statistics, STATISTICS_ENDINGS),
         "preview": (arguments.preview, PREVIEW_ENDINGS),
         "patches": (arguments.patches, PATCHES_ENDINGS),
@@ -313,6 +342,8 @@ def _checked_outputs(arguments: argparse.Namespace) -> dict[str, Path]:
     outputs = {kind: check_output_path(path, endings) for kind, (path, endings) in wanted.items() if path is not None}
     if arguments.preview is not None:
         require_matplotlib()
+    if file_ending(arguments.output, DICOM_SEG_ENDINGS):
+        check_dicom_export(arguments.input)
     places = {}
     for kind, path in outputs.items():
         # samefile also sees through links and other spellings of the same place.
@@ -325,11 +356,19 @@ def _checked_outputs(arguments: argparse.Namespace) -> dict[str, Path]:
     return outputs
 
 
-def _write_outputs(outputs: dict[str, Path], *, volume: Volume, result: "SegmentResult", labels: list[Label]) -> None:
+def _write_segmentation(path: Path, arguments: argparse.Namespace, *, result: "SegmentResult", labels: list[Label]) -> None:
+    """The labelmap in the format that the ending asks for."""
+    if file_ending(path, DICOM_SEG_ENDINGS):
+        export_dicom_seg(result.labelmap, arguments.input, path, labels=labels, algorithm=Algorithm.from_run(result.run_info), series_uid=arguments.series)
+    else:
+        write_labelmap(result.labelmap, path, labels=labels)
+
+
+def _write_outputs(outputs: dict[str, Path], arguments: argparse.Namespace, *, volume: Volume, result: "SegmentResult", labels: list[Label]) -> None:
     """Write all files; if one fails, none of them appears."""
     writers: dict[str, Callable[[Path], object]] = {
-        "labelmap": lambda path: write_labelmap(result.labelmap, path, labels=labels),
-        "statistics": lambda path: write_statistics(result.labelmap, volume, labels=labels, path=path),
+        "labelmap": lambda path: _write_segmentation(path, arguments, result=result, labels=labels),
+        "statistics": lambda path: write_statistics(structure_statistics(result.labelmap, volume, labels=labels, patches=result.patches), path),
         "preview": lambda path: write_preview(volume, result.labelmap, labels=labels, patches=result.patches, path=path),
         "patches": lambda path: write_patches(result.patches, path),
         "report": lambda path: path.write_text(json.dumps(result.run_info, indent=2) + "\n", encoding="utf-8"),

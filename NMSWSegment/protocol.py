@@ -85,6 +85,8 @@ class SegmentOptions:
     roi_to_ras: tuple[tuple[float, ...], ...] | None = None
     """4 x 4; sends the cube [-0.5, 0.5]^3 to the region of interest in RAS mm, oblique or not. Patches are spent inside it only,
     and segments end at its faces; None is the whole volume."""
+    min_island_ml: float = 0.0
+    """Parts of a structure that lie apart from it and are smaller than this become background, except its largest; 0 keeps all of them."""
     threads: int | None = None
     """CPU threads; None takes all physical cores. The worker of the panel runs at low priority, so that the application stays responsive."""
     runtime: str = EXACT
@@ -103,6 +105,8 @@ class SegmentOptions:
             )
         if self.runtime not in RUNTIMES:
             raise UserError(unknown_name("runtime", self.runtime, RUNTIMES))
+        if not 0 <= self.min_island_ml < float("inf"):
+            raise UserError(f"The size of islands to remove is {self.min_island_ml} ml. Use 0 or more.")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise UserError(f"threads is {self.threads}. Use 1 or more, at most {MAX_THREADS}, or leave it out.")
 

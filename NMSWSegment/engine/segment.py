@@ -18,6 +18,7 @@ from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reprod
 from NMSWSegment.engine.selection import Selection, select
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.islands import without_islands
 from NMSWSegment.files.model_grid import ModelGrid
 from NMSWSegment.files.roi import voxels_in_roi
 from NMSWSegment.files.volume import Volume
@@ -127,6 +128,9 @@ def segment_volume(
         on_progress(Progress("restore", PATCHES_TO, "Writing labels to the volume's grid"))
         with timed(timings, "restore"):
             labelmap = _restored(labels, coarse.model_grid, keep=keep, in_roi=in_roi, name=volume.name)
+        if options.min_island_ml > 0:
+            with timed(timings, "islands"):
+                labelmap = without_islands(labelmap, min_ml=options.min_island_ml)
     patches = patch_boxes(selection, grid=coarse.grid, model_grid=coarse.model_grid)
     run_info = {
         "bundle": {"name": bundle.manifest.name, "sha256": bundle.sha256},

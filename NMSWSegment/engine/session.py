@@ -88,6 +88,11 @@ class Session:
         """Whether a run with this key needs no volume."""
         return volume_key == self._volume_key
 
+    @property
+    def volume(self) -> Volume | None:
+        """The volume of the last run; None after forget."""
+        return self._volume
+
     def forget(self) -> None:
         """Drop the volume and everything that was computed of it; the nets stay."""
         self._volume_key = self._volume = None

@@ -157,6 +157,7 @@ class Server:
     def _segment(self, number: int, request: dict) -> None:
         """Run a segmentation and leave its labelmap in the folder of the request."""
         from NMSWSegment.files.bundle import load_bundle
+        from NMSWSegment.files.statistics import structure_statistics
 
         folder, run_id = Path(request["folder"]), request["id"]
         on_progress = progress_events(self._send, run_id=run_id, is_cancelled=lambda: self._inbox.is_cancelled(number))
@@ -170,8 +171,10 @@ class Server:
             volume = _read_volume(folder, request["volume"])
         coarse_ready = (lambda coarse: self._send(_coarse_event(coarse, folder=folder, run_id=run_id))) if request["coarse_first"] else None
         result = self._session.run(key, volume, bundle=bundle, options=options, on_progress=on_progress, coarse_ready=coarse_ready)
+        rows = structure_statistics(result.labelmap, self._session.volume, labels=bundle.manifest.labels, patches=result.patches)
         _write_array(folder, "labels.npy", result.labelmap.array)
-        self._send({"event": "done", "id": run_id, "labelmap": "labels.npy", "run_info": result.run_info, "holds": request["volume"]["key"]})
+        facts = {"labelmap": "labels.npy", "run_info": result.run_info, "statistics": [row.to_dict() for row in rows], "holds": request["volume"]["key"]}
+        self._send({"event": "done", "id": run_id} | facts)
 
     def _measure(self, request: dict) -> None:
         """Open the nets and measure how fast they are."""

@@ -1,6 +1,5 @@
-"""What is written besides the labelmap: a table of the structures, the chosen patches, a picture."""
+"""What is written besides the labelmap and the statistics: the chosen patches, a picture."""
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,9 @@ from NMSWSegment.files.output_file import check_output_path, replaced_file
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import PatchBox, UserError
 
-STATISTICS_ENDINGS = (".csv",)
 PATCHES_ENDINGS = (".mrk.json",)
 PREVIEW_ENDINGS = (".png",)
 
-_STATISTICS_HEADER = (
-    "structure", "label", "voxels", "volume_ml", "mean", "sd", "min", "max", "center_r_mm", "center_a_mm", "center_s_mm",
-)  # fmt: skip
 _MARKUPS_SCHEMA = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/markups-schema-v1.0.3.json#"
 
 _CT_WINDOW = (-160.0, 240.0)
@@ -34,44 +29,6 @@ _LEGEND_HEIGHT_INCHES = 5.0
 _LEGEND_ROWS = 22
 _NUMBERED_PATCHES = 12
 """Further patches are outlined without their rank, or the numbers would hide the picture."""
-
-
-def label_statistics(labelmap: Volume, volume: Volume, *, label: Label) -> dict[str, float | int | str]:
-    """One row of the table.
-
-    Args:
-        labelmap: labels, (K, J, I).
-        volume: intensities on the same grid.
-        label: the structure.
-
-    Returns:
-        Values by column: volume in ml; mean, sd (of the population), min and max of the intensity; center of mass in RAS mm. For a
-        structure without a voxel the counts are 0 and all else is nan.
-    """
-    is_inside = labelmap.array == label.value
-    voxels = int(np.count_nonzero(is_inside))
-    intensities, center_ras = np.full(4, np.nan), np.full(3, np.nan)
-    if voxels:
-        values = volume.array[is_inside].astype(np.float64)
-        intensities = np.array([values.mean(), values.std(), values.min(), values.max()])
-        center_ijk = np.array([index.mean() for index in np.nonzero(is_inside)[::-1]])
-        center_ras = labelmap.ijk_to_ras[:3, :3] @ center_ijk + labelmap.ijk_to_ras[:3, 3]
-    volume_ml = voxels * float(np.prod(labelmap.spacing_mm)) / 1000
-    return dict(zip(_STATISTICS_HEADER, (label.name, label.value, voxels, volume_ml, *intensities.tolist(), *center_ras.tolist())))
-
-
-def write_statistics(labelmap: Volume, volume: Volume, *, labels: Sequence[Label], path: str | Path) -> None:
-    """Write one row per structure as comma-separated values; an empty structure has empty cells.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    path = check_output_path(path, STATISTICS_ENDINGS)
-    rows = [label_statistics(labelmap, volume, label=label) for label in labels]
-    with replaced_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, _STATISTICS_HEADER)
-        writer.writeheader()
-        writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
 
 
 def write_patches(patches: Sequence[PatchBox], path: str | Path) -> None:
@@ -127,13 +84,6 @@ def write_preview(volume: Volume, labelmap: Volume, *, labels: Sequence[Label], 
     _draw_legend(axes[3], labelmap, labels=present, num_patches=len(patches))
     with replaced_file(path) as temporary:
         figure.savefig(temporary, dpi=130, facecolor=_PAGE_COLOR)
-
-
-def _cell(value: float | int | str) -> str:
-    """A table cell: six significant digits, nothing for nan."""
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value:.6g}"
-    return str(value)
 
 
 def _roi_markup(patch: PatchBox, *, count: int) -> dict:

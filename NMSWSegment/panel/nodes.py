@@ -4,6 +4,7 @@ It works in the application and with slicer-core, where there is no
 slicer.app and no slicer.mrmlScene: a scene always comes from a node or an argument.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,10 +20,21 @@ from NMSWSegment.panel.checks import Geometry, Inputs
 from NMSWSegment.protocol import UserError
 
 VOLUMES_ROLE = "NMSW.Volumes"
-"""Node reference from a segmentation to its table of volumes."""
+"""Node reference from a segmentation to its table of statistics."""
 LABELMAP_REPRESENTATION = "Binary labelmap"
 SAME_GRID_ATOL_MM = 1e-3
 """How far a voxel center may be off before two grids are different; a hundredth of the finest CT voxel."""
+
+_TABLE_COLUMNS = {  # title: key of the statistics, decimal places; 0 is a whole number, None a text
+    "Structure": ("structure", None),
+    "Volume (ml)": ("volume_ml", 2),
+    "Voxels": ("voxels", 0),
+    "Mean": ("mean", 1),
+    "SD": ("sd", 1),
+    "Surface (cm2)": ("surface_cm2", 1),
+    "At border": ("border_faces", None),
+    "Refined (%)": ("refined_percent", 1),
+}
 
 
 def volume_from_node(node: "slicer.vtkMRMLScalarVolumeNode") -> Volume:
@@ -111,26 +123,25 @@ def remove_segments(segmentation: "slicer.vtkSegmentation") -> None:
     segmentation.RemoveAllSegments()
 
 
-def write_volumes_table(segmentation_node: "slicer.vtkMRMLSegmentationNode", voxels_by_name: dict[str, int], *, voxel_mm3: float) -> "slicer.vtkMRMLTableNode":
-    """The volume of every segment in a table node beside the segmentation, made at the first run and written anew at the next ones.
+def write_statistics_table(segmentation_node: "slicer.vtkMRMLSegmentationNode", statistics: Sequence[dict]) -> "slicer.vtkMRMLTableNode":
+    """One row per segment in a table node beside the segmentation, made at the first run and written anew at the next ones.
 
     Args:
-        voxels_by_name: voxels by segment id.
-        voxel_mm3: volume of one voxel.
+        statistics: StructureStatistics.to_dict() of every label; those without a voxel have no segment and no row.
     """
     table_node = segmentation_node.GetNodeReference(VOLUMES_ROLE)
     if table_node is None:
-        table_node = segmentation_node.GetScene().AddNewNodeByClass("vtkMRMLTableNode", f"{segmentation_node.GetName()} volumes")
+        table_node = segmentation_node.GetScene().AddNewNodeByClass("vtkMRMLTableNode", f"{segmentation_node.GetName()} statistics")
         segmentation_node.SetNodeReferenceID(VOLUMES_ROLE, table_node.GetID())
     segmentation = segmentation_node.GetSegmentation()
-    columns = (vtk.vtkStringArray(), vtk.vtkDoubleArray(), vtk.vtkIntArray())
-    for column, name in zip(columns, ("Structure", "Volume (ml)", "Voxels")):
-        column.SetName(name)
-    for name, voxels in voxels_by_name.items():
-        for column, value in zip(columns, (segmentation.GetSegment(name).GetName(), round(voxels * voxel_mm3 / 1000, 2), voxels)):
-            column.InsertNextValue(value)
     table = vtk.vtkTable()
-    for column in columns:
+    for title, (key, digits) in _TABLE_COLUMNS.items():
+        column = vtk.vtkDoubleArray() if digits else vtk.vtkIntArray() if digits == 0 else vtk.vtkStringArray()
+        column.SetName(title)
+        for row in statistics:
+            if row["voxels"]:
+                value = segmentation.GetSegment(row["structure"]).GetName() if key == "structure" else row[key]
+                column.InsertNextValue(math.nan if value is None else round(value, digits) if digits else value)
         table.AddColumn(column)
     table_node.SetUseColumnTitleAsColumnHeader(True)
     table_node.SetLocked(True)

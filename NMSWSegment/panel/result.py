@@ -1,14 +1,13 @@
-"""From a finished run to the scene: segmentation, table of volumes, outlines, and how it was made."""
+"""From a finished run to the scene: segmentation, table of statistics, outlines, and how it was made."""
 
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import slicer
 
 from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.panel.nodes import LABELMAP_REPRESENTATION, import_labelmap, write_volumes_table
+from NMSWSegment.panel.nodes import LABELMAP_REPRESENTATION, import_labelmap, write_statistics_table
 from NMSWSegment.panel.overlays import show_patches
 from NMSWSegment.protocol import PatchBox, UserError
 
@@ -18,6 +17,7 @@ def apply_result(
     run_info: dict,
     *,
     labels: Sequence[Label],
+    statistics: Sequence[dict],
     volume_node: "slicer.vtkMRMLScalarVolumeNode",
     segmentation_node: "slicer.vtkMRMLSegmentationNode",
     started: float,
@@ -27,6 +27,7 @@ def apply_result(
     Args:
         labelmap: labels on the grid of the volume, (K, J, I).
         run_info: of the engine.
+        statistics: StructureStatistics.to_dict() of every label.
         started: time.perf_counter() at the click.
 
     Returns:
@@ -39,10 +40,10 @@ def apply_result(
     if volume_node.GetScene() is None or segmentation_node.GetScene() is None:
         raise UserError("The input volume or the segmentation was removed during the run. Load the volume and segment it again.")
     try:
-        voxels_by_name = import_labelmap(segmentation_node, labelmap, labels=labels, reference_node=volume_node)
+        import_labelmap(segmentation_node, labelmap, labels=labels, reference_node=volume_node)
     except ValueError as error:
         raise UserError(f"The volume '{volume_node.GetName()}' was moved or changed during the run ({error}). Segment it again.") from error
-    write_volumes_table(segmentation_node, voxels_by_name, voxel_mm3=abs(float(np.linalg.det(labelmap.ijk_to_ras[:3, :3]))))
+    write_statistics_table(segmentation_node, statistics)
     show_patches(volume_node.GetScene(), [PatchBox.from_dict(patch) for patch in run_info["patches"]], parent_node=volume_node)
     seconds = time.perf_counter() - started
     _store_provenance(segmentation_node, run_info, seconds=seconds)

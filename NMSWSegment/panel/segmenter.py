@@ -215,8 +215,8 @@ class Segmenter:
             created = active.segmentation_node = new_segmentation_node(active.volume_node, name=active.output_name)
         try:
             seconds = apply_result(
-                labelmap, event["run_info"], labels=active.bundle.manifest.labels, volume_node=active.volume_node, segmentation_node=active.segmentation_node,
-                started=active.started,
+                labelmap, event["run_info"], labels=active.bundle.manifest.labels, statistics=event["statistics"], volume_node=active.volume_node,
+                segmentation_node=active.segmentation_node, started=active.started,
             )  # fmt: skip
         except BaseException:
             if created is not None:

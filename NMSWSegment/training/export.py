@@ -18,7 +18,7 @@ from NMSWSegment.files.labels import coded_labels
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.model_card import PICTURE_NAME, model_card
-from NMSWSegment.training.monai_metadata import METADATA_PATH, monai_metadata
+from NMSWSegment.training.monai_metadata import INFERENCE_PATH, METADATA_PATH, monai_inference, monai_metadata
 from NMSWSegment.training.options import TrainOptions
 from NMSWSegment.training.run_folder import load_checkpoint, load_run_options
 
@@ -125,7 +125,8 @@ def write_bundle(
         (draft / MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
         if for_monai:
             (draft / METADATA_PATH).parent.mkdir()
-            (draft / METADATA_PATH).write_text(json.dumps(monai_metadata(complete), indent=2) + "\n", encoding="utf-8")
+            for path, content in ((METADATA_PATH, monai_metadata(complete)), (INFERENCE_PATH, monai_inference())):
+                (draft / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if picture:
             shutil.copyfile(picture, draft / PICTURE_NAME)
         (draft / "MODEL_CARD.md").write_text(model_card(complete, has_picture=picture is not None), encoding="utf-8")

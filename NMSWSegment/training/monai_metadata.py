@@ -1,7 +1,8 @@
 """configs/metadata.json of a bundle, in the format that MONAI's bundle tools read (MONAI Bundle Specification).
 
-It describes the local net, which takes one patch. The nets themselves stay where they are: MONAI's tools that start a net
-(run, verify_net_in_out, ckpt_export) look for models/ and a network definition, which these bundles do not have.
+It describes the local net, which takes one patch. configs/inference.json lets `python -m monai.bundle run` segment a volume with
+the engine of this program. The nets themselves stay where they are: MONAI's other tools that start a net (verify_net_in_out,
+ckpt_export) look for models/ and a network definition, which these bundles do not have.
 """
 
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from NMSWSegment import __version__
 from NMSWSegment.files.bundle import BundleManifest
 
 METADATA_PATH = "configs/metadata.json"
+INFERENCE_PATH = "configs/inference.json"
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 MODEL_VERSION = "1.0.0"
 
@@ -35,6 +37,19 @@ def monai_metadata(manifest: BundleManifest) -> dict:
         "copyright": manifest.license,
         "intended_use": "Research. Not for clinical use.",
         "network_data_format": {"inputs": {"image": _image_format(manifest)}, "outputs": {"pred": _logits_format(manifest)}},
+    }
+
+
+def monai_inference() -> dict:
+    """What `python -m monai.bundle run` does: segment `input` into `output`; the same for every bundle."""
+    return {
+        "imports": ["$from NMSWSegment import segment"],
+        "bundle_root": ".",
+        "input": "ct.nii.gz",
+        "output": "labels.nii.gz",
+        "k": 10,
+        "device": "auto",
+        "run": ["$segment(@input, model=@bundle_root, k=@k, device=@device).save(@output)"],
     }
 
 

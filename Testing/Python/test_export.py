@@ -20,6 +20,7 @@ from NMSWSegment.engine.runtime import Nets, open_nets  # noqa: E402
 from NMSWSegment.engine.segment import RunCache, choose, coarse_pass, refine, segment_volume  # noqa: E402
 from NMSWSegment.files import phantoms  # noqa: E402
 from NMSWSegment.files.bundle import load_bundle  # noqa: E402
+from NMSWSegment.files.volume import read_volume, write_volume  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
@@ -95,7 +96,7 @@ class Branching(torch.nn.Module):
 
 def test_bundle_holds_archives_manifest_card_and_metadata_only(a_bundle):
     files = sorted(path.relative_to(a_bundle).as_posix() for path in a_bundle.rglob("*") if path.is_file())
-    assert files == ["MODEL_CARD.md", "coarse.pt", "configs/metadata.json", "local.pt", "manifest.json"]
+    assert files == ["MODEL_CARD.md", "coarse.pt", "configs/inference.json", "configs/metadata.json", "local.pt", "manifest.json"]
     assert sorted(load_bundle(a_bundle).manifest.sha256) == ["coarse.pt", "local.pt"]
 
 
@@ -120,6 +121,17 @@ def test_manifest_and_card_tell_nothing_about_the_computer(a_bundle, a_run):
         assert not [folder for folder in folders if folder in (a_bundle / name).read_text()]
     for name in ("coarse.pt", "local.pt"):
         assert not [folder for folder in folders if folder.encode() in (a_bundle / name).read_bytes()]
+
+
+def test_monai_runs_the_bundle(a_bundle, a_phantom, tmp_path):
+    import monai.bundle
+
+    write_volume(a_phantom[0], tmp_path / "ct.nii.gz")
+    files = {"config_file": str(a_bundle / "configs" / "inference.json"), "meta_file": str(a_bundle / "configs" / "metadata.json")}
+    places = {"bundle_root": str(a_bundle), "input": str(tmp_path / "ct.nii.gz"), "output": str(tmp_path / "labels.nii.gz")}
+    monai.bundle.run(**files, **places, k=1, device="cpu")
+    expected = segment_volume(read_volume(tmp_path / "ct.nii.gz"), load_bundle(a_bundle), options=SegmentOptions(num_patches=1, device="cpu"))
+    np.testing.assert_array_equal(read_volume(tmp_path / "labels.nii.gz").array, expected.labelmap.array)
 
 
 def test_monai_reads_the_metadata(a_bundle):

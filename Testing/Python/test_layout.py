@@ -22,6 +22,7 @@ ROOMS = {
     "samples": {"files", "data"},
     "nets": set(),
     "training": {"files", "engine", "data", "samples", "nets"},
+    "cohort": {"files", "engine"},
     "evaluation": {"files", "engine", "data", "samples", "nets", "training"},
 }
 """Room -> rooms that its files may import when they are loaded; each may import its own and the files directly in the library."""

@@ -77,6 +77,9 @@ assert sys.modules["NMSWSegment"] is module
 assert module.SegmentOptions is SegmentOptions
 assert module.NMSWSegmentWidget and module.NMSWSegmentLogic and module.NMSWSegmentTest
 assert not {"torch", "monai", "SimpleITK"} & set(sys.modules), "imported at file scope"
+assert not hasattr(module, "NMSWSegmentFileReader")
+from NMSWSegment import segment
+assert segment.__module__ == "NMSWSegment.engine.segmentation"
 """
     run_like_slicer(code, folder=tmp_path)
 

@@ -119,7 +119,7 @@ def test_segment_existing_output_is_replaced(a_case, a_tiny_bundle):
         (["--report", "{folder}"], "Give a file name that ends in '.json'"),
         (["-o", "{folder}/ct.nii.gz"], "would overwrite the input"),
         (["-o", "{folder}/link.nii.gz"], "would overwrite the input"),
-        (["-o", "{folder}/labels.png"], "Use '.nii.gz', '.nii' or '.seg.nrrd'"),
+        (["-o", "{folder}/labels.png"], "Use '.nii.gz', '.nii', '.seg.nrrd' or '.dcm'"),
         (["--polcy", "greedy"], "nmsw --help"),
     ],
 )

@@ -17,8 +17,9 @@ from slicer_headless import (
 )
 
 from NMSWSegment.files.labels import coded_labels
+from NMSWSegment.files.statistics import structure_statistics
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.panel.nodes import VOLUMES_ROLE, import_labelmap, roi_to_ras, volume_from_node, write_volumes_table
+from NMSWSegment.panel.nodes import VOLUMES_ROLE, import_labelmap, roi_to_ras, volume_from_node, write_statistics_table
 from NMSWSegment.protocol import UserError
 
 pytestmark = pytest.mark.usefixtures(no_vtk_errors.__name__)
@@ -236,18 +237,32 @@ def test_import_labelmap_wrong_labelmap_leaves_the_node_as_it_was(volume_node, s
     assert segmentation_node.GetNodeReferenceID(segmentation_node.GetReferenceImageGeometryReferenceRole()) is None
 
 
-def test_write_volumes_table_lists_the_segments_in_ml_and_is_written_anew(scene, volume_node, segmentation_node):
+def test_statistics_table_lists_the_segments_and_is_written_anew(scene, volume_node, segmentation_node):
     labelmap = a_labelmap(volume_node)
-    voxels_by_name = import_labelmap(segmentation_node, labelmap, labels=LABELS, reference_node=volume_node)
-    assert voxels_by_name == {"liver": 5, "kidney_right": 1}
+    assert import_labelmap(segmentation_node, labelmap, labels=LABELS, reference_node=volume_node) == {"liver": 5, "kidney_right": 1}
+    rows = [row.to_dict() for row in structure_statistics(labelmap, volume_from_node(volume_node), labels=LABELS)]
 
-    write_volumes_table(segmentation_node, {"liver": 1}, voxel_mm3=10.0)
-    table_node = write_volumes_table(segmentation_node, voxels_by_name, voxel_mm3=10.0)
+    write_statistics_table(segmentation_node, rows[:1])
+    table_node = write_statistics_table(segmentation_node, rows)
 
     table = table_node.GetTable()
-    assert [table.GetColumnName(index) for index in range(3)] == ["Structure", "Volume (ml)", "Voxels"]
-    rows = [[table.GetValue(row, column).ToString() for column in range(3)] for row in range(table.GetNumberOfRows())]
-    assert rows == [["liver", "0.05", "5"], ["right kidney", "0.01", "1"]]  # 50 and 10 mm3
+    assert [table.GetColumnName(index) for index in range(8)] == [
+        "Structure",
+        "Volume (ml)",
+        "Voxels",
+        "Mean",
+        "SD",
+        "Surface (cm2)",
+        "At border",
+        "Refined (%)",
+    ]
+    found = [[table.GetValue(row, column).ToString() for column in range(table.GetNumberOfColumns())] for row in range(table.GetNumberOfRows())]
+    present = [row for row in rows if row["voxels"]]
+    assert [row[0] for row in found] == ["liver", "right kidney"] and [row[2] for row in found] == ["5", "1"]
+    assert [float(row[1]) for row in found] == [round(row["volume_ml"], 2) for row in present]
+    assert [float(row[3]) for row in found] == [round(row["mean"], 1) for row in present]
+    assert [row[6] for row in found] == [row["border_faces"] for row in present]
+    assert found[1][4] == "nan"  # one voxel has no spread
     assert scene.GetNumberOfNodesByClass("vtkMRMLTableNode") == 1
     assert segmentation_node.GetNodeReference(VOLUMES_ROLE) is table_node
 

@@ -1,6 +1,5 @@
-"""The table, the patch boxes and the picture: values against hand-computed ones, places in the world."""
+"""The patch boxes and the picture: values against hand-computed ones, places in the world."""
 
-import csv
 import json
 import sys
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import SimpleITK as sitk
 from NMSWSegment.files.bundle import Code, Label
 from NMSWSegment.files.colors import rank_color
 from NMSWSegment.files.display_slice import display_slices
-from NMSWSegment.files.outputs import label_statistics, require_matplotlib, write_patches, write_preview, write_statistics
+from NMSWSegment.files.outputs import require_matplotlib, write_patches, write_preview
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import UserError
 
@@ -37,38 +36,6 @@ def a_case() -> tuple[Volume, Volume]:
         intensities[kji], labels[kji] = intensity, 1
     intensities[3, 0, 5], labels[3, 0, 5] = 200, 3
     return Volume(intensities, IJK_TO_RAS), Volume(labels, IJK_TO_RAS)
-
-
-def test_statistics_of_three_voxels_are_the_hand_computed_ones():
-    volume, labelmap = a_case()
-    row = label_statistics(labelmap, volume, label=LABELS[0])
-    assert (row["structure"], row["label"], row["voxels"]) == ("liver", 1, 3)
-    assert row["volume_ml"] == pytest.approx(3 * 24 / 1000)
-    assert (row["mean"], row["min"], row["max"]) == (70, 40, 110)
-    assert row["sd"] == pytest.approx(np.sqrt((30**2 + 10**2 + 40**2) / 3))
-    # i: (3 + 4 + 3) / 3, j: 2, k: (1 + 1 + 2) / 3
-    assert row["center_r_mm"] == pytest.approx(50 - 2 * 10 / 3)
-    assert row["center_a_mm"] == pytest.approx(40 - 3 * 4 / 3)
-    assert row["center_s_mm"] == pytest.approx(-70 + 4 * 2)
-
-
-def test_statistics_of_an_empty_structure_are_nan_and_zero():
-    volume, labelmap = a_case()
-    row = label_statistics(labelmap, volume, label=LABELS[1])
-    assert (row["voxels"], row["volume_ml"]) == (0, 0)
-    assert all(np.isnan(row[column]) for column in ("mean", "sd", "min", "max", "center_r_mm", "center_a_mm", "center_s_mm"))
-
-
-def test_statistics_file_has_one_row_per_structure_and_empty_cells_for_nan(tmp_path):
-    volume, labelmap = a_case()
-    write_statistics(labelmap, volume, labels=LABELS, path=tmp_path / "a.csv")
-    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [row["structure"] for row in rows] == ["liver", "spleen", "kidney_left"]
-    assert rows[0]["volume_ml"] == "0.072" and rows[0]["mean"] == "70"
-    assert (rows[1]["voxels"], rows[1]["mean"], rows[1]["center_r_mm"]) == ("0", "", "")
-    assert (rows[2]["center_r_mm"], rows[2]["center_a_mm"], rows[2]["center_s_mm"]) == ("40", "31", "-70")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_patches_file_states_its_coordinates(tmp_path):
@@ -232,7 +199,6 @@ def test_preview_without_matplotlib_names_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("write", "name", "fix"),
     [
-        (lambda path: write_statistics(*a_case()[::-1], labels=LABELS, path=path), "a.txt", "Use '.csv'"),
         (lambda path: write_patches(PATCHES, path), "a.json", "Use '.mrk.json'"),
         (lambda path: write_preview(*a_case(), labels=LABELS, patches=(), path=path), "a.jpg", "Use '.png'"),
         (lambda path: write_patches(PATCHES, path), "nowhere/a.mrk.json", "Create it"),

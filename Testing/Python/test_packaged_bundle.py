@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from NMSWSegment.engine.segment import segment_volume
 from NMSWSegment.files.bundle import BUNDLES_FOLDER, list_bundles, load_bundle
-from NMSWSegment.files.outputs import label_statistics
+from NMSWSegment.files.statistics import structure_statistics
 from NMSWSegment.files.volume import Volume, read_volume
 from NMSWSegment.nets.backbones import BACKBONES
 from NMSWSegment.protocol import SegmentOptions
@@ -24,7 +24,7 @@ def bundle(request):
 def statistics(volume, bundle, **options) -> dict[str, dict]:
     """Rows of the statistics table by structure."""
     result = segment_volume(volume, bundle, options=SegmentOptions(device="cpu", **options))
-    return {label.name: label_statistics(result.labelmap, volume, label=label) for label in bundle.manifest.labels}
+    return {row.structure: row.to_dict() for row in structure_statistics(result.labelmap, volume, labels=bundle.manifest.labels)}
 
 
 def center_ras(row: dict) -> np.ndarray:

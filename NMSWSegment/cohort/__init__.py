@@ -1,0 +1,1 @@
+"""Many volumes at once: cases, worker processes, quality sheets."""

@@ -1,0 +1,334 @@
+"""The verb segment-cohort: all volumes of a folder or list, on the processors of this computer or on Ray.
+
+Every case is one folder that appears when it is complete, so that a run which was killed goes on where it stopped, and a case that
+fails stops no other.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+from NMSWSegment import __version__
+from NMSWSegment.cohort.case_run import PARTIAL_PREFIX, CohortSettings, case_folder, finished_outcome
+from NMSWSegment.cohort.cases import MARKER_NAME, Case, case_memory_bytes, find_cases
+from NMSWSegment.cohort.local_workers import Finished, Started, plan_workers, run_on_this_computer
+from NMSWSegment.cohort.outcome import DONE, CaseOutcome
+from NMSWSegment.command_line import DONE as EXIT_DONE
+from NMSWSegment.command_line import USER_ERROR, add_run_arguments, run_options
+from NMSWSegment.files.bundle import Bundle, load_bundle
+from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, check_dicom_export
+from NMSWSegment.files.memory import available_memory_bytes
+from NMSWSegment.files.output_file import replaced_file
+from NMSWSegment.files.outputs import require_matplotlib
+from NMSWSegment.files.volume import LABELMAP_ENDINGS
+from NMSWSegment.protocol import AUTO, UserError
+
+OUTCOMES_NAME, PAGE_NAME, STATISTICS_NAME, LOCK_NAME = "cohort.csv", "quality.html", "statistics.csv", ".lock"
+_WRITE_INTERVAL_S = 5.0
+"""The csv is written anew at most this often, and at the end."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `nmsw segment-cohort`."""
+    parser.add_argument("source", type=Path, metavar="FOLDER|LIST", help="folder with volumes and DICOM series, or a list of them (.txt, .csv)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for the results; an interrupted run goes on there")
+    parser.add_argument("--format", default=".seg.nrrd", choices=(*LABELMAP_ENDINGS, *DICOM_SEG_ENDINGS), help="of the segmentations (default: %(default)s)")
+    add_run_arguments(parser)
+    parser.add_argument("--workers", type=int, default=None, metavar="N", help="cases at the same time (default: by GPUs, cores and memory)")
+    parser.add_argument("--no-pictures", action="store_true", help="leave the quality sheets and the page out")
+    parser.add_argument("--restart", action="store_true", help="remove the results of an earlier run with other options first")
+    parser.add_argument(
+        "--ray", nargs="?", const="auto", default=None, metavar="ADDRESS", help="run on a Ray cluster ('auto' finds it) or, with 'local', on Ray workers here"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Segment all cases; 2 where some failed."""
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"workers is {arguments.workers}. Use 1 or more, or leave it out.")
+    options = run_options(arguments)
+    bundle = load_bundle(options.bundle)
+    _check_structures(bundle, options.structures)
+    if not arguments.no_pictures:
+        require_matplotlib()
+    cases = find_cases(arguments.source)
+    if arguments.format in DICOM_SEG_ENDINGS:
+        check_dicom_export(next((case.input for case in cases if case.input.is_dir()), cases[0].input))
+    if Path(options.bundle).is_dir():
+        options = replace(options, bundle=str(Path(options.bundle).absolute()))
+    settings = CohortSettings(
+        output=arguments.output.absolute(), options=options, bundle_sha256=bundle.sha256, ending=arguments.format, with_pictures=not arguments.no_pictures
+    )
+    with _locked(settings.output):
+        _prepare(settings, restart=arguments.restart)
+        outcomes = {case.name: outcome for case in cases if (outcome := finished_outcome(settings.output, case))}
+        waiting = [case for case in cases if case.name not in outcomes]
+        if outcomes:
+            print(f"{len(outcomes)} of {len(cases)} cases are done already.")
+        writer = _Records(settings, cases, outcomes)
+        try:
+            if waiting:
+                _run_cases(waiting, settings, bundle, arguments=arguments, writer=writer)
+        except KeyboardInterrupt:
+            print(f"nmsw: {len(outcomes)} of {len(cases)} cases came to an end. The same command goes on with the others.", file=sys.stderr)
+            raise
+        finally:
+            _remove_half_done(settings.output)
+            writer.write(is_last=True)
+    return _told_end(settings, outcomes, num_cases=len(cases))
+
+
+def _run_cases(waiting: Sequence[Case], settings: CohortSettings, bundle: Bundle, *, arguments: argparse.Namespace, writer: "_Records") -> None:
+    """Run what is left, with a bar."""
+    num_patches = None if settings.options.num_patches == AUTO else settings.options.num_patches
+    needs_bytes = {case.name: case_memory_bytes(case, bundle.manifest, num_patches=num_patches) for case in waiting}
+    plan = plan_workers(
+        num_cases=len(waiting),
+        cores=_num_cores(),
+        gpus=_gpus() if settings.options.device == "auto" else (),
+        device=settings.options.device,
+        workers=arguments.workers,
+        threads=settings.options.threads,
+        memory_bytes=available_memory_bytes(),
+    )
+    if arguments.ray is None:
+        events = run_on_this_computer(waiting, settings, plan=plan, needs_bytes=needs_bytes)
+    else:
+        from NMSWSegment.cohort.ray_workers import run_on_ray
+
+        events = run_on_ray(waiting, settings, address=arguments.ray, plan=plan, needs_bytes=needs_bytes)
+    with _bar(len(waiting)) as show:
+        running: list[str] = []
+        try:
+            for event in events:
+                if isinstance(event, Started):
+                    running.append(event.case.name)
+                    show(None, running)
+                else:
+                    running.remove(event.case.name)
+                    writer.add(event)
+                    show(event, running)
+        finally:
+            events.close()  # ends the processes now, not when the generator is collected
+
+
+class _Records:
+    """Outcomes on disk: the csv while the cohort runs, and at the end the page and the statistics of all cases too."""
+
+    def __init__(self, settings: CohortSettings, cases: Sequence[Case], outcomes: dict[str, CaseOutcome]) -> None:
+        self._settings, self._cases, self._outcomes = settings, cases, outcomes
+        self._written_s = 0.0
+
+    def add(self, event: Finished) -> None:
+        """Take an outcome."""
+        self._outcomes[event.case.name] = event.outcome
+        if time.monotonic() - self._written_s >= _WRITE_INTERVAL_S:
+            self.write(is_last=False)
+
+    def write(self, *, is_last: bool) -> None:
+        """Write what is known, in the order of the cases."""
+        output = self._settings.output
+        known = [self._outcomes[case.name] for case in self._cases if case.name in self._outcomes]
+        _write_csv(output / OUTCOMES_NAME, [field.name for field in fields(CaseOutcome)], [outcome.to_dict() for outcome in known])
+        if is_last:
+            done = {case.name: case_folder(output, case) for case in self._cases if case.name in self._outcomes and self._outcomes[case.name].status == DONE}
+            _write_csv(output / STATISTICS_NAME, *_all_statistics(done))
+            if self._settings.with_pictures:
+                from NMSWSegment.cohort.quality_page import write_cohort_page
+
+                write_cohort_page(output / PAGE_NAME, known, folder_of=done, title=f"Cohort {output.resolve().name}")
+        self._written_s = time.monotonic()
+
+
+def _all_statistics(folders: dict[str, Path]) -> tuple[list[str], list[dict]]:
+    """Columns and rows of the statistics of all cases."""
+    rows, columns = [], ["case"]
+    for name, folder in folders.items():
+        with open(folder / STATISTICS_NAME, newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            rows += [{"case": name} | row for row in reader]
+            columns = ["case", *(reader.fieldnames or ())]
+    return columns, rows
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
+    """Write a table atomically."""
+    with replaced_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _prepare(settings: CohortSettings, *, restart: bool) -> None:
+    """Make the output folder this cohort's: its settings noted, what a killed run left half-done removed.
+
+    Raises:
+        UserError: it holds results that were made otherwise.
+    """
+    options = settings.options.to_dict()
+    for name in ("bundle", "device", "threads"):  # the hash tells the model; the others change no result but for rounding
+        options.pop(name)
+    facts = {"options": options, "model_sha256": settings.bundle_sha256, "format": settings.ending, "pictures": settings.with_pictures}
+    marker = settings.output / MARKER_NAME
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found is not None and {key: found.get(key) for key in facts} != facts:
+        if not restart:
+            different = ", ".join(sorted(key for key in facts if found.get(key) != facts[key]))
+            raise UserError(
+                f"The folder '{settings.output}' holds a cohort that was run with other settings ({different}). "
+                "Choose another folder, give the same settings, or remove its results with --restart."
+            )
+        for name in ("cases", "failed"):
+            shutil.rmtree(settings.output / name, ignore_errors=True)
+    (settings.output / "cases").mkdir(exist_ok=True)
+    _remove_half_done(settings.output)
+    with replaced_file(marker) as temporary:
+        temporary.write_text(json.dumps(facts | {"version": __version__}, indent=1) + "\n", encoding="utf-8")
+
+
+def _remove_half_done(output: Path) -> None:
+    """Remove what processes left that were stopped in the middle of a case."""
+    for partial in (output / "cases").glob(f"{PARTIAL_PREFIX}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the system gives the lock back however this process ends.
+
+    Raises:
+        UserError: another run works there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open(folder / LOCK_NAME, "a+b")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"The output folder '{folder}' cannot be used ({error.strerror}). Choose a folder that you may write to.") from error
+    try:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                stream.seek(0)
+                msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"Another run works in the folder '{folder}'. Wait for its end, or choose another folder.") from error
+        yield
+    finally:
+        stream.close()
+
+
+@contextmanager
+def _bar(total: int) -> Iterator:
+    """A function (event or None, names of running cases) that draws a bar on a terminal, else prints one line per finished case."""
+    started, finished, failed = time.monotonic(), 0, 0
+
+    def left() -> str:
+        return f"about {_duration((time.monotonic() - started) / finished * (total - finished))} left" if finished else "time left unknown"
+
+    def count(event: Finished | None) -> None:
+        nonlocal finished, failed
+        if event is not None:
+            finished += 1
+            failed += event.outcome.status != DONE
+
+    def line(event: Finished | None, running: Sequence[str]) -> None:
+        count(event)
+        if event is not None:
+            outcome = event.outcome
+            what = f"{outcome.seconds:.1f} s, {outcome.warnings} warnings" if outcome.status == DONE else f"FAILED: {outcome.message}"
+            print(f"[{finished}/{total}] {outcome.case}: {what}; {left()}", flush=True)
+
+    rich_parts = _rich() if sys.stderr.isatty() else None
+    if rich_parts is None:
+        yield line
+        return
+    bar, task = rich_parts(total)
+
+    def draw(event: Finished | None, running: Sequence[str]) -> None:
+        count(event)
+        if event is not None and event.outcome.status != DONE:
+            bar.console.print(f"{event.outcome.case} failed: {event.outcome.message}", markup=False, highlight=False)
+        shown = ", ".join(running[:3]) + (f" and {len(running) - 3} more" if len(running) > 3 else "")
+        bar.update(task, completed=finished, description=f"{failed} failed, {left()}; {shown}" if failed else f"{left()}; {shown}")
+
+    with bar:
+        yield draw
+
+
+def _rich():
+    """A function that makes a bar of rich; None where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        return None
+
+    def made(total: int):
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+        bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        return bar, bar.add_task("Starting", total=total)
+
+    return made
+
+
+def _told_end(settings: CohortSettings, outcomes: dict[str, CaseOutcome], *, num_cases: int) -> int:
+    """Print what became of the cohort; the exit code."""
+    failed = [outcome for outcome in outcomes.values() if outcome.status != DONE]
+    num_warned = sum(outcome.warnings > 0 for outcome in outcomes.values())
+    print(f"outcomes: {settings.output / OUTCOMES_NAME}")
+    if settings.with_pictures:
+        print(f"quality: {settings.output / PAGE_NAME}")
+    print(f"{num_cases - len(failed)} of {num_cases} cases done, {num_warned} of them with warnings.")
+    if failed:
+        print(
+            f"nmsw: {len(failed)} of {num_cases} cases failed, the first: {failed[0].case}: {failed[0].message} "
+            "Mend them and run the same command again: it does only what is left.",
+            file=sys.stderr,
+        )
+        return USER_ERROR
+    return EXIT_DONE
+
+
+def _check_structures(bundle: Bundle, structures: Sequence[str]) -> None:
+    """Raise UserError on a structure that the model does not know, before any case runs."""
+    from NMSWSegment.protocol import unknown_name
+
+    for name in structures:
+        if name not in bundle.manifest.label_names:
+            raise UserError(unknown_name(f"structure of bundle {bundle.manifest.name}", name, bundle.manifest.label_names))
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpus() -> list[str]:
+    """GPUs that torch can use."""
+    from NMSWSegment.engine.runtime import available_devices
+
+    return [name for name in available_devices() if name != "cpu"]
+
+
+def _duration(seconds: float) -> str:
+    """'40 s', '12 min', '3 h 20 min'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

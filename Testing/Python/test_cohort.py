@@ -1,0 +1,318 @@
+"""Cohorts: what is left of a run that was killed, broken cases, dying processes, locks, pages."""
+
+import csv
+import html.parser
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from NMSWSegment.__main__ import main
+from NMSWSegment.cohort import local_workers
+from NMSWSegment.cohort.case_run import CohortSettings, case_folder, finished_outcome, run_case
+from NMSWSegment.cohort.cases import Case, find_cases
+from NMSWSegment.cohort.cohort import _duration, _locked, _prepare
+from NMSWSegment.cohort.local_workers import WorkerPlan, plan_workers
+from NMSWSegment.cohort.outcome import failed_outcome
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.volume import Volume, read_volume, write_volume
+from NMSWSegment.protocol import SegmentOptions, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_cases(folder: Path, *, count: int, broken: int = 1) -> None:
+    """Small phantoms case0.nii.gz, ..., the last of them broken."""
+    folder.mkdir()
+    shape = (30, 24, 34)
+    volume, _ = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((10.0, 10.0, 9.0), shape))
+    for index in range(count):
+        write_volume(Volume(np.roll(volume.array, index, axis=2).astype(np.int16), volume.ijk_to_ras), folder / f"case{index}.nii.gz")
+    for index in range(count - broken, count):
+        path = folder / f"case{index}.nii.gz"
+        path.write_bytes(path.read_bytes()[:300])
+
+
+def settings_for(output: Path, bundle: Path, **changes) -> CohortSettings:
+    """Settings of a quick cohort."""
+    options = SegmentOptions(bundle=str(bundle), num_patches=2, device="cpu")
+    settings = CohortSettings(output=output, options=options, bundle_sha256=load_bundle(str(bundle)).sha256, ending=".nii.gz", with_pictures=False)
+    (output / "cases").mkdir(parents=True, exist_ok=True)
+    return replace(settings, **changes)
+
+
+def words(folder: Path, output: Path, bundle: Path, *more: str) -> list[str]:
+    """Of the command line."""
+    options = ["--bundle", str(bundle), "--device", "cpu", "--k", "2", "--format", ".nii.gz", "--no-pictures", *more]
+    return ["segment-cohort", str(folder), "-o", str(output), *options]
+
+
+def rows_of(path: Path) -> list[dict]:
+    """Of a csv file."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_cohort_of_ten_killed_with_signal_9_goes_on_and_one_broken_case_stops_nothing(tmp_path, a_tiny_bundle):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    write_cases(folder, count=10)
+    command = [sys.executable, "-m", "NMSWSegment", *words(folder, output, a_tiny_bundle, "--workers", "2")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    finished = lambda: sorted((output / "cases").glob("case*"))  # noqa: E731
+    deadline = time.monotonic() + 60
+    while len(finished()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    first.communicate()
+    kept = {path.name: (path / "outcome.json").stat().st_mtime_ns for path in finished()}
+    assert 2 <= len(kept) < 9
+
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+    assert second.returncode == 2, second.stdout + second.stderr
+    assert f"{len(kept)} of 10 cases are done already." in second.stdout
+    assert "9 of 10 cases done" in second.stdout and "1 of 10 cases failed, the first: case9:" in second.stderr and "Copy or export it again" in second.stderr
+    for name, changed in kept.items():
+        assert (output / "cases" / name / "outcome.json").stat().st_mtime_ns == changed
+    assert sorted(path.name for path in (output / "cases").iterdir()) == [f"case{index}" for index in range(9)]  # nothing half-done
+    outcomes = rows_of(output / "cohort.csv")
+    assert [(row["case"], row["status"]) for row in outcomes] == [(f"case{index}", "done" if index < 9 else "failed") for index in range(10)]
+    statistics = rows_of(output / "statistics.csv")
+    assert len(statistics) == 27 and {row["case"] for row in statistics} == {f"case{index}" for index in range(9)}
+    assert np.unique(read_volume(output / "cases" / "case0" / "segmentation.nii.gz").array).tolist() == [0, 1, 2, 3]
+
+
+def test_stopped_cohort_says_how_to_go_on_and_leaves_nothing_half_done(tmp_path, a_tiny_bundle, monkeypatch, capfd):
+    write_cases(tmp_path / "in", count=2, broken=0)
+
+    def stopped(cases, settings, **options):
+        (settings.output / "cases" / ".partial-case0-1").mkdir()
+        yield local_workers.Started(cases[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("NMSWSegment.cohort.cohort.run_on_this_computer", stopped)
+    assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle)) == 130
+    assert "0 of 2 cases came to an end. The same command goes on with the others." in capfd.readouterr().err
+    assert not list((tmp_path / "out" / "cases").iterdir()) and rows_of(tmp_path / "out" / "cohort.csv") == []
+
+
+def test_dicom_segmentation_of_a_case_that_is_no_dicom_fails_before_it_is_segmented(tmp_path, a_tiny_bundle, monkeypatch):
+    pytest.importorskip("highdicom", reason="the extra dicom is not installed")
+    write_cases(tmp_path / "in", count=1, broken=0)
+    monkeypatch.setattr("NMSWSegment.engine.segmentation.segment_volume", None)
+    outcome = run_case(find_cases(tmp_path / "in")[0], settings_for(tmp_path / "out", a_tiny_bundle, ending=".dcm"), device="cpu", threads=1)
+    assert outcome.status == "failed" and "refers to the DICOM images" in outcome.message
+
+
+@pytest.mark.parametrize(("kind", "message"), [("user", "is damaged"), ("bug", "This is a bug (ZeroDivisionError"), ("memory", "ran out of memory")])
+def test_failing_case_leaves_an_outcome_and_nothing_half_done(tmp_path, a_tiny_bundle, monkeypatch, kind, message):
+    write_cases(tmp_path / "in", count=1, broken=int(kind == "user"))
+    settings = settings_for(tmp_path / "out", a_tiny_bundle)
+
+    def fail(*arguments, **options):
+        raise {"bug": ZeroDivisionError("x"), "memory": MemoryError()}[kind]
+
+    if kind != "user":
+        monkeypatch.setattr("NMSWSegment.engine.segmentation.segment_volume", fail)
+    case = find_cases(tmp_path / "in")[0]
+    outcome = run_case(case, settings, device="cpu", threads=1)
+    assert outcome.status == "failed" and message in outcome.message and outcome.case == "case0"
+    assert not list((tmp_path / "out" / "cases").iterdir())
+    details = tmp_path / "out" / "failed" / "case0.txt"
+    assert details.exists() == (kind == "bug")
+    if kind == "bug":
+        assert "ZeroDivisionError" in details.read_text()
+        monkeypatch.undo()
+        assert run_case(case, settings, device="cpu", threads=1).status == "done" and not details.exists()
+
+
+def test_changed_input_of_the_same_name_is_done_again(tmp_path, a_tiny_bundle):
+    write_cases(tmp_path / "in", count=2, broken=0)
+    settings = settings_for(tmp_path / "out", a_tiny_bundle)
+    first, second = find_cases(tmp_path / "in")
+    run_case(first, settings, device="cpu", threads=1)
+    assert finished_outcome(settings.output, first).status == "done"
+    other = replace(second, name=first.name)
+    assert finished_outcome(settings.output, other) is None
+    assert run_case(other, settings, device="cpu", threads=1).input == str(second.input)
+    assert finished_outcome(settings.output, other).status == "done" and len(list((settings.output / "cases").iterdir())) == 1
+
+
+def test_worker_process_that_is_killed_costs_its_case_only(tmp_path, a_tiny_bundle):
+    write_cases(tmp_path / "in", count=2, broken=0)
+    settings = settings_for(tmp_path / "out", a_tiny_bundle)
+    plan = WorkerPlan(devices=("cpu",), threads=1, memory_bytes=None)
+    workers, original = [], local_workers._Worker
+
+    class Watched(original):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            workers.append(self)
+
+    local_workers._Worker = Watched
+    try:
+        outcomes = []
+        for event in local_workers.run_on_this_computer(find_cases(tmp_path / "in"), settings, plan=plan, needs_bytes={}):
+            if isinstance(event, local_workers.Started) and event.case.name == "case0":
+                workers[0]._process.kill()
+            elif isinstance(event, local_workers.Finished):
+                outcomes.append((event.case.name, event.outcome.status, "process" in event.outcome.message))
+    finally:
+        local_workers._Worker = original
+    assert outcomes == [("case0", "failed", True), ("case1", "done", False)]
+    assert not workers[0]._process.is_alive()
+
+
+def test_case_waits_until_there_is_memory_beside_those_that_run():
+    cases = [Case(name, Path(name)) for name in ("big", "small", "unknown", "giant")]
+    needs = {"big": 70, "small": 20, "unknown": None, "giant": 500}
+    plan = WorkerPlan(devices=("cpu",) * 4, threads=1, memory_bytes=100)
+    fits = lambda waiting, running: local_workers._next_that_fits(waiting, running, plan=plan, needs_bytes=needs)  # noqa: E731
+    assert fits(cases, []) == 0
+    assert fits([cases[3], cases[1]], [cases[0]]) == 1  # past the giant
+    assert fits([cases[3]], [cases[2]]) is None
+    assert fits([cases[3]], []) == 0  # alone, whatever the estimate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "devices", "threads"),
+    [
+        ({}, ("cpu",) * 8, 1),
+        ({"num_cases": 3}, ("cpu",) * 3, 2),
+        ({"workers": 2}, ("cpu",) * 2, 4),
+        ({"threads": 4}, ("cpu",) * 2, 4),
+        ({"gpus": ("cuda:0", "cuda:1")}, ("cuda:0", "cuda:1"), 4),
+        ({"gpus": ("cuda:0", "cuda:1"), "workers": 3}, ("cuda:0", "cuda:1", "cuda:0"), 2),
+        ({"gpus": ("cuda:0",), "device": "cpu"}, ("cpu",) * 8, 1),
+        ({"cores": 1, "num_cases": 1}, ("cpu",), 1),
+    ],
+)
+def test_plan_has_as_many_workers_as_gpus_or_cores_but_not_more_than_cases(arguments, devices, threads):
+    defaults = {"num_cases": 100, "cores": 8, "gpus": (), "device": "auto", "workers": None, "threads": None, "memory_bytes": 1000}
+    plan = plan_workers(**defaults | arguments)
+    assert (plan.devices, plan.threads, plan.memory_bytes) == (devices, threads, 900)
+
+
+def test_other_settings_are_refused_until_a_restart_is_asked_for(tmp_path, a_tiny_bundle):
+    write_cases(tmp_path / "in", count=1, broken=0)
+    settings = settings_for(tmp_path / "out", a_tiny_bundle)
+    case = find_cases(tmp_path / "in")[0]
+    _prepare(settings, restart=False)
+    run_case(case, settings, device="cpu", threads=1)
+    elsewhere = replace(settings, options=replace(settings.options, device="cuda", threads=3, bundle="another path of the same model"))
+    _prepare(elsewhere, restart=False)
+    assert finished_outcome(settings.output, case)
+    other = replace(settings, options=replace(settings.options, num_patches=1))
+    with pytest.raises(UserError, match=r"other settings \(options\).*--restart"):
+        _prepare(other, restart=False)
+    assert finished_outcome(settings.output, case)
+    _prepare(other, restart=True)
+    assert finished_outcome(settings.output, case) is None
+
+
+def test_second_run_in_the_same_folder_is_refused(tmp_path, a_tiny_bundle, capfd):
+    write_cases(tmp_path / "in", count=1, broken=0)
+    with _locked(tmp_path / "out"):
+        assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle)) == 2
+    assert "Another run works in the folder" in capfd.readouterr().err
+    with _locked(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("more", "fix"),
+    [
+        (["--workers", "0"], "Use 1 or more"),
+        (["--structures", "livr"], "Did you mean 'liver'"),
+        (["--format", ".png"], "nmsw segment-cohort --help"),
+        (["--format", ".dcm"], "refers to the DICOM images"),
+    ],
+)
+def test_cohort_mistake_is_one_sentence_before_any_case_runs(tmp_path, a_tiny_bundle, capfd, more, fix):
+    if ".dcm" in more:
+        pytest.importorskip("highdicom", reason="the extra dicom is not installed")
+    write_cases(tmp_path / "in", count=1, broken=0)
+    assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle, *more)) == 2
+    assert fix in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+class Page(html.parser.HTMLParser):
+    """What an HTML page holds."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags, self.links, self.text = [], [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.links += [value for key, value in attributes if key in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_sheet_and_page_are_whole_in_themselves_and_list_warnings_first(tmp_path, a_tiny_bundle):
+    pytest.importorskip("matplotlib")
+    from NMSWSegment.cohort.quality_page import write_cohort_page
+
+    write_cases(tmp_path / "in", count=2, broken=0)
+    settings = settings_for(tmp_path / "out", a_tiny_bundle, with_pictures=True)
+    good, other = find_cases(tmp_path / "in")
+    volume = read_volume(other.input)
+    write_volume(Volume(volume.array[13:17], volume.ijk_to_ras), other.input)  # 40 mm long
+    outcomes = [run_case(case, settings, device="cpu", threads=1) for case in (good, other)]
+    outcomes.append(failed_outcome(Case("<b>odd</b>", Path("odd")), 'It is "odd" & <i>broken</i>'))
+    assert [outcome.status for outcome in outcomes] == ["done", "done", "failed"]
+    outcomes[0] = replace(outcomes[0], warnings=0)
+    assert outcomes[1].warnings > 0
+
+    folder = case_folder(settings.output, other)
+    assert {path.name for path in folder.iterdir()} == {
+        "outcome.json", "preview.png", "report.json", "segmentation.nii.gz", "sheet.html", "statistics.csv", "thumbnail.jpg"
+    }  # fmt: skip
+    sheet = Page(folder / "sheet.html")
+    assert "The scan is only 40 mm long from head to foot" in sheet.text and "Henderson" in sheet.text
+    assert all(link.startswith("data:image/png;base64,") for link in sheet.links) and len(sheet.links) == 1
+
+    done = {case.name: case_folder(settings.output, case) for case in (good, other)}
+    write_cohort_page(settings.output / "quality.html", outcomes, folder_of=done, title="Cohort")
+    page = Page(settings.output / "quality.html")
+    assert [attributes["data-case"] for tag, attributes in page.tags if tag == "tr" and "data-case" in attributes] == ["<b>odd</b>", "case1", "case0"]
+    assert 'It is "odd" & <i>broken</i>' in page.text and not [tag for tag, _ in page.tags if tag in ("i", "b", "link")]
+    local = [link for link in page.links if not link.startswith("data:image/jpeg;base64,")]
+    assert local == ["cases/case1/sheet.html", "cases/case0/sheet.html"] and all((settings.output / link).exists() for link in local)
+    assert "3 cases: 2 done, 1 failed" in page.text
+
+
+def test_cohort_on_two_local_ray_workers_gives_what_local_processes_give(tmp_path, a_tiny_bundle, capfd):
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    write_cases(tmp_path / "in", count=3)
+    assert main(words(tmp_path / "in", tmp_path / "ray", a_tiny_bundle, "--workers", "2", "--ray", "local")) == 2
+    assert "2 of 3 cases done" in capfd.readouterr().out
+    assert [row["status"] for row in rows_of(tmp_path / "ray" / "cohort.csv")] == ["done", "done", "failed"]
+    settings = settings_for(tmp_path / "here", a_tiny_bundle)
+    for case in find_cases(tmp_path / "in")[:2]:
+        run_case(case, settings, device="cpu", threads=1)
+        arrays = [read_volume(case_folder(tmp_path / place, case) / "segmentation.nii.gz").array for place in ("ray", "here")]
+        np.testing.assert_array_equal(*arrays)
+
+
+def test_missing_ray_names_the_extra(tmp_path, a_tiny_bundle, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    write_cases(tmp_path / "in", count=1, broken=0)
+    assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle, "--ray")) == 2
+    assert 'pip install "NMSWSegment[ray]"' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(12.3, "12 s"), (600, "10 min"), (12000, "3 h 20 min")])
+def test_durations_are_told_in_fitting_units(seconds, text):
+    assert _duration(seconds) == text

@@ -1,0 +1,66 @@
+"""segment() from Python: three lines, the same answer as the command line, and a package that is cheap to import."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import NMSWSegment
+from NMSWSegment.__main__ import main
+from NMSWSegment.files import phantoms
+from NMSWSegment.files.volume import read_volume, write_volume
+from NMSWSegment.protocol import Cancelled, UserError
+
+
+def test_three_lines_give_what_the_command_line_writes(tmp_path, a_phantom, a_tiny_bundle):
+    write_volume(a_phantom[0], tmp_path / "ct.nii.gz")
+    words = [str(tmp_path / "ct.nii.gz"), "-o", str(tmp_path / "expected.nii.gz"), "--bundle", str(a_tiny_bundle), "--k", "2", "--threads", "1"]
+    assert main(["segment", *words, "--device", "cpu", "--min-island-ml", "0.1"]) == 0
+
+    from NMSWSegment import segment
+
+    result = segment(tmp_path / "ct.nii.gz", model=str(a_tiny_bundle), k=2, threads=1, device="cpu", min_island_ml=0.1)
+    result.save(tmp_path / "found.nii.gz")
+
+    np.testing.assert_array_equal(read_volume(tmp_path / "found.nii.gz").array, read_volume(tmp_path / "expected.nii.gz").array)
+    assert [row.structure for row in result.statistics()] == ["liver", "spleen", "vertebrae"] and result.statistics()[0].volume_ml > 100
+    assert len(result.patches) == 2 and result.run_info["options"]["min_island_ml"] == 0.1
+
+
+def test_volume_object_structures_all_patches_and_progress(a_phantom, a_tiny_bundle):
+    stages = []
+    result = NMSWSegment.segment(
+        a_phantom[0], model=a_tiny_bundle, k="all", structures=["spleen"], device="cpu", threads=1, on_progress=lambda progress: stages.append(progress.stage)
+    )
+    assert set(np.unique(result.labelmap.array)) == {0, 2} and [label.name for label in result.labels] == ["spleen"]
+    assert len(result.patches) == result.run_info["candidates"] and stages[-1] == "done"
+    with pytest.raises(UserError, match="Give segment\\(\\) the folder"):
+        result.save("seg.dcm")
+
+    def stop(progress):
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        NMSWSegment.segment(a_phantom[0], model=a_tiny_bundle, device="cpu", on_progress=stop)
+    with pytest.raises(UserError, match="Did you mean 'spleen'"):
+        NMSWSegment.segment(a_phantom[0], model=a_tiny_bundle, structures=["spleeen"])
+
+
+def test_second_call_finds_the_networks_loaded(a_phantom, a_tiny_bundle):
+    for _ in range(2):
+        timings = NMSWSegment.segment(a_phantom[0], model=a_tiny_bundle, k=0, device="cpu", threads=1).run_info["timings_s"]
+    assert "load" not in timings
+
+
+def test_importing_the_package_loads_no_library():
+    code = "import sys, NMSWSegment; print(sorted({'torch', 'numpy', 'SimpleITK', 'highdicom', 'pydicom'} & set(sys.modules))); NMSWSegment.segment; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split("\n")[:2] == ["[]", "True"]
+    assert "highdicom" not in done.stdout
+
+
+def test_unknown_name_of_the_package_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="sgment"):
+        NMSWSegment.sgment  # noqa: B018
+    assert "segment" in dir(NMSWSegment) and phantoms
