@@ -45,7 +45,7 @@ def resample_to_model_grid(volume: Volume, *, spacing_mm: Sequence[float], outsi
         outside: intensity of voxels of the model grid that the volume does not reach.
     """
     model_grid = model_grid_around(volume.shape, volume.ijk_to_ras, spacing_mm=spacing_mm)
-    source, source_ijk_to_ras = _averaged(volume, spacing_mm=spacing_mm)
+    source, source_ijk_to_ras = block_averaged(volume, spacing_mm=spacing_mm)
     to_source = np.linalg.inv(source_ijk_to_ras) @ model_grid.ijk_to_ras
     result = torch.empty(model_grid.shape)
     for slab in _slabs(model_grid.shape):
@@ -123,8 +123,11 @@ def restore_labelmap(labels: Tensor, model_grid: ModelGrid) -> Volume:
     return Volume(array=result.numpy(), ijk_to_ras=model_grid.source_ijk_to_ras)
 
 
-def _averaged(volume: Volume, *, spacing_mm: Sequence[float]) -> tuple[Tensor, np.ndarray]:
-    """Mean over whole blocks of voxels that fit into one model voxel: float32 array and its ijk_to_ras."""
+def block_averaged(volume: Volume, *, spacing_mm: Sequence[float]) -> tuple[Tensor, np.ndarray]:
+    """Mean over whole blocks of voxels that fit into one model voxel: float32 array and its ijk_to_ras.
+
+    Training averages its cases with it too, so that noise and thin structures look the same to the nets in both.
+    """
     directions = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
     target_ijk = np.abs(directions).T @ np.array(spacing_mm[::-1], dtype=float) / np.abs(directions).sum(0)
     factors_ijk = np.maximum(np.floor(target_ijk / np.array(volume.spacing_mm[::-1]) + GRID_TOLERANCE), 1).astype(int)

@@ -47,11 +47,14 @@ def shows_foreground(presence: Tensor, *, grid: CandidateGrid) -> Tensor:
 
 
 def candidate_importance(importance_map: Tensor, *, grid: CandidateGrid) -> Tensor:
-    """Importance logit of every candidate, (N,), from the importance map (d, h, w).
+    """Importance logit of every candidate, (N,), from the importance map (d, h, w): the log of the mean of its exponential over the footprint.
+
+    The map is the log of a gain per voxel, so that gains add up, as they do in greedy_coverage.
 
     Source: replaces the paper's trilinear resize to the grid, which reads 8 voxels per candidate (docs/deviations.md, D5).
     """
-    return pool_mean(importance_map, grid=grid)
+    largest = importance_map.detach().max()
+    return largest + pool_mean(torch.exp(importance_map - largest), grid=grid).clamp_min(1e-30).log()
 
 
 def differentiable_top_k(importance: Tensor, *, k: int, tau: float, generator: torch.Generator) -> tuple[list[int], Tensor]:
@@ -117,24 +120,13 @@ def select(
     score = importance
     if policy == "greedy":
         least_share = AUTO_GAIN if num_patches == AUTO else 0.0
-        order = greedy_coverage(expected_error(probabilities, scores) * wanted, is_foreground, grid=grid, num_patches=count, least_share=least_share)
+        order = greedy_coverage(torch.exp(scores - scores.max()) * wanted, is_foreground, grid=grid, num_patches=count, least_share=least_share)
     else:
         score = pool_mean(wanted, grid=grid) * (_random_score(len(importance)) if policy == "random" else importance)
     if num_patches != AUTO:  # greedy ends where nothing uncovered is left; the rest by importance
         rest = [index for index in _ranked(score, is_foreground) if meets_roi[index] and index not in order]
         order += rest[: count - len(order)]
     return Selection(indices=tuple(order), importance=tuple(float(importance[index]) for index in order))
-
-
-def expected_error(probabilities: Tensor, importance_map: Tensor) -> Tensor:
-    """Where the coarse answer is likely wrong, (d, h, w), not normalized: its entropy times the importance.
-
-    Args:
-        probabilities: of the coarse net, (C, d, h, w).
-        importance_map: logits (d, h, w); only differences matter, as in softmax.
-    """
-    entropy = -(probabilities * probabilities.clamp_min(1e-12).log()).sum(0)
-    return entropy * torch.exp(importance_map - importance_map.max())
 
 
 def greedy_coverage(mass: Tensor, is_foreground: Tensor, *, grid: CandidateGrid, num_patches: int, least_share: float = 0.0) -> list[int]:

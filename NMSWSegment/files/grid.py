@@ -4,6 +4,7 @@ The paper clamps the last patch of an axis; here the volume is padded instead (d
 stride-sized block is covered by whole patches and patches meet on block borders.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,6 +48,11 @@ class CandidateGrid:
     def padded_shape(self) -> Triple:
         """Voxels of the padded volume: P + (n - 1) s along each axis."""
         return tuple(size + (count - 1) * step for size, count, step in zip(self.patch_size, self.counts, self.stride))
+
+    @property
+    def padded_voxels(self) -> int:
+        """Voxels of the padded volume in all."""
+        return math.prod(self.padded_shape)
 
     @property
     def num_candidates(self) -> int:

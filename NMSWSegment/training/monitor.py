@@ -23,6 +23,9 @@ from NMSWSegment.training.step import Losses, prepare
 
 logger = logging.getLogger(__name__)
 
+CURVE_NAME = "curve.csv"
+CURVE_POINTS = 40
+"""About as many points are left of a learning curve."""
 OVERLAY_PATCHES = 5
 OVERLAY_SHARE = 0.45
 """Of a class's color over the intensity."""
@@ -40,10 +43,14 @@ class Monitor:
         self._options, self._names = options, ["background", *label_names]
         self._colors = np.array([(0, 0, 0), *(label.color for label in coded_labels(label_names))], dtype=np.float32) / 255
         self._first, self._started = first_iteration, time.monotonic()
+        self._curve = output / CURVE_NAME
+        if not first_iteration or not self._curve.is_file():
+            self._curve.write_text(",".join(["iteration", *(field.name for field in fields(Losses))]) + "\n", encoding="utf-8")
 
     def close(self) -> None:
-        """Finish the files."""
+        """Finish the files and draw the learning curve."""
         self._writer.close()
+        draw_curve(self._curve)
 
     def log(self, state: TrainingState, losses: Tensor, *, tau: float) -> None:
         """One line and one set of points.
@@ -56,6 +63,8 @@ class Monitor:
         seconds = (time.monotonic() - self._started) / (iteration - self._first)
         for name, value in values.items():
             self._writer.add_scalar(f"loss/{name}", value, iteration)
+        with self._curve.open("a", encoding="utf-8") as file:
+            file.write(",".join([str(iteration), *(f"{value:.5f}" for value in values.values())]) + "\n")
         self._writer.add_scalar("tau", tau, iteration)
         self._writer.add_scalar("learning_rate", state.optimizer.param_groups[0]["lr"], iteration)
         self._writer.add_scalar("seconds_per_iteration", seconds, iteration)
@@ -73,8 +82,29 @@ class Monitor:
         device = state.net.class_weights.device
         x, labels, grid = prepare(sample, self._options)
         coarse_labels, chosen = _coarse_view(state.net, x.to(device), grid=grid, options=self._options)
-        picture = selection_picture(x[0, 0].numpy(), coarse_labels.cpu().numpy(), chosen, grid=grid, row=_fullest_row(labels), colors=self._colors)
+        picture = selection_picture(x[0, 0].cpu().numpy(), coarse_labels.cpu().numpy(), chosen, grid=grid, row=_fullest_row(labels.cpu()), colors=self._colors)
         self._writer.add_image("selection", picture, state.iteration, dataformats="HWC")
+
+
+def draw_curve(path: Path) -> None:
+    """The learning curve beside its table, smoothed; nothing where matplotlib is not installed or there are too few points."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    names, *rows = path.read_text(encoding="utf-8").splitlines()
+    values = np.array([[float(value) for value in row.split(",")] for row in rows])
+    if len(values) < 2:
+        return
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    width = max(1, len(values) // CURVE_POINTS)
+    for column, name in enumerate(names.split(",")[1:], start=1):
+        if values[:, column].any():
+            smooth = np.convolve(values[:, column], np.ones(width) / width, mode="valid")
+            axes.plot(values[width - 1 :, 0], smooth, label=name)
+    axes.set(xlabel="iteration", ylabel=f"loss, mean of {width} points")
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
 
 
 def selection_picture(x: np.ndarray, labels: np.ndarray, chosen: tuple[int, ...], *, grid: CandidateGrid, row: int, colors: np.ndarray) -> np.ndarray:
