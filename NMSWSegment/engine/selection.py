@@ -1,6 +1,6 @@
 """Choose which candidates go through the local net (NMSW Eqs. 1-5).
 
-The importance map is one logit per coarse voxel; the importance of a candidate is its mean over the footprint, and
+The importance map is one logit per coarse voxel; the importance of a candidate is the log of its mean gain over the footprint, and
 pi = softmax(importance) is the paper's p(z | x_low). Training draws candidates with the differentiable top-k; inference
 ranks them without noise, ties broken by candidate index, so that the same volume always gives the same selection
 (docs/deviations.md, D4).
@@ -16,6 +16,7 @@ from NMSWSegment.protocol import AUTO
 
 FOREGROUND_THRESHOLD = 0.1  # a candidate whose footprint nowhere reaches this much foreground is taken last
 RANDOM_POLICY_SEED = 0
+LEAST_ENTROPY = 1e-4  # nats; of the expected error where the coarse net is sure
 AUTO_GAIN = 0.01
 """Share of the expected error that the next patch must add for k = auto to take it. Set on the two held-out volumes of the model card (27
 candidates each), with weights of an earlier stage: 7 patches, within 0.003 DSC of all patches, where 0.02 stops 0.011 short on one of
@@ -44,6 +45,12 @@ def pool_mean(coarse_map: Tensor, *, grid: CandidateGrid) -> Tensor:
 def shows_foreground(presence: Tensor, *, grid: CandidateGrid) -> Tensor:
     """Candidates whose footprint reaches FOREGROUND_THRESHOLD somewhere, (N,) bool, from the foreground probability (d, h, w)."""
     return pool_mean((presence >= FOREGROUND_THRESHOLD).double(), grid=grid) > 0
+
+
+def log_entropy(log_probabilities: Tensor) -> Tensor:
+    """Log of the coarse answer's entropy plus LEAST_ENTROPY, (B, 1, d, h, w), from log-probabilities (B, C, d, h, w)."""
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(1, keepdim=True)
+    return torch.log(entropy + LEAST_ENTROPY)
 
 
 def candidate_importance(importance_map: Tensor, *, grid: CandidateGrid) -> Tensor:

@@ -78,6 +78,7 @@ def export_bundle(
         "labels": coded_labels(checkpoint["label_names"]),
         "class_weights": tuple(net.class_weights.tolist()),
         "architecture": net.architecture.to_dict(),
+        "importance_has_entropy": True,
         "training": {
             "program": f"NMSWSegment {__version__}, torch {torch.__version__}",
             "iterations": checkpoint["iteration"],
