@@ -54,9 +54,14 @@ class PreparedCase:
     @property
     def ijk_to_ras(self) -> np.ndarray:
         """4 x 4; the first voxel lies at the world's origin."""
-        result = np.eye(4)
-        result[:3, :3] = np.array(self.direction)[::-1, ::-1] * np.array(self.spacing_mm[::-1])
-        return result
+        return ijk_to_ras_of(self.spacing_mm, self.direction)
+
+
+def ijk_to_ras_of(spacing_mm: Triple_mm, direction: Sequence[Sequence[float]]) -> np.ndarray:
+    """4 x 4 of a prepared case's spacing and direction; the first voxel lies at the world's origin."""
+    result = np.eye(4)
+    result[:3, :3] = np.array(direction)[::-1, ::-1] * np.array(spacing_mm[::-1])
+    return result
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Cases ready to be drawn from, kept in memory as long as there is room: at the model spacing's intensity, on the device that draws."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +40,14 @@ class CaseMemory:
         if max_bytes is None:
             max_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else CPU_BYTES
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[str, LoadedCase] = OrderedDict()
+        self._kept: OrderedDict[Hashable, LoadedCase] = OrderedDict()
 
-    def get(self, name: str, load: Callable[[], PreparedCase]) -> LoadedCase:
-        """The case of a name, loaded if it is not there."""
-        if name not in self._kept:
-            self._kept[name] = loaded_case(load(), spacing_mm=self.spacing_mm, device=self.device)
-        self._kept.move_to_end(name)
-        result = self._kept[name]
+    def get(self, key: Hashable, load: Callable[[], PreparedCase]) -> LoadedCase:
+        """The case of a key, loaded if it is not there; names are no keys, because two data sets may use the same."""
+        if key not in self._kept:
+            self._kept[key] = loaded_case(load(), spacing_mm=self.spacing_mm, device=self.device)
+        self._kept.move_to_end(key)
+        result = self._kept[key]
         while sum(_num_bytes(case) for case in self._kept.values()) > self._max_bytes:
             self._kept.popitem(last=False)
         return result

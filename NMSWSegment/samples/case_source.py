@@ -36,7 +36,7 @@ class CaseSource:
 
     def draw(self, generator: torch.Generator, options: SynthesisOptions) -> TrainingSample:
         """A random sample; the same state of the generator gives the same one."""
-        loaded = self._memory.get(self.name, self._load)
+        loaded = self._memory.get(self, self._load)
         if self._augmentation:
             whole, labels = resampled(loaded, whole_warp(loaded.case, spacing_mm=options.spacing_mm))
             intensity, labels = self._augmentation(whole, labels, generator=generator)

@@ -19,13 +19,14 @@ import numpy as np
 from NMSWSegment.data.body_extent import BodyExtent
 from NMSWSegment.data.case_cache import ENTRY_INFO_NAME, json_tuples, read_entry, write_entry
 from NMSWSegment.data.layouts import DATASET_NAME
-from NMSWSegment.data.prepared_case import PreparedCase
+from NMSWSegment.data.prepared_case import PreparedCase, ijk_to_ras_of
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.synthesis import PreparedAnatomy, prepare_anatomy
 from NMSWSegment.samples.tissues import Tissue
 
 CASES, ANATOMIES = "cases", "anatomies"
 ANATOMY_NAME, MAP_NAME = "anatomy.json", "tissue_map.npy"
+LABELS_NAME = "labels.npy"
 
 
 def prepared_entries(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
@@ -54,6 +55,20 @@ def read_prepared_case(entry: Path) -> PreparedCase:
         raise _damaged(entry, error) from error
 
 
+def prepared_grid(entry: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape (KJI) and ijk_to_ras of a case of prepared data; its voxels are not read.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        info = json.loads((entry / ENTRY_INFO_NAME).read_text(encoding="utf-8"))
+        shape = np.load(entry / LABELS_NAME, mmap_mode="r").shape
+        return shape, ijk_to_ras_of(info["spacing_mm"], info["direction"])
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        raise _damaged(entry, error) from error
+
+
 def read_anatomy(folder: Path, *, num_labels: int | None = None) -> PreparedAnatomy:
     """An anatomy, prepared or as a folder of label_full.nii.gz and tissues.json.
 
@@ -76,7 +91,7 @@ def write_prepared_set(output: Path, *, label_names: Sequence[str], cases: Itera
     """Write the folder, one case after the other; it is whole or not there.
 
     Raises:
-        UserError: it exists, or cannot be written.
+        UserError: it exists, two cases or anatomies have one name, or it cannot be written.
     """
     if output.exists():
         raise UserError(f"'{output}' already exists. Remove it, or give another --output.")
@@ -94,6 +109,9 @@ def write_prepared_set(output: Path, *, label_names: Sequence[str], cases: Itera
             labels = {"background": 0} | {label: value for value, label in enumerate(label_names, start=1)}
             (draft / DATASET_NAME).write_text(json.dumps({"labels": labels}, indent=1) + "\n", encoding="utf-8")
             shutil.move(str(draft), str(output))
+    except FileExistsError as error:
+        name = Path(error.filename or "").name
+        raise UserError(f"Two cases or anatomies are named '{name}'. Prepare their data sets in two folders, and train with --data for each.") from error
     except OSError as error:
         raise UserError(f"The prepared data cannot be written to '{output}' ({error}). Make room on the disk, or give another --output.") from error
 

@@ -105,11 +105,10 @@ def open_training_set(
     points = options.intensity_points
     augmentation = PaperAugmentation(window_hu=(points[0][0], points[-1][0])) if options.augmentation == "paper" else None
     memory = CaseMemory(spacing_mm=options.spacing_mm, device=device)
-    loaders = {request.files.name: _loader(request, cache) for request in data.requests} | {
-        entry.name: partial(read_prepared_case, entry) for entry in data.prepared_cases
-    }
+    loaders = [(request.files.name, _loader(request, cache)) for request in data.requests]
+    loaders += [(entry.name, partial(read_prepared_case, entry)) for entry in data.prepared_cases]
     return TrainingSet(
-        cases=[CaseSource(name, load, memory=memory, augmentation=augmentation) for name, load in loaders.items()],
+        cases=[CaseSource(name, load, memory=memory, augmentation=augmentation) for name, load in loaders],
         anatomies=[AnatomySource(read_anatomy(path, num_labels=len(data.label_names) + 1), device=device) for path in data.anatomies],
         label_names=data.label_names,
         options=SynthesisOptions(

@@ -13,6 +13,7 @@ import torch
 from NMSWSegment.data.prepared_case import Header, check_headers
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import model_grid_around
+from NMSWSegment.samples.prepared_set import prepared_grid
 from NMSWSegment.training.datasets import TrainingData, find_data, open_training_set
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
 from NMSWSegment.training.iteration import check_precision, new_state, temperature, train_step
@@ -60,9 +61,10 @@ def _data_lines(data: TrainingData, headers: Sequence[Header], options: TrainOpt
     yield f"Cases       {len(names)} labelled CT ({_few(names)}), {len(data.anatomies)} anatomies, {data.num_held_out} held out"
     yield f"Classes     {len(data.label_names)}: {', '.join(data.label_names)}"
     yield f"Grid        patches of {_times(options.patch_size)} voxels of {_times(options.spacing_mm)} mm, overlap {options.overlap:g}, coarse factor {_times(options.coarse_factor)}"
-    if not headers:
+    grids = [(header.shape, header.ijk_to_lps) for header in headers] + [prepared_grid(entry) for entry in data.prepared_cases]
+    if not grids:
         return
-    shapes = [model_grid_around(header.shape, header.ijk_to_lps, spacing_mm=options.spacing_mm).shape for header in headers]  # LPS or RAS: as many voxels
+    shapes = [model_grid_around(*grid, spacing_mm=options.spacing_mm).shape for grid in grids]  # LPS or RAS: as many voxels
     counts = [CandidateGrid.covering(shape, patch_size=options.patch_size, overlap=options.overlap).num_candidates for shape in shapes]
     yield f"Candidates  {min(counts)} / {np.median(counts):g} / {max(counts)} a volume (fewest, median, most)"
     small = [name for name, shape in zip(names, shapes) if any(length < size for length, size in zip(shape, options.patch_size))]

@@ -28,6 +28,7 @@ from NMSWSegment.training import iteration as iteration_module  # noqa: E402
 from NMSWSegment.training import run_folder  # noqa: E402
 from NMSWSegment.training import step as step_module  # noqa: E402
 from NMSWSegment.training import train as train_module  # noqa: E402
+from NMSWSegment.training.export import export_bundle  # noqa: E402
 from NMSWSegment.training.losses import class_shares, segmentation_loss, soft_segmentation_loss  # noqa: E402
 from NMSWSegment.training.options import TrainOptions  # noqa: E402
 from NMSWSegment.training.run_folder import TrainingState, load_checkpoint, load_run_options, save_checkpoint  # noqa: E402
@@ -434,6 +435,71 @@ def test_damaged_checkpoint_says_so(tmp_path):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(UserError, match="cannot be read.*Start the run again"):
             load_checkpoint(tmp_path)
+
+
+# Moving average of the weights, precision.
+
+
+def test_average_of_the_weights_is_what_a_run_ends_with_and_what_is_exported(data, tmp_path, monkeypatch):
+    seen = []
+
+    def record(output, state, **facts):
+        seen.append({key: value.clone() for key, value in state.net.state_dict().items()})
+        save_checkpoint(output, state, **facts)
+
+    monkeypatch.setattr(train_module, "save_checkpoint", record)
+    train(tiny_options(data, train="local", ema=0.75, iterations=2), output=tmp_path / "run", num_workers=0, checkpoint_every=1)
+    found = run_folder.trained_weights(load_checkpoint(tmp_path / "run"))
+    for key, value in found.items():  # the first step starts the average
+        torch.testing.assert_close(value, 0.75 * seen[0][key] + 0.25 * seen[1][key], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(found["local.head.weight"], seen[1]["local.head.weight"])
+    bundle = export_bundle(tmp_path / "run", tmp_path / "bundle")
+    exported = torch.jit.load(str(bundle / "local.pt")).state_dict()
+    torch.testing.assert_close(exported["head.weight"].float(), found["local.head.weight"], rtol=1e-3, atol=1e-4)  # fp16
+    later = tiny_options(data, train="local", ema=0.5, iterations=1, learning_rate=0.0, weight_decay=0.0, initial_run=str(tmp_path / "run"))
+    train(later, output=tmp_path / "later", num_workers=0)
+    assert all(torch.equal(value, found[key]) for key, value in load_checkpoint(tmp_path / "later")["net"].items())
+
+
+def test_stopped_and_resumed_run_has_the_same_average(data, tmp_path, monkeypatch):
+    options = tiny_options(data, train="local", ema=0.9, iterations=3)
+    train(options, output=tmp_path / "straight", num_workers=0)
+
+    def save_and_die(*arguments, **facts):
+        save_checkpoint(*arguments, **facts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(train_module, "save_checkpoint", save_and_die)
+        train(options, output=tmp_path / "stopped", num_workers=0, checkpoint_every=2)
+    train(options, output=tmp_path / "stopped", num_workers=0, resume=True)
+    found, expected = load_checkpoint(tmp_path / "stopped"), load_checkpoint(tmp_path / "straight")
+    for part in ("net", "average"):
+        assert all(torch.equal(found[part][key], value) for key, value in expected[part].items())
+    rows = [(tmp_path / name / "curve.csv").read_text().splitlines() for name in ("stopped", "straight")]
+    assert len(rows[0]) == len(set(rows[0])) >= 1
+
+
+def test_average_of_a_sparse_net_is_as_sparse_as_the_net():
+    net = {"local.backbone.nodes.a.weight": torch.tensor([0.0, 2.0]), "local.head.weight": torch.tensor([0.0, 2.0])}
+    average = {"n_averaged": torch.tensor(3)} | {f"module.{key}": torch.ones(2) for key in net}
+    found = run_folder.trained_weights({"net": net, "average": average, "sparsity": {"masks": {}}})
+    assert found["local.backbone.nodes.a.weight"].tolist() == [0, 1] and found["local.head.weight"].tolist() == [1, 1]
+
+
+def test_bf16_on_a_cpu_is_refused_before_anything_is_written(data, tmp_path):
+    with pytest.raises(UserError, match="^precision is bf16 on the CPU.*Use --precision fp32, or a GPU with --device cuda.$"):
+        train(tiny_options(data, precision="bf16"), output=tmp_path / "run", num_workers=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_importance_trains_upon_finished_nets_which_stay_as_they_are(a_run, data, tmp_path):
+    with pytest.raises(UserError, match="without initial_run. Give --initial-run RUN"):
+        tiny_options(data, train="importance")
+    train(tiny_options(data, train="importance", initial_run=str(a_run), iterations=2), output=tmp_path / "run", num_workers=0)
+    before, after = load_checkpoint(a_run)["net"], load_checkpoint(tmp_path / "run")["net"]
+    moved = {".".join(key.split(".")[:2]) for key, value in before.items() if not torch.equal(value, after[key])}
+    assert "coarse.importance_head" in moved and moved <= {"coarse.importance_head", "class_weights"}
 
 
 # Baselines, batches, and what goes wrong.
