@@ -40,17 +40,18 @@ def a_noisy_case(ijk_to_ras) -> tuple[Volume, np.ndarray, PreparedCase]:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_training_resamples_as_inference_does(geometry):
-    volume, _, case = a_noisy_case(GEOMETRIES[geometry])
+    volume, labels, case = a_noisy_case(GEOMETRIES[geometry])
     expected, model_grid = resample_to_model_grid(volume, spacing_mm=MODEL_MM, outside=float("nan"))
     found, found_labels = resampled(loaded_case(case, spacing_mm=MODEL_MM), whole_warp(case, spacing_mm=MODEL_MM))
     assert found.shape == expected.shape == model_grid.shape
     is_inside = ~expected.isnan() & ((found_labels != 0) | (found != AIR_HU)) & (found_labels != 255)
-    assert float((~expected.isnan()).float().mean()) < 1.001 and float(is_inside.float().mean()) > 0.6
-    assert float((found - expected)[is_inside].abs().max()) < 0.01
-    # the organs lie where the world says, whatever the axes of the file
-    for value, (center, _, _) in enumerate(list(phantoms.ORGANS.values())[:2], start=1):
-        place = (found_labels == value).nonzero().double().mean(0).numpy()[::-1]
-        np.testing.assert_allclose((model_grid.ijk_to_ras @ [*place, 1.0])[:3], center, atol=3.0)
+    assert float(is_inside.float().mean()) > (0.4 if geometry == "oblique" else 0.99)
+    assert float((found - expected)[is_inside].abs().max()) < 0.1  # of 30 HU noise; 0.002 but for voxels on an oblique border
+    # the organs lie where the file says, whatever its axes
+    for value in (1, 2, 3):
+        place, own = ((where == value).nonzero() for where in (found_labels, torch.from_numpy(labels)))
+        center = [(grid @ [*index.double().mean(0).numpy()[::-1], 1.0])[:3] for grid, index in ((model_grid.ijk_to_ras, place), (volume.ijk_to_ras, own))]
+        np.testing.assert_allclose(*center, atol=1.0)
 
 
 @pytest.mark.parametrize("geometry", ["axis-aligned", "oblique"])
