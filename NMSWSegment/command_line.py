@@ -49,6 +49,7 @@ _EXAMPLES = """examples:
 # Modules with add_arguments(parser) and run(args); imported only when asked for, because most need the training extra.
 _MODULE_VERBS = {
     "segment-cohort": ("NMSWSegment.cohort.cohort", "segment all volumes of a folder or a list"),
+    "prepare": ("NMSWSegment.training.prepare", "collect what training reads of its data in one folder"),
     "train": ("NMSWSegment.training.train", "train the two nets of a new model"),
     "export": ("NMSWSegment.training.export", "make a bundle of a trained model"),
     "evaluate": ("NMSWSegment.evaluation.evaluate", "score a bundle on labelled cases"),

@@ -1,6 +1,6 @@
 """Prepared cases on disk, so that a case of a hundred masks is combined once and a case larger than memory is no matter.
 
-An entry is named by everything that decides it: files with their sizes and times, classes, spacing. It is complete or not there,
+An entry is named by everything that decides it: files with their sizes and times, classes. It is complete or not there,
 and its voxels are checked against a checksum whenever they are read; what does not fit is made again.
 """
 
@@ -22,7 +22,7 @@ from NMSWSegment.protocol import UserError
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raised when prepare_case gives something else for the same files."""
 ENTRY_INFO_NAME = "case.json"
 _ARRAYS = ("intensity", "labels")
@@ -42,7 +42,7 @@ class CaseCache:
         Raises:
             UserError: a file of the case is not there.
         """
-        parts = [CACHE_FORMAT, request.label_names, request.spacing_mm, request.unknown_value]
+        parts = [CACHE_FORMAT, request.label_names, request.unknown_value]
         for path in (request.files.image, *request.label_paths):
             try:
                 state = path.stat()
@@ -67,7 +67,7 @@ class CaseCache:
     def load(self, request: CaseRequest, entry: Path) -> PreparedCase:
         """A case from its entry; a damaged entry is made again from the case's files."""
         try:
-            return _read_entry(entry)
+            return read_entry(entry)
         except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
             logger.warning("The cache entry '%s' is damaged (%s); the case is read again", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
@@ -82,7 +82,7 @@ class CaseCache:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".partial-") as name:
                 draft = Path(name) / entry.name
                 draft.mkdir()
-                _write_entry(case, draft)
+                write_entry(case, draft)
                 shutil.rmtree(entry, ignore_errors=True)
                 try:
                     os.rename(draft, entry)
@@ -96,26 +96,26 @@ class CaseCache:
             ) from error
 
 
-def _write_entry(case: PreparedCase, folder: Path) -> None:
+def write_entry(case: PreparedCase, folder: Path) -> None:
     """The arrays, and their checksums."""
     checksums = {}
     for name in _ARRAYS:
         array = np.ascontiguousarray(getattr(case, name))
         np.save(folder / f"{name}.npy", array)
         checksums[name] = zlib.crc32(array)
-    info = {"spacing_mm": case.spacing_mm, "extent": asdict(case.extent), "checksums": checksums}
+    info = {"spacing_mm": case.spacing_mm, "direction": case.direction, "extent": asdict(case.extent), "checksums": checksums}
     (folder / ENTRY_INFO_NAME).write_text(json.dumps(info), encoding="utf-8")
 
 
-def _read_entry(folder: Path) -> PreparedCase:
+def read_entry(folder: Path) -> PreparedCase:
     """A prepared case; ValueError when a checksum does not fit."""
     info = json.loads((folder / ENTRY_INFO_NAME).read_text(encoding="utf-8"))
     arrays = {name: np.load(folder / f"{name}.npy") for name in _ARRAYS}
     for name, array in arrays.items():
         if zlib.crc32(array) != info["checksums"][name]:
             raise ValueError(f"the checksum of {name} does not fit")
-    extent = {key: _tupled(value) for key, value in info["extent"].items()}
-    return PreparedCase(**arrays, spacing_mm=tuple(info["spacing_mm"]), extent=BodyExtent(**extent))
+    extent = {key: json_tuples(value) for key, value in info["extent"].items()}
+    return PreparedCase(**arrays, spacing_mm=tuple(info["spacing_mm"]), direction=json_tuples(info["direction"]), extent=BodyExtent(**extent))
 
 
 def _is_complete(entry: Path) -> bool:
@@ -123,8 +123,8 @@ def _is_complete(entry: Path) -> bool:
     return all((entry / name).is_file() for name in (ENTRY_INFO_NAME, *(f"{name}.npy" for name in _ARRAYS)))
 
 
-def _tupled(value: object) -> object:
+def json_tuples(value: object) -> object:
     """JSON lists as tuples, at any depth, also inside an object."""
     if isinstance(value, dict):
-        return {key: _tupled(item) for key, item in value.items()}
-    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
+        return {key: json_tuples(item) for key, item in value.items()}
+    return tuple(json_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""One labelled CT as training reads it: checked, axes turned to S-A-R, fine voxels averaged, masks of single classes combined."""
+"""One labelled CT as training reads it: checked, axes turned to S-A-R, masks of single classes combined; its own voxels, at no model spacing yet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
-from NMSWSegment.data.axis_filters import apply_along_axes, averaging_matrix
 from NMSWSegment.data.body_extent import BodyExtent, measure_body
 from NMSWSegment.data.layouts import CaseFiles
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL
@@ -29,8 +28,6 @@ class CaseRequest:
     files: CaseFiles
     label_names: tuple[str, ...]
     """Classes without background, in label order."""
-    spacing_mm: Triple_mm
-    """Model spacing, KJI; a finer image is averaged to it, as inference does, but keeps its own voxels."""
     unknown_value: int = UNKNOWN_LABEL
     """Label on disk of voxels whose class nobody knows."""
 
@@ -51,6 +48,20 @@ class PreparedCase:
     """0..C-1 or 255 for unknown, (D, H, W) uint8."""
     spacing_mm: Triple_mm
     extent: BodyExtent
+    direction: tuple[tuple[float, float, float], ...] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    """Rows: how superior, anterior and right of the world run along the array's axes; the identity unless the scan is oblique."""
+
+    @property
+    def ijk_to_ras(self) -> np.ndarray:
+        """4 x 4; the first voxel lies at the world's origin."""
+        return ijk_to_ras_of(self.spacing_mm, self.direction)
+
+
+def ijk_to_ras_of(spacing_mm: Triple_mm, direction: Sequence[Sequence[float]]) -> np.ndarray:
+    """4 x 4 of a prepared case's spacing and direction; the first voxel lies at the world's origin."""
+    result = np.eye(4)
+    result[:3, :3] = np.array(direction)[::-1, ::-1] * np.array(spacing_mm[::-1])
+    return result
 
 
 @dataclass(frozen=True)
@@ -118,14 +129,11 @@ def prepare_case(request: CaseRequest) -> PreparedCase:
     """
     check_headers(request)
     volume = read_volume(request.files.image)
-    labels, _ = to_sar(Volume(array=read_labels(request), ijk_to_ras=volume.ijk_to_ras))
-    array, spacing_mm = to_sar(volume)
-    intensity = torch.from_numpy(array.astype(np.float32))
-    factors = [max(1.0, step / own) for step, own in zip(request.spacing_mm, spacing_mm)]
-    intensity = apply_along_axes(intensity, tuple(averaging_matrix(size, width_voxels=width) for size, width in zip(intensity.shape, factors)))
+    labels, _, _ = to_sar(Volume(array=read_labels(request), ijk_to_ras=volume.ijk_to_ras))
+    intensity, spacing_mm, direction = to_sar(volume)
     landmarks = {key: torch.from_numpy(_slices_with(labels, request.label_names, words)) for key, words in LABEL_LANDMARKS.items()}
-    extent = measure_body(intensity > BODY_THRESHOLD_HU, landmarks, spacing_mm=spacing_mm)
-    return PreparedCase(intensity=_compact(intensity.numpy()), labels=labels, spacing_mm=spacing_mm, extent=extent)
+    extent = measure_body(torch.from_numpy(intensity > BODY_THRESHOLD_HU), landmarks, spacing_mm=spacing_mm)
+    return PreparedCase(intensity=_compact(intensity), labels=labels, spacing_mm=spacing_mm, extent=extent, direction=direction)
 
 
 def read_labels(request: CaseRequest) -> np.ndarray:

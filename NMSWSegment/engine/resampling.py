@@ -134,7 +134,7 @@ def restore_labelmap(labels: Tensor, model_grid: ModelGrid) -> Volume:
 
 def _resampled_slabs(volume: Volume, *, model_grid: ModelGrid, outside: float, bounds: tuple[float, float] | None) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the model grid and their intensity, (slices, H, W) float32."""
-    source, source_ijk_to_ras = _averaged(volume, spacing_mm=model_grid.spacing_mm, bounds=bounds)
+    source, source_ijk_to_ras = block_averaged(volume, spacing_mm=model_grid.spacing_mm, bounds=bounds)
     to_source = np.linalg.inv(source_ijk_to_ras) @ model_grid.ijk_to_ras
     for slab in _slabs(model_grid.shape):
         positions = _positions(to_source, shape=model_grid.shape, slab=slab)
@@ -145,8 +145,11 @@ def _resampled_slabs(volume: Volume, *, model_grid: ModelGrid, outside: float, b
         yield slab, intensity
 
 
-def _averaged(volume: Volume, *, spacing_mm: Sequence[float], bounds: tuple[float, float] | None = None) -> tuple[Tensor, np.ndarray]:
-    """Mean over whole blocks of voxels that fit into one model voxel: float32 array and its ijk_to_ras."""
+def block_averaged(volume: Volume, *, spacing_mm: Sequence[float], bounds: tuple[float, float] | None = None) -> tuple[Tensor, np.ndarray]:
+    """Mean over whole blocks of voxels that fit into one model voxel: float32 array and its ijk_to_ras.
+
+    Training averages its cases with it too, so that noise and thin structures look the same to the nets in both.
+    """
     directions = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
     target_ijk = np.abs(directions).T @ np.array(spacing_mm[::-1], dtype=float) / np.abs(directions).sum(0)
     factors_ijk = np.maximum(np.floor(target_ijk / np.array(volume.spacing_mm[::-1]) + GRID_TOLERANCE), 1).astype(int)

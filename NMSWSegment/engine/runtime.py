@@ -11,6 +11,7 @@ from torch import Tensor
 
 from NMSWSegment.engine.net_runtimes import RuntimeChoice, choose_runtime
 from NMSWSegment.engine.resampling import run_coarse
+from NMSWSegment.engine.selection import log_entropy
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.protocol import EXACT, UserError
 
@@ -50,6 +51,8 @@ class Nets:
     def coarse(self, x_low: Tensor) -> tuple[Tensor, Tensor]:
         """Coarse logits (C, d, h, w) and importance map (d, h, w) of x_low (1, 1, d, h, w)."""
         logits, importance_map = run_coarse(lambda x: self._run("coarse_net", x), x_low, multiple=self.manifest.coarse_multiple)
+        if not self.manifest.importance_has_entropy:
+            importance_map = importance_map + log_entropy(torch.log_softmax(logits, dim=1))
         return logits[0].contiguous(), importance_map[0, 0].contiguous()  # without the padding of the net
 
     def local(self, patches: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Choose which candidates go through the local net (NMSW Eqs. 1-5).
 
-The importance map is one logit per coarse voxel; the importance of a candidate is its mean over the footprint, and
+The importance map is one logit per coarse voxel; the importance of a candidate is the log of its mean gain over the footprint, and
 pi = softmax(importance) is the paper's p(z | x_low). Training draws candidates with the differentiable top-k; inference
 ranks them without noise, ties broken by candidate index, so that the same volume always gives the same selection
 (docs/deviations.md, D4).
@@ -18,6 +18,7 @@ from NMSWSegment.protocol import AUTO
 
 FOREGROUND_THRESHOLD = 0.1  # a candidate whose footprint nowhere reaches this much foreground is taken last
 RANDOM_POLICY_SEED = 0
+LEAST_ENTROPY = 1e-4  # nats; of the expected error where the coarse net is sure
 AUTO_GAIN = 0.01
 """Share of the expected error that the next patch must add for k = auto to take it. Set on the two held-out volumes of the model card (27
 candidates each), with weights of an earlier stage: 7 patches, within 0.003 DSC of all patches, where 0.02 stops 0.011 short on one of
@@ -48,12 +49,21 @@ def shows_foreground(presence: Tensor, *, grid: CandidateGrid) -> Tensor:
     return pool_mean((presence >= FOREGROUND_THRESHOLD).float(), grid=grid) > 0
 
 
+def log_entropy(log_probabilities: Tensor) -> Tensor:
+    """Log of the coarse answer's entropy plus LEAST_ENTROPY, (B, 1, d, h, w), from log-probabilities (B, C, d, h, w)."""
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(1, keepdim=True)
+    return torch.log(entropy + LEAST_ENTROPY)
+
+
 def candidate_importance(importance_map: Tensor, *, grid: CandidateGrid) -> Tensor:
-    """Importance logit of every candidate, (N,), from the importance map (d, h, w).
+    """Importance logit of every candidate, (N,), from the importance map (d, h, w): the log of the mean of its exponential over the footprint.
+
+    The map is the log of a gain per voxel, so that gains add up, as they do in greedy_coverage.
 
     Source: replaces the paper's trilinear resize to the grid, which reads 8 voxels per candidate (docs/deviations.md, D5).
     """
-    return pool_mean(importance_map, grid=grid)
+    largest = importance_map.detach().max()
+    return largest + pool_mean(torch.exp(importance_map - largest), grid=grid).clamp_min(1e-30).log()
 
 
 def differentiable_top_k(importance: Tensor, *, k: int, tau: float, generator: torch.Generator) -> tuple[list[int], Tensor]:
@@ -108,8 +118,7 @@ def select(
     """
     scores = importance_map.detach().double().cpu()
     within = torch.ones_like(scores) if in_roi is None else in_roi.double()
-    shown, entropy = class_presence(coarse_logits.detach().cpu(), focus_classes=focus_classes)
-    presence = within * shown
+    presence = within * class_presence(coarse_logits.detach().cpu(), focus_classes=focus_classes)
     wanted = presence if focus_classes else within
     importance = torch.softmax(candidate_importance(scores, grid=grid), dim=0)
     meets_roi = pool_mean(within, grid=grid) > 0
@@ -119,7 +128,7 @@ def select(
     score = importance
     if policy == "greedy":
         least_share = AUTO_GAIN if num_patches == AUTO else 0.0
-        order = greedy_coverage(expected_error(entropy, scores) * wanted, is_foreground, grid=grid, num_patches=count, least_share=least_share)
+        order = greedy_coverage(torch.exp(scores - scores.max()) * wanted, is_foreground, grid=grid, num_patches=count, least_share=least_share)
     else:
         score = pool_mean(wanted, grid=grid) * (_random_score(len(importance)) if policy == "random" else importance)
     if num_patches != AUTO:  # greedy ends where nothing uncovered is left; the rest by importance
@@ -128,8 +137,8 @@ def select(
     return Selection(indices=tuple(order), importance=tuple(float(importance[index]) for index in order))
 
 
-def class_presence(coarse_logits: Tensor, *, focus_classes: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    """Probability of foreground, or of some classes together, and the entropy of all classes, each (d, h, w) float32.
+def class_presence(coarse_logits: Tensor, *, focus_classes: tuple[int, ...] = ()) -> Tensor:
+    """Probability of foreground, or of some classes together, (d, h, w) float32.
 
     Args:
         coarse_logits: (C, d, h, w), on the CPU.
@@ -137,30 +146,17 @@ def class_presence(coarse_logits: Tensor, *, focus_classes: tuple[int, ...] = ()
     """
     num_classes, shape = len(coarse_logits), coarse_logits.shape[1:]
     logits = coarse_logits.numpy().reshape(num_classes, -1)
-    presence, entropy = np.empty(logits.shape[1], np.float32), np.empty(logits.shape[1], np.float32)
+    presence = np.empty(logits.shape[1], np.float32)
 
     def fill(share: slice) -> None:
         for part in ranges(share.stop, start=share.start, step=BLOCK_FLOATS // num_classes):
-            below = logits[:, part] - logits[:, part].max(0)
-            exponentials = np.exp(below)
+            exponentials = np.exp(logits[:, part] - logits[:, part].max(0))
             total = np.add.reduce(exponentials, axis=0)
             shown = exponentials[list(focus_classes)].sum(0) if focus_classes else total - exponentials[0]
             np.divide(shown, total, out=presence[part])
-            np.multiply(exponentials, below, out=exponentials)
-            entropy[part] = np.log(total) - np.add.reduce(exponentials, axis=0) / total
 
     in_threads(fill, shares(logits.shape[1]))
-    return torch.from_numpy(presence.reshape(shape)), torch.from_numpy(entropy.reshape(shape))
-
-
-def expected_error(entropy: Tensor, importance_map: Tensor) -> Tensor:
-    """Where the coarse answer is likely wrong, (d, h, w), not normalized: its entropy times the importance.
-
-    Args:
-        entropy: of the coarse net's answer, (d, h, w).
-        importance_map: logits (d, h, w); only differences matter, as in softmax.
-    """
-    return entropy * torch.exp(importance_map - importance_map.max())
+    return torch.from_numpy(presence.reshape(shape))
 
 
 def greedy_coverage(mass: Tensor, is_foreground: Tensor, *, grid: CandidateGrid, num_patches: int, least_share: float = 0.0) -> list[int]:

@@ -200,7 +200,7 @@ def as_segment(
 
 def footprint_foreground(coarse_logits: Tensor, *, grid: CandidateGrid) -> Tensor:
     """Candidates that show foreground anywhere in their footprint, as in selection.select, (N,) bool."""
-    return shows_foreground(class_presence(coarse_logits)[0], grid=grid)
+    return shows_foreground(class_presence(coarse_logits), grid=grid)
 
 
 def one_voxel_foreground(coarse_logits: Tensor, *, grid: CandidateGrid) -> Tensor:

@@ -43,9 +43,7 @@ def find_cases(data: Sequence[str], manifest: BundleManifest, *, wanted: str = "
                 f"'{argument}' has the labels {', '.join(found.label_names)}, but bundle '{manifest.name}' has {', '.join(manifest.label_names)}. "
                 "Bring the data to the bundle's list: the same names in the same order."
             )
-        cases += [
-            CaseRequest(files=files, label_names=found.label_names, spacing_mm=manifest.spacing_mm, unknown_value=found.unknown_value) for files in found.files
-        ]
+        cases += [CaseRequest(files=files, label_names=found.label_names, unknown_value=found.unknown_value) for files in found.files]
     names = [case.files.name for case in cases]
     if len(set(names)) < len(names):
         raise UserError(f"Several cases of {', '.join(data)} have the same name. Give the folders one after the other.")

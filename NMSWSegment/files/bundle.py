@@ -102,6 +102,8 @@ class BundleManifest:
     """SHA-256 of every file beside the manifest that inference reads, by file name."""
     architecture: dict
     """How the nets were built, enough to build them again and load the archived weights."""
+    importance_has_entropy: bool = False
+    """Whether the importance map is the log of a gain already; that of older bundles does not know the coarse answer's entropy, which is added."""
     training: dict = field(default_factory=dict)
     """What the weights were trained on and how; for people."""
     scores: dict = field(default_factory=dict)

@@ -1,4 +1,7 @@
-"""The two nets of NMSW and the class weights that mix them (paper section 3)."""
+"""The two nets of NMSW and the class weights that mix them (paper section 3).
+
+Both nets end in a log-softmax: Eq. 6 with weights per class is defined up to a shift of each net's logits only then (docs/deviations.md, D18).
+"""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -48,12 +51,47 @@ class CoarseNet(nn.Module):
         num_features = NUM_FEATURES[architecture.preset]
         self.backbone = coarse_backbone(preset=architecture.preset)
         self.head = nn.Conv3d(num_features, architecture.num_classes, kernel_size=1)
-        self.importance_head = nn.Conv3d(num_features, 1, kernel_size=1)
+        self.importance_head = ImportanceHead(num_features + architecture.num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, d, h, w) in [0, 1] -> coarse logits (B, C, d, h, w) and importance map (B, 1, d, h, w)."""
+        """(B, 1, d, h, w) in [0, 1] -> coarse logits, log-probabilities (B, C, d, h, w), and importance map (B, 1, d, h, w)."""
         features = self.backbone(x)
-        return self.head(features), self.importance_head(features)
+        logits = torch.log_softmax(self.head(features).float(), dim=1)
+        return logits, self.importance_head(features, logits)
+
+    def without_importance(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Like forward, with zeros for the importance map: a third less work where only the segmentation is trained."""
+        logits = torch.log_softmax(self.head(self.backbone(x)).float(), dim=1)
+        return logits, torch.zeros_like(logits[:, :1])
+
+
+class ImportanceHead(nn.Module):
+    """How much a local patch would improve the coarse answer at every coarse voxel, as a logit: the log of the expected gain.
+
+    The log of the coarse answer's entropy, corrected by a multilayer perceptron of 1 x 1 convolutions that sees the coarse net's last features
+    and its probabilities. The correction starts at 0, so that an untrained head ranks by entropy.
+
+    Source: paper section 3.2 (a perceptron of four layers); entropy and probabilities are ours (docs/deviations.md, D17).
+    """
+
+    WIDTH = 32
+    LEAST_ENTROPY = 1e-4  # nats; where the coarse net is sure, importance differs by the correction alone
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (in_channels, self.WIDTH, self.WIDTH):
+            layers += [nn.Conv3d(width, self.WIDTH, kernel_size=1), nn.LeakyReLU(0.01)]
+        last = nn.Conv3d(self.WIDTH, 1, kernel_size=1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.perceptron = nn.Sequential(*layers, last)
+
+    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Features (B, F, d, h, w) and log-probabilities (B, C, d, h, w) -> importance map (B, 1, d, h, w)."""
+        probabilities = logits.exp()
+        entropy = -(probabilities * logits).sum(1, keepdim=True)
+        return torch.log(entropy + self.LEAST_ENTROPY) + self.perceptron(torch.cat([features, probabilities.to(features.dtype)], dim=1)).float()
 
 
 class LocalNet(nn.Module):
@@ -69,12 +107,14 @@ class LocalNet(nn.Module):
         self.head = nn.Identity() if ends_in_head(name) else nn.Conv3d(NUM_FEATURES[preset], num_classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 1, P, P, P) in [0, 1] -> local logits (B, C, P, P, P)."""
-        return self.head(self.backbone(x))
+        """(B, 1, P, P, P) in [0, 1] -> local logits, log-probabilities (B, C, P, P, P)."""
+        return torch.log_softmax(self.head(self.backbone(x)).float(), dim=1)
 
     def deep_logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """Logits for deep supervision in training, those of forward first, then at 1/2, 1/4, ... where the backbone has such heads."""
-        return self.backbone.deep_logits(x) if isinstance(self.backbone, E2ENet) else (self(x),)
+        if not isinstance(self.backbone, E2ENet):
+            return (self(x),)
+        return tuple(torch.log_softmax(logits.float(), dim=1) for logits in self.backbone.deep_logits(x))
 
 
 class NMSWNet(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from NMSWSegment.data.axis_filters import apply_along_axes
 from NMSWSegment.files.orientation import Triple_mm
-from NMSWSegment.samples.warp import chance, gaussian_matrix, slice_matrix, uniform
+from NMSWSegment.samples.warp import chance, gaussian_matrix, slice_matrix, uniform, white_noise
 
 AIR_HU = -1000.0
 OUTSIDE_FIELD_HU = -1024.0
@@ -31,14 +31,14 @@ def add_table(intensity: Tensor, body: Tensor, *, spacing_mm: Triple_mm, generat
     thickness_mm, shell_mm, pad_mm = uniform(generator, 20, 70), uniform(generator, 1, 4), uniform(generator, 0, 25)
     shell_hu, foam_hu, pad_hu = uniform(generator, -500, 250), uniform(generator, -970, -800), uniform(generator, -980, -850)
     gap_mm, shift_mm = uniform(generator, 0, 8), uniform(generator, -25, 25)
-    right_mm = (torch.arange(width) - (width - 1) / 2) * spacing_mm[2] - shift_mm
+    right_mm = (torch.arange(width, device=intensity.device) - (width - 1) / 2) * spacing_mm[2] - shift_mm
     sag = sag_mm * (right_mm / 220) ** 2
     silhouette = body.any(dim=0)  # (H, W)
     if not silhouette.any():
         return
     lowest_mm = torch.where(silhouette.any(dim=0), silhouette.int().argmax(dim=0) * spacing_mm[1], math.inf)
     top_mm = (lowest_mm - sag).min() - gap_mm + sag  # (W), along anterior
-    depth_mm = top_mm - torch.arange(height)[:, None] * spacing_mm[1]  # (H, W), positive under the top
+    depth_mm = top_mm - torch.arange(height, device=intensity.device)[:, None] * spacing_mm[1]  # (H, W), positive under the top
     layers = ((0.0, pad_mm, pad_hu), (pad_mm, pad_mm + shell_mm, shell_hu), (pad_mm + shell_mm, pad_mm + thickness_mm, foam_hu))
     layers += ((pad_mm + thickness_mm, pad_mm + thickness_mm + shell_mm, shell_hu),)
     added = sum(_layer_share(depth_mm, start, stop, spacing_mm[1]) * (hu - AIR_HU) for start, stop, hu in layers)
@@ -61,7 +61,7 @@ def add_arms(intensity: Tensor, body: Tensor, *, spacing_mm: Triple_mm, generato
         edge = int(sides[0] if side < 0 else sides[-1]) * spacing_mm[2]
         right_mm = edge + side * (radius_mm + uniform(generator, 2, 25)) * (0.7 if raised else 1.0)
         center_mm = (anterior * intensity.shape[1] * spacing_mm[1] + uniform(generator, -25, 25), right_mm)
-        rho = _cylinder(intensity[start:].shape, center_mm, tilt, radius_mm, uniform(generator, 0.8, 1.25), spacing_mm)
+        rho = _cylinder(intensity[start:].shape, center_mm, tilt, radius_mm, uniform(generator, 0.8, 1.25), spacing_mm, intensity.device)
         arm = torch.where(rho < 0.8, muscle_hu, fat_hu)
         arm = torch.where(rho < 0.27, bone_hu, arm)
         arm = torch.where(rho < 0.15, 60.0, arm)
@@ -73,8 +73,8 @@ def cut_field_of_view(intensity: Tensor, labels: Tensor, *, generator: torch.Gen
     """Blank everything outside a circular reconstruction field; what is not shown is background."""
     height, width = intensity.shape[1:]
     radius = max(height, width) / 2 * uniform(generator, 0.88, 1.1)
-    rows = torch.arange(height)[:, None] - (height - 1) / 2
-    columns = torch.arange(width) - (width - 1) / 2
+    rows = torch.arange(height, device=intensity.device)[:, None] - (height - 1) / 2
+    columns = torch.arange(width, device=intensity.device) - (width - 1) / 2
     outside = rows**2 + columns**2 > radius**2
     intensity[:, outside] = OUTSIDE_FIELD_HU
     labels[:, outside] = 0
@@ -103,16 +103,16 @@ def add_noise(intensity: Tensor, body: Tensor, *, generator: torch.Generator) ->
     """Noise of 3 to 35 HU with the grain of a reconstruction, sometimes with horizontal streaks where the body is wide."""
     sigma_hu = math.exp(uniform(generator, math.log(3), math.log(35)))
     grain = uniform(generator, 0.0, 0.9)
-    noise = torch.randn(intensity.shape, generator=generator)
+    noise = white_noise(intensity.shape, generator=generator, device=intensity.device)
     if grain > 0.3:
         matrices = [gaussian_matrix(size, sigma_voxels=grain * share) for size, share in zip(noise.shape, (0.7, 1.0, 1.0))]
         noise = apply_along_axes(noise, tuple(matrices))
     noise *= sigma_hu / float(noise[::4, ::4, ::4].std())
     if chance(generator, 0.2):
-        width = body.float().mean(dim=1).mean(dim=1)  # (D)
+        width = body.float().mean(dim=1).mean(dim=1)  # (D,)
         strength = (width / width.max().clamp(min=1e-3)) ** 4 * uniform(generator, 0.3, 1.2) * sigma_hu
-        streaks = torch.randn(intensity.shape, generator=generator)
-        streaks = torch.matmul(streaks, gaussian_matrix(streaks.shape[2], sigma_voxels=8.0))
+        streaks = white_noise(intensity.shape, generator=generator, device=intensity.device)
+        streaks = torch.matmul(streaks, gaussian_matrix(streaks.shape[2], sigma_voxels=8.0).to(streaks.device))
         noise += streaks * (strength / float(streaks[::4, ::4, ::4].std()))[:, None, None]
     # noise is weaker in air and lung, where few photons are lost
     noise *= (intensity * 0.0006 + 0.95).clamp_(0.35, 1.0)
@@ -126,9 +126,11 @@ def _layer_share(depth_mm: Tensor, start_mm: float, stop_mm: float, voxel_mm: fl
     return ((upper - lower) / voxel_mm).clamp(0, 1)
 
 
-def _cylinder(shape: torch.Size, center_mm: tuple[float, float], tilt: float, radius_mm: float, aspect: float, spacing_mm: Triple_mm) -> Tensor:
+def _cylinder(
+    shape: torch.Size, center_mm: tuple[float, float], tilt: float, radius_mm: float, aspect: float, spacing_mm: Triple_mm, device: torch.device
+) -> Tensor:
     """Distance from a tilted axis relative to the radius, (D, H, W); the axis runs along superior through (anterior, right)."""
-    rise_mm = (torch.arange(shape[0]) - shape[0] / 2) * spacing_mm[0] * tilt
-    anterior = torch.arange(shape[1]) * spacing_mm[1] - center_mm[0] - rise_mm[:, None]  # (D, H)
-    right = (torch.arange(shape[2]) * spacing_mm[2] - center_mm[1]) * aspect
+    rise_mm = (torch.arange(shape[0], device=device) - shape[0] / 2) * spacing_mm[0] * tilt
+    anterior = torch.arange(shape[1], device=device) * spacing_mm[1] - center_mm[0] - rise_mm[:, None]  # (D, H)
+    right = (torch.arange(shape[2], device=device) * spacing_mm[2] - center_mm[1]) * aspect
     return ((anterior**2)[:, :, None] + right**2).sqrt_() / radius_mm

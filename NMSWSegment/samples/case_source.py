@@ -1,17 +1,20 @@
 """Random training samples of one labelled CT."""
 
-import numpy as np
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from NMSWSegment.data.case_cache import CaseCache
-from NMSWSegment.data.prepared_case import BODY_THRESHOLD_HU, CaseRequest, PreparedCase, prepare_case
+from NMSWSegment.data.prepared_case import BODY_THRESHOLD_HU, PreparedCase
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
+from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.files.orientation import Triple_mm
 from NMSWSegment.samples.acquisition import AIR_HU, HU_RANGE, add_noise, blur, cut_field_of_view, lower_resolution
 from NMSWSegment.samples.augment import PaperAugmentation
+from NMSWSegment.samples.case_memory import CaseMemory, LoadedCase
 from NMSWSegment.samples.scan_range import random_box
-from NMSWSegment.samples.synthesis import SynthesisOptions
+from NMSWSegment.samples.synthesis import SynthesisOptions, add_pathology
 from NMSWSegment.samples.warp import Warp, chance, is_outside, nearest_flat_index, random_warp, uniform
 
 GAMMA_WINDOW_HU = (-250.0, 500.0)
@@ -21,64 +24,62 @@ GAMMA_WINDOW_HU = (-250.0, 500.0)
 class CaseSource:
     """One labelled CT; every draw is another sample of it."""
 
-    def __init__(self, request: CaseRequest, *, cache: CaseCache | None = None, augmentation: PaperAugmentation | None = None) -> None:
-        """Check the case.
-
-        Args:
-            request: which case, and how it is prepared.
-            cache: where it is kept; None keeps it in memory.
-            augmentation: of the whole volume; None draws warped, re-contrasted and re-scanned parts.
-
-        Raises:
-            UserError: the case cannot be used, see prepare_case.
+    def __init__(self, name: str, load: Callable[[], PreparedCase], *, memory: CaseMemory, augmentation: PaperAugmentation | None = None) -> None:
+        """Args:
+        name: of the case.
+        load: reads it; called again when the memory had to forget it.
+        memory: keeps it, on the device where samples are drawn.
+        augmentation: of the whole volume; None draws warped, re-contrasted and re-scanned parts.
         """
-        self.name = request.files.name
-        self._request, self._cache, self._augmentation = request, cache, augmentation
-        self._entry = cache.ensure(request) if cache else None
-        self._case = None if cache else prepare_case(request)
+        self.name = name
+        self._load, self._memory, self._augmentation = load, memory, augmentation
 
     def draw(self, generator: torch.Generator, options: SynthesisOptions) -> TrainingSample:
         """A random sample; the same state of the generator gives the same one."""
-        case = self._case or self._cache.load(self._request, self._entry)
-        intensity, labels = torch.from_numpy(case.intensity.astype(np.float32)), torch.from_numpy(case.labels)
+        loaded = self._memory.get(self, self._load)
         if self._augmentation:
-            whole, labels = _resampled(intensity, labels, _whole_warp(case, spacing_mm=options.spacing_mm), case.spacing_mm)
+            whole, labels = resampled(loaded, whole_warp(loaded.case, spacing_mm=options.spacing_mm))
             intensity, labels = self._augmentation(whole, labels, generator=generator)
         else:
-            intensity, labels = _scan(case, intensity, labels, options=options, generator=generator)
+            intensity, labels = _scan(loaded, options=options, generator=generator)
         return TrainingSample(name=self.name, intensity=intensity, labels=labels)
 
 
-def _scan(case: PreparedCase, intensity: Tensor, labels: Tensor, *, options: SynthesisOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _scan(loaded: LoadedCase, *, options: SynthesisOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A random patient and scan made of a case; labels are 255 above and below the source, 0 beside it."""
-    box_mm = random_box(case.extent, min_range_mm=options.min_range_mm, generator=generator)
+    box_mm = random_box(loaded.case.extent, min_range_mm=options.min_range_mm, generator=generator)
     warp = random_warp(box_mm, limits=options.warp, spacing_mm=options.spacing_mm, max_voxels=options.max_voxels, generator=generator)
-    intensity, labels = _resampled(intensity, labels, warp, case.spacing_mm)
+    intensity, labels = resampled(loaded, warp)
     body = intensity > BODY_THRESHOLD_HU
     intensity = _recontrasted(intensity, labels, generator)
+    add_pathology(intensity, labels, options=options, generator=generator)
     intensity = _rescanned(intensity, body, spacing_mm=options.spacing_mm, generator=generator)
     if chance(generator, options.circular_share):
         cut_field_of_view(intensity, labels, generator=generator)
     return intensity.clamp_(*HU_RANGE), labels
 
 
-def _whole_warp(case: PreparedCase, *, spacing_mm: Triple_mm) -> Warp:
-    """The warp that shows the whole case at the model spacing, unchanged."""
-    size_mm = [length * own for length, own in zip(case.labels.shape, case.spacing_mm)]
-    shape = tuple(max(1, round(length / step)) for length, step in zip(size_mm, spacing_mm))
+def whole_warp(case: PreparedCase, *, spacing_mm: Triple_mm) -> Warp:
+    """The warp that shows the whole case on the model's grid, unchanged: what inference would make of it."""
+    model_grid = model_grid_around(case.labels.shape, case.ijk_to_ras, spacing_mm=spacing_mm)
     center_mm = torch.tensor([(length - 1) / 2 * own for length, own in zip(case.labels.shape, case.spacing_mm)])
-    return Warp(shape=shape, spacing_mm=spacing_mm, matrix=torch.eye(3), center_mm=center_mm, control_mm=torch.zeros(3, 4, 4, 4))
+    return Warp(shape=model_grid.shape, spacing_mm=spacing_mm, matrix=torch.eye(3), center_mm=center_mm, control_mm=torch.zeros(3, 4, 4, 4))
 
 
-def _resampled(intensity: Tensor, labels: Tensor, warp: Warp, source_spacing_mm: Triple_mm) -> tuple[Tensor, Tensor]:
-    """Intensity (trilinear) and labels (nearest) through one warp; air and background beside the source, 255 above and below."""
-    index = warp.source_index(source_spacing_mm)
+def resampled(loaded: LoadedCase, warp: Warp) -> tuple[Tensor, Tensor]:
+    """Intensity (trilinear) and labels (nearest) through one warp of upright space; air and background beside the source, 255 above and below."""
+    case, labels = loaded.case, loaded.labels
+    upright = replace(warp, matrix=torch.tensor(case.direction).T @ warp.matrix)
+    index = upright.source_index(case.spacing_mm, device=labels.device)
     flat = nearest_flat_index(index, shape=tuple(labels.shape))
     warped_labels = labels.reshape(-1).index_select(0, flat).reshape(warp.shape)
-    warped = _trilinear(intensity, index)
     beside = is_outside(index, size=labels.shape[1], axis=1) | is_outside(index, size=labels.shape[2], axis=2)
+    beyond = is_outside(index, size=labels.shape[0], axis=0)
+    for axis, block in enumerate(loaded.blocks):  # voxels of the case -> blocks
+        index[axis].sub_((block - 1) / 2).div_(block)
+    warped = _trilinear(loaded.intensity, index)
     warped[beside], warped_labels[beside] = AIR_HU, 0
-    warped_labels[is_outside(index, size=labels.shape[0], axis=0)] = UNKNOWN_LABEL
+    warped_labels[beyond] = UNKNOWN_LABEL
     return warped, warped_labels
 
 
@@ -93,7 +94,7 @@ def _recontrasted(intensity: Tensor, labels: Tensor, generator: torch.Generator)
     if chance(generator, 0.5):
         shift_hu = torch.randn(256, generator=generator) * uniform(generator, 5, 30)
         shift_hu[[0, UNKNOWN_LABEL]] = 0.0
-        intensity = intensity + shift_hu[labels.int()]
+        intensity = intensity + shift_hu.to(labels.device)[labels.int()]
     if chance(generator, 0.3):
         low, high = GAMMA_WINDOW_HU
         share = ((intensity - low) / (high - low)).clamp(0, 1)

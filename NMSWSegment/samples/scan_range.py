@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from NMSWSegment.data.body_extent import BodyExtent
-from NMSWSegment.samples.warp import uniform
+from NMSWSegment.samples.warp import chance, uniform
 
 # protocols: share of the scans, (landmark, its end, extra mm) of the lower and the upper limit; None is the source's own end
 PROTOCOLS = (
@@ -18,6 +18,9 @@ PROTOCOLS = (
     (0.18, None, None),
 )  # fmt: skip
 RANGE_JITTER_MM = 25.0
+SLAB_SHARE = 0.1
+"""Of the scans, those that show a slab of SLAB_MM or more and less than the shortest range."""
+SLAB_MM = 40.0
 
 
 def random_box(extent: BodyExtent, *, min_range_mm: float, generator: torch.Generator) -> Tensor:
@@ -45,6 +48,10 @@ def _random_range(extent: BodyExtent, min_range_mm: float, generator: torch.Gene
     """Start and stop along superior, inside the source."""
     length = extent.size_mm[0]
     shortest = min(min_range_mm, length)
+    if chance(generator, SLAB_SHARE):
+        size = uniform(generator, min(SLAB_MM, shortest), shortest)
+        start = uniform(generator, 0, length - size)
+        return start, start + size
     choice, lower, upper = uniform(generator, 0, 1), None, None
     jitter = [uniform(generator, -RANGE_JITTER_MM, RANGE_JITTER_MM) for _ in range(2)]
     for share, lower, upper in PROTOCOLS:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from NMSWSegment.data.body_extent import measure_body
+from NMSWSegment.data.body_extent import BodyExtent, measure_body
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
 from NMSWSegment.files.orientation import Triple_mm, read_sar
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.acquisition import AIR_HU, HU_RANGE, add_arms, add_noise, add_table, blur, cut_field_of_view
+from NMSWSegment.samples.pathology import add_ascites, add_effusion
 from NMSWSegment.samples.scan_range import random_box
 from NMSWSegment.samples.texture import tissue_details
 from NMSWSegment.samples.tissues import Tissue, TissueTable, draw_table, kind_lookup, read_tissues, split_shells, tissue_lookup
@@ -54,38 +55,65 @@ class SynthesisOptions:
     """Share of synthetic volumes with painted arms, where the map's own arms are not shown."""
     circular_share: float = 0.2
     """Share of samples with a circular reconstruction field."""
+    abdominal_labels: tuple[int, ...] = ()
+    """Classes around which ascites is drawn; empty for none."""
+    ascites_share: float = 0.1
+    """Share of samples with ascites."""
+    lung_labels: tuple[int, ...] = ()
+    """Classes in which effusion is drawn; empty for none."""
+    effusion_share: float = 0.08
+    """Share of samples with effusion."""
 
     def __post_init__(self) -> None:
         if min(self.spacing_mm) <= 0 or self.max_voxels < 1 or self.min_range_mm <= 0:
             raise ValueError(f"spacing_mm {self.spacing_mm}, max_voxels {self.max_voxels} and min_range_mm {self.min_range_mm} must be positive")
 
 
+@dataclass(frozen=True)
+class PreparedAnatomy:
+    """A tissue map as training reads it: axes turned to S-A-R, walls and cortices split off, its body measured."""
+
+    name: str
+    tissue_map: np.ndarray
+    """Tissue ids, (D, H, W) uint8."""
+    tissues: tuple[Tissue, ...]
+    spacing_mm: Triple_mm
+    extent: BodyExtent
+
+
+def prepare_anatomy(folder: str | Path, *, num_labels: int | None = None) -> PreparedAnatomy:
+    """Read a folder with label_full.nii.gz and tissues.json.
+
+    Args:
+        folder: the anatomy; its name becomes the source's name.
+        num_labels: classes with background, to check the tissues' labels; None does not check.
+
+    Raises:
+        UserError: a file is missing or malformed, or the map holds an id that tissues.json does not explain.
+    """
+    folder = Path(folder)
+    tissues = read_tissues(folder / TISSUES_NAME, num_labels=num_labels)
+    array, spacing_mm, _ = read_sar(folder / MAP_NAME)
+    _check_known(array, tissues, name=folder.name)
+    array, tissues = split_shells(array.astype(np.uint8), tissues, spacing_mm=spacing_mm)
+    tissue_map = torch.from_numpy(array).int()
+    trunk = ~(kind_lookup(tissues, ("air",)) | _name_lookup(tissues, ARM_WORDS))[tissue_map]
+    landmarks = {name: _name_lookup(tissues, words)[tissue_map].any(dim=2).any(dim=1) for name, words in TISSUE_LANDMARKS.items()}
+    extent = measure_body(trunk, landmarks, spacing_mm=spacing_mm)
+    return PreparedAnatomy(name=folder.name, tissue_map=array, tissues=tissues, spacing_mm=spacing_mm, extent=extent)
+
+
 class AnatomySource:
     """One anatomy, loaded once; every draw is another patient and another scan."""
 
-    def __init__(self, folder: str | Path, *, num_labels: int | None = None) -> None:
-        """Read a folder with label_full.nii.gz and tissues.json.
-
-        Args:
-            folder: the anatomy; its name becomes the source's name.
-            num_labels: classes with background, to check the tissues' labels; None does not check.
-
-        Raises:
-            UserError: a file is missing or malformed, or the map holds an id that tissues.json does not explain.
-        """
-        folder = Path(folder)
-        self.name = folder.name
-        tissues = read_tissues(folder / TISSUES_NAME, num_labels=num_labels)
-        array, self._spacing_mm, _ = read_sar(folder / MAP_NAME)
-        _check_known(array, tissues, name=self.name)
-        array, self._tissues = split_shells(array.astype(np.uint8), tissues, spacing_mm=self._spacing_mm)
-        self._tissue_map = torch.from_numpy(array)
-        self._labels = tissue_lookup(self._tissues)
+    def __init__(self, anatomy: PreparedAnatomy, *, device: torch.device | str = "cpu") -> None:
+        """Args: device: where samples are drawn."""
+        self.name = anatomy.name
+        self._tissues, self._spacing_mm, self._extent = anatomy.tissues, anatomy.spacing_mm, anatomy.extent
+        self._tissue_map = torch.from_numpy(anatomy.tissue_map).to(device)
+        self._labels = tissue_lookup(self._tissues).to(device)
         self._is_air = kind_lookup(self._tissues, ("air",))
         self._is_arm = _name_lookup(self._tissues, ARM_WORDS)
-        trunk = ~(self._is_air | self._is_arm)[self._tissue_map.int()]
-        landmarks = {name: _name_lookup(self._tissues, words)[self._tissue_map.int()].any(dim=2).any(dim=1) for name, words in TISSUE_LANDMARKS.items()}
-        self._extent = measure_body(trunk, landmarks, spacing_mm=self._spacing_mm)
 
     def draw(self, generator: torch.Generator, options: SynthesisOptions) -> TrainingSample:
         """A random patient and scan; the same state of the generator gives the same sample.
@@ -99,12 +127,15 @@ class AnatomySource:
         if chance(generator, ARMS_REMOVED_SHARE):
             is_air |= self._is_arm
         table.mean_hu[is_air], table.sd_hu[is_air] = AIR_HU, 0.0
-        index = warp.source_index(self._spacing_mm)
+        device = self._tissue_map.device
+        is_air_here = is_air.to(device)
+        index = warp.source_index(self._spacing_mm, device=device)
         tissue = self._tissue_at(index, warp)
-        body = ~is_air[tissue.int()] & ~self._is_beside(index)
+        body = ~is_air_here[tissue.int()] & ~self._is_beside(index)
         labels = self._labels[tissue.int()].masked_fill_(~body, 0)
         labels[is_outside(index, size=self._tissue_map.shape[0], axis=0)] = UNKNOWN_LABEL
         intensity = self._painted(index, tissue, warp, table=table, generator=generator).masked_fill_(~body & self._is_beside(index), AIR_HU)
+        add_pathology(intensity, labels, options=options, generator=generator)
         if chance(generator, options.arms_share) and not (self._is_arm & ~is_air).any():
             add_arms(intensity, body, spacing_mm=options.spacing_mm, generator=generator)
         if chance(generator, options.table_share):
@@ -123,11 +154,13 @@ class AnatomySource:
 
     def _painted(self, index: Tensor, tissue: Tensor, warp: Warp, *, table: TissueTable, generator: torch.Generator) -> Tensor:
         """HU of the tissues with partial volume and details, (D, H, W); a voxel gets details as far as it is of one tissue."""
-        intensity, purity = torch.zeros(warp.shape), torch.zeros(warp.shape)
+        device = index.device
+        intensity, purity = torch.zeros(warp.shape, device=device), torch.zeros(warp.shape, device=device)
+        mean_hu = table.mean_hu.to(device)
         for offset in SUBVOXEL_OFFSETS:
             step = warp.source_step(offset, self._spacing_mm)
-            part = self._tissue_at(index + step[:, None, None, None], warp)
-            intensity += table.mean_hu[part.int()]
+            part = self._tissue_at(index + step[:, None, None, None].to(device), warp)
+            intensity += mean_hu[part.int()]
             purity += part == tissue
         details = tissue_details(tissue, tissues=self._tissues, table=table, spacing_mm=warp.spacing_mm, generator=generator)
         return intensity.addcmul_(details, purity).div_(len(SUBVOXEL_OFFSETS))
@@ -140,6 +173,14 @@ def scanned(intensity: Tensor, body: Tensor, labels: Tensor, *, options: Synthes
     if chance(generator, options.circular_share):
         cut_field_of_view(intensity, labels, generator=generator)
     return intensity.clamp_(*HU_RANGE)
+
+
+def add_pathology(intensity: Tensor, labels: Tensor, *, options: SynthesisOptions, generator: torch.Generator) -> None:
+    """Sometimes ascites, sometimes effusion, in place."""
+    if chance(generator, options.ascites_share) and options.abdominal_labels:
+        add_ascites(intensity, labels, organs=options.abdominal_labels, spacing_mm=options.spacing_mm, generator=generator)
+    if chance(generator, options.effusion_share) and options.lung_labels:
+        add_effusion(intensity, labels, lungs=options.lung_labels, spacing_mm=options.spacing_mm, generator=generator)
 
 
 def _check_known(array: np.ndarray, tissues: tuple[Tissue, ...], *, name: str) -> None:

@@ -5,6 +5,7 @@ these axes, 0 at the center of the source's first voxel. No warp mirrors: the si
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +59,16 @@ class Warp:
     control_mm: Tensor
     """B-spline coefficients of the displacement, (3, a, b, c)."""
 
-    def source_index(self, source_spacing_mm: Triple_mm) -> Tensor:
+    def source_index(self, source_spacing_mm: Triple_mm, *, device: torch.device | str = "cpu") -> Tensor:
         """Continuous source index of every output voxel center, (3, D, H, W)."""
-        axes = [(torch.arange(size) - (size - 1) / 2) * step for size, step in zip(self.shape, self.spacing_mm)]
+        axes = [(torch.arange(size, device=device) - (size - 1) / 2) * step for size, step in zip(self.shape, self.spacing_mm)]
         splines = [bspline_matrix(size, num_controls=count) for size, count in zip(self.shape, self.control_mm.shape[1:])]
-        index = torch.empty(3, *self.shape)
+        control_mm, matrix, center_mm = self.control_mm.to(device), self.matrix.tolist(), self.center_mm.tolist()
+        index = torch.empty(3, *self.shape, device=device)
         for axis, step in enumerate(source_spacing_mm):
-            row = self.matrix[axis] / step
-            plane = row[1] * axes[1][:, None] + row[2] * axes[2] + self.center_mm[axis] / step
-            index[axis] = apply_along_axes(self.control_mm[axis] / step, splines)
+            row = [value / step for value in matrix[axis]]
+            plane = row[1] * axes[1][:, None] + row[2] * axes[2] + center_mm[axis] / step
+            index[axis] = apply_along_axes(control_mm[axis] / step, splines)
             index[axis] += plane
             index[axis] += (row[0] * axes[0])[:, None, None]
         return index
@@ -151,10 +153,18 @@ def slice_matrix(size: int, *, thickness_voxels: float, phase: float = 0.0) -> T
     return (interpolate / interpolate.sum(dim=1, keepdim=True)) @ average
 
 
-def smooth_noise(shape: Triple, *, length_mm: float, spacing_mm: Triple_mm, generator: torch.Generator) -> Tensor:
+def white_noise(shape: Sequence[int], *, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Gaussian noise of unit variance; on a GPU drawn there, from a seed that the generator (CPU) gives."""
+    if torch.device(device).type == "cpu":
+        return torch.randn(*shape, generator=generator)
+    own = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    return torch.randn(*shape, generator=own, device=device)
+
+
+def smooth_noise(shape: Triple, *, length_mm: float, spacing_mm: Triple_mm, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """Smooth noise with about unit variance whose structures are `length_mm` wide, (D, H, W)."""
     counts = [max(1, math.ceil(size * step / length_mm)) + 3 for size, step in zip(shape, spacing_mm)]
-    control = torch.randn(*counts, generator=generator)
+    control = torch.randn(*counts, generator=generator).to(device)
     matrices = [bspline_matrix(size, num_controls=count) for size, count in zip(shape, counts)]
     # the mean square of a uniform cubic B-spline sum is 0.479 per axis
     return apply_along_axes(control, matrices).mul_(0.479**-1.5)

@@ -1,21 +1,27 @@
 """Training data: the labelled CT and anatomies of a run, found, checked and opened."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from NMSWSegment.data.case_cache import CaseCache
 from NMSWSegment.data.layouts import KINDS, CaseFiles, Cases, dataset_file, read_cases, read_label_names
-from NMSWSegment.data.prepared_case import CaseRequest
+from NMSWSegment.data.prepared_case import CaseRequest, PreparedCase, prepare_case
 from NMSWSegment.protocol import UserError, unknown_name
 from NMSWSegment.samples.augment import PaperAugmentation
+from NMSWSegment.samples.case_memory import CaseMemory
 from NMSWSegment.samples.case_source import CaseSource
+from NMSWSegment.samples.pathology import ABDOMINAL_WORDS, LUNG_WORDS, labels_with
+from NMSWSegment.samples.prepared_set import prepared_entries, read_anatomy, read_prepared_case
 from NMSWSegment.samples.synthesis import MAP_NAME, AnatomySource, SynthesisOptions
 from NMSWSegment.samples.training_set import TrainingSet, check_not_empty
 from NMSWSegment.training.distributed import ProcessGroup
 from NMSWSegment.training.options import TrainOptions
 
-ANATOMIES = "anatomies"
+ANATOMIES, PREPARED = "anatomies", "prepared"
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,10 @@ class TrainingData:
 
     requests: tuple[CaseRequest, ...]
     """Labelled CT."""
+    prepared_cases: tuple[Path, ...]
+    """Labelled CT in folders of prepared data."""
     anatomies: tuple[Path, ...]
-    """Folders of tissue maps."""
+    """Folders of tissue maps, prepared or not."""
     label_names: tuple[str, ...]
     """Classes without background, in label order."""
     num_held_out: int
@@ -37,10 +45,16 @@ def find_data(options: TrainOptions) -> TrainingData:
     Raises:
         UserError: a data argument, folder or list cannot be used, label lists differ, a held-out id does not exist, or nothing is left.
     """
-    found, label_names, requests, anatomies = [], None, [], []
+    found, label_names, requests, prepared, anatomies = [], None, [], [], []
     for argument in options.data:
         kind, _, folder = argument.partition(":")
-        if kind == ANATOMIES:
+        if kind == PREPARED:
+            entries, folders = prepared_entries(Path(folder))
+            found += [path.name for path in (*entries, *folders)]
+            prepared += [path for path in entries if path.name not in options.hold_out]
+            anatomies += [path for path in folders if path.name not in options.hold_out]
+            names = read_label_names(dataset_file(Path(folder)))
+        elif kind == ANATOMIES:
             folders = read_anatomies(Path(folder))
             found += [path.name for path in folders]
             anatomies += [path for path in folders if path.name not in options.hold_out]
@@ -48,7 +62,7 @@ def find_data(options: TrainOptions) -> TrainingData:
         else:
             cases = read_cases(argument, subset=options.subset)
             found += [files.name for files in cases.files]
-            requests += [_request(files, cases, options) for files in cases.files if files.name not in options.hold_out]
+            requests += [_request(files, cases) for files in cases.files if files.name not in options.hold_out]
             names = cases.label_names
         if label_names is not None and names != label_names:
             raise UserError(
@@ -58,12 +72,18 @@ def find_data(options: TrainOptions) -> TrainingData:
     for name in options.hold_out:
         if name not in found:
             raise UserError(unknown_name("held-out id", name, sorted(set(found))))
-    check_not_empty([*requests, *anatomies])
-    return TrainingData(requests=tuple(requests), anatomies=tuple(anatomies), label_names=label_names, num_held_out=len(found) - len(requests) - len(anatomies))
+    used = (tuple(requests), tuple(prepared), tuple(anatomies))
+    check_not_empty([*requests, *prepared, *anatomies])
+    return TrainingData(*used, label_names=label_names, num_held_out=len(found) - sum(map(len, used)))
 
 
 def open_training_set(
-    options: TrainOptions, *, data: TrainingData | None = None, cache: CaseCache | None = None, group: ProcessGroup | None = None
+    options: TrainOptions,
+    *,
+    data: TrainingData | None = None,
+    cache: CaseCache | None = None,
+    group: ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
 ) -> TrainingSet:
     """Check every case and anatomy and make their samples available.
 
@@ -72,6 +92,7 @@ def open_training_set(
         data: what to open; None is find_data(options).
         cache: where prepared cases are kept; None keeps them in memory.
         group: processes that share the work of filling the cache.
+        device: where samples are drawn.
 
     Raises:
         UserError: a case or an anatomy cannot be used, or the cache cannot be written.
@@ -83,11 +104,19 @@ def open_training_set(
         group.wait()
     points = options.intensity_points
     augmentation = PaperAugmentation(window_hu=(points[0][0], points[-1][0])) if options.augmentation == "paper" else None
+    memory = CaseMemory(spacing_mm=options.spacing_mm, device=device)
+    loaders = [(request.files.name, _loader(request, cache)) for request in data.requests]
+    loaders += [(entry.name, partial(read_prepared_case, entry)) for entry in data.prepared_cases]
     return TrainingSet(
-        cases=[CaseSource(request, cache=cache, augmentation=augmentation) for request in data.requests],
-        anatomies=[AnatomySource(path, num_labels=len(data.label_names) + 1) for path in data.anatomies],
+        cases=[CaseSource(name, load, memory=memory, augmentation=augmentation) for name, load in loaders],
+        anatomies=[AnatomySource(read_anatomy(path, num_labels=len(data.label_names) + 1), device=device) for path in data.anatomies],
         label_names=data.label_names,
-        options=replace(SynthesisOptions(), spacing_mm=options.spacing_mm, max_voxels=options.max_sample_voxels),
+        options=SynthesisOptions(
+            spacing_mm=options.spacing_mm,
+            max_voxels=options.max_sample_voxels,
+            abdominal_labels=labels_with(data.label_names, ABDOMINAL_WORDS),
+            lung_labels=labels_with(data.label_names, LUNG_WORDS),
+        ),
         real_fraction=options.real_fraction,
         seed=options.seed,
     )
@@ -107,9 +136,17 @@ def read_anatomies(folder: Path) -> tuple[Path, ...]:
     return found
 
 
-def _request(files: CaseFiles, cases: Cases, options: TrainOptions) -> CaseRequest:
+def _request(files: CaseFiles, cases: Cases) -> CaseRequest:
     """A case of the run."""
-    return CaseRequest(files=files, label_names=cases.label_names, spacing_mm=options.spacing_mm, unknown_value=cases.unknown_value)
+    return CaseRequest(files=files, label_names=cases.label_names, unknown_value=cases.unknown_value)
+
+
+def _loader(request: CaseRequest, cache: CaseCache | None) -> Callable[[], PreparedCase]:
+    """What reads a case, checked now: from the cache, or from memory where there is none."""
+    if cache:
+        return partial(cache.load, request, cache.ensure(request))
+    case = prepare_case(request)
+    return lambda: case
 
 
 def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:

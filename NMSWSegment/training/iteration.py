@@ -15,10 +15,12 @@ from NMSWSegment.training.distributed import ProcessGroup
 from NMSWSegment.training.options import TrainOptions
 from NMSWSegment.training.run_folder import TrainingState
 from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions
-from NMSWSegment.training.step import Losses, prepare, trained_parameters, volume_losses
+from NMSWSegment.training.step import Losses, TrainingVolume, batch_losses, prepare, trained_parameters
 
 logger = logging.getLogger(__name__)
 
+TRAINED_TOGETHER = ("coarse", "local")
+"""What is trained on all volumes of a step at once; elsewhere one volume after the other, to save memory."""
 NOISE = 1
 """Purpose of a sample's generator: Gumbel noise and random patches."""
 
@@ -37,9 +39,12 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
     check_patch_size(options.backbone, preset=options.preset, patch_size=options.patch_size)
     torch.manual_seed(options.seed)
     net = NMSWNet(architecture).to(group.device).train()
-    net.coarse.to(memory_format=torch.channels_last_3d)  # a UNet
+    if group.device.type == "cuda":  # on a processor without AVX-512 channels last costs the coarse net two fifths more
+        net.coarse.to(memory_format=torch.channels_last_3d)
     net.local.to(memory_format=memory_format(options.backbone))
-    optimizer = torch.optim.AdamW(trained_parameters(net, options), lr=options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained_parameters(net, options), lr=options.learning_rate, weight_decay=options.weight_decay, fused=group.device.type == "cuda"
+    )
     warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False
@@ -48,19 +53,19 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
         SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
     )
     sparsity = FusionSparsity(net.local.backbone, optimizer, options=sparsified, seed=options.seed) if sparsified else None
-    return TrainingState(net=net, optimizer=optimizer, schedule=schedule, sparsity=sparsity)
+    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)) if options.ema else None
+    return TrainingState(net=net, optimizer=optimizer, schedule=schedule, sparsity=sparsity, average=average)
 
 
 def train_step(state: TrainingState, samples: Iterator[tuple[int, TrainingSample]], *, options: TrainOptions, tau: float, group: ProcessGroup) -> torch.Tensor:
     """One optimizer step on this process's share of the volumes; its share of the mean losses, in the order of Losses' fields."""
-    share = 1 / options.batch_size
     values = torch.zeros(len(fields(Losses)), device=group.device)
     state.optimizer.zero_grad()
-    for _ in group.share(range(options.batch_size)):
-        number, sample = next(samples)
-        x, labels, grid = prepare(sample, options)
-        generator = sample_generator(seed=options.seed, number=number, purpose=NOISE)
-        losses = volume_losses(state.net, x.to(group.device), labels.to(group.device), grid=grid, options=options, tau=tau, generator=generator)
+    drawn = [next(samples) for _ in group.share(range(options.batch_size))]
+    together = len(drawn) if options.train in TRAINED_TOGETHER else 1
+    for first in range(0, len(drawn), together):
+        batch = [_on_device(*one, options=options, device=group.device) for one in drawn[first : first + together]]
+        losses, share = batch_losses(state.net, batch, options=options, tau=tau), len(batch) / options.batch_size
         (losses.total * share).backward()
         values += losses.values() * share
     parameters = [parameter for parameter in state.net.parameters() if parameter.requires_grad]
@@ -71,12 +76,26 @@ def train_step(state: TrainingState, samples: Iterator[tuple[int, TrainingSample
         state.optimizer.step()
         if state.sparsity:
             state.sparsity.step(state.iteration)
-    else:  # seen now and then in bf16 on the CPU; one such step would ruin all weights
+        if state.average:
+            state.average.update_parameters(state.net)
+    else:  # one such step would ruin all weights
         logger.warning("%6d  the gradient is not finite; this step is left out", state.iteration)
     state.schedule.step()
     return values
 
 
+def check_precision(options: TrainOptions, device: torch.device) -> None:
+    """Raise UserError for bf16 on a CPU, whose gradients differ from run to run and are sometimes not finite."""
+    if options.precision == "bf16" and device.type == "cpu":
+        raise UserError("precision is bf16 on the CPU, where its gradients are not reproducible. Use --precision fp32, or a GPU with --device cuda.")
+
+
 def temperature(iteration: int, options: TrainOptions) -> float:
     """tau of the differentiable top-k: exponentially from tau_start to tau_end."""
     return options.tau_start * (options.tau_end / options.tau_start) ** (iteration / options.iterations)
+
+
+def _on_device(number: int, sample: TrainingSample, *, options: TrainOptions, device: torch.device) -> TrainingVolume:
+    """A drawn sample as the nets take it, with the generator of its number."""
+    x, labels, grid = prepare(sample, options)
+    return TrainingVolume(x=x.to(device), labels=labels.to(device), grid=grid, generator=sample_generator(seed=options.seed, number=number, purpose=NOISE))

@@ -34,7 +34,8 @@ class TrainOptions:
     preset: str = "compact"
     """Size of the nets: compact or paper."""
     train: str = "both"
-    """both nets together; patches: the local net and the class weights, upon the coarse net of coarse_run as it is; coarse or local alone, for baselines."""
+    """both nets together; coarse or local alone; patches: the local net and the class weights, upon the coarse net of coarse_run as it is;
+    importance: the importance head and the class weights, upon the nets of initial_run; weights: the class weights alone, likewise."""
     sparsity: float = 0.0
     """Share of fusion weights that e2enet leaves out (S of the paper), 0 for none."""
     sparsity_update_every: int = 1200
@@ -69,8 +70,9 @@ class TrainOptions:
     """Patches a volume that are drawn by importance."""
     random_patches: int = 1
     """Patches a volume that are drawn evenly."""
-    estimator: str = "gate"
-    """gate: the gradient of the selection is the patch's benefit; scale: through the patch's intensity, as published."""
+    estimator: str = "gain"
+    """Of the importance. gain: it learns the measured gain of every trained patch; gate: the gradient of the selection is the patch's benefit; scale: through
+    the patch's intensity, as published."""
     tau_start: float = 2.0
     """Temperature of the differentiable top-k at the beginning."""
     tau_end: float = 0.33
@@ -80,7 +82,9 @@ class TrainOptions:
     real_fraction: float = 0.35
     """Share of samples drawn from labelled CT where both kinds of data are given."""
     precision: str = "fp32"
-    """fp32 or bf16 (autocast)."""
+    """fp32, or bf16 (autocast, on GPUs)."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights that is exported; 0 exports the last weights."""
     seed: int = 0
     """Of weights, samples and patches."""
     initial_run: str = ""
@@ -99,10 +103,16 @@ class TrainOptions:
             raise UserError(
                 f"spacing {self.spacing_mm}, patch_size {self.patch_size}, coarse_factor {self.coarse_factor} and max_sample_voxels {self.max_sample_voxels} must be positive."
             )
-        if (self.train == "patches") != bool(self.coarse_run):
+        if (self.train == "patches" and not self.coarse_run) or (self.coarse_run and self.train not in ("patches", "importance", "weights")):
             raise UserError(
                 f"train is '{self.train}' and coarse_run is '{self.coarse_run}'. Give --train patches together with --coarse-run RUN, the folder of a run that trained a coarse net, or neither."
             )
+        if self.train in ("importance", "weights") and not self.initial_run:
+            raise UserError(
+                f"train is '{self.train}' without initial_run. Give --initial-run RUN, the folder of a run whose coarse and local nets are trained."
+            )
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema is {self.ema}. It is a decay from 0 (none) to below 1, for example 0.999.")
         if not 0 <= self.sparsity < 1 or (self.sparsity and self.backbone != SPARSE_BACKBONE):
             raise UserError(
                 f"sparsity is {self.sparsity} with backbone {self.backbone}. It is a share from 0 to below 1, and only {SPARSE_BACKBONE} can be sparse."
@@ -119,7 +129,12 @@ class TrainOptions:
         return cls(**{key: _tupled(value) for key, value in values.items()})
 
 
-CHOICES = {"estimator": ("gate", "scale"), "precision": ("fp32", "bf16"), "augmentation": ("scan", "paper"), "train": ("both", "patches", "coarse", "local")}
+CHOICES = {
+    "estimator": ("gain", "gate", "scale"),
+    "precision": ("fp32", "bf16"),
+    "augmentation": ("scan", "paper"),
+    "train": ("both", "patches", "importance", "weights", "coarse", "local"),
+}
 _PAPER = {"preset": "paper", "patch_size": (128, 128, 128), "intensity_points": PAPER_INTENSITY_POINTS, "augmentation": "paper"}
 RECIPES = {
     "compact": {},

@@ -13,9 +13,10 @@ import torch
 from NMSWSegment.data.prepared_case import Header, check_headers
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import model_grid_around
+from NMSWSegment.samples.prepared_set import prepared_grid
 from NMSWSegment.training.datasets import TrainingData, find_data, open_training_set
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
-from NMSWSegment.training.iteration import new_state, temperature, train_step
+from NMSWSegment.training.iteration import check_precision, new_state, temperature, train_step
 from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions
 from NMSWSegment.training.run_folder import CHECKPOINT_NAME, TrainingState, load_initial_weights
 
@@ -38,6 +39,7 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
     data = find_data(options)
     headers = [check_headers(request) for request in data.requests]
     with joined_group(device) as group:
+        check_precision(options, group.device)
         state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
         load_initial_weights(state, options)
         yield from _data_lines(data, headers, options)
@@ -55,13 +57,14 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
 
 def _data_lines(data: TrainingData, headers: Sequence[Header], options: TrainOptions) -> Iterator[str]:
     """Cases, classes, grid."""
-    names = [request.files.name for request in data.requests]
+    names = [request.files.name for request in data.requests] + [entry.name for entry in data.prepared_cases]
     yield f"Cases       {len(names)} labelled CT ({_few(names)}), {len(data.anatomies)} anatomies, {data.num_held_out} held out"
     yield f"Classes     {len(data.label_names)}: {', '.join(data.label_names)}"
     yield f"Grid        patches of {_times(options.patch_size)} voxels of {_times(options.spacing_mm)} mm, overlap {options.overlap:g}, coarse factor {_times(options.coarse_factor)}"
-    if not headers:
+    grids = [(header.shape, header.ijk_to_lps) for header in headers] + [prepared_grid(entry) for entry in data.prepared_cases]
+    if not grids:
         return
-    shapes = [model_grid_around(header.shape, header.ijk_to_lps, spacing_mm=options.spacing_mm).shape for header in headers]  # LPS or RAS: as many voxels
+    shapes = [model_grid_around(*grid, spacing_mm=options.spacing_mm).shape for grid in grids]  # LPS or RAS: as many voxels
     counts = [CandidateGrid.covering(shape, patch_size=options.patch_size, overlap=options.overlap).num_candidates for shape in shapes]
     yield f"Candidates  {min(counts)} / {np.median(counts):g} / {max(counts)} a volume (fewest, median, most)"
     small = [name for name, shape in zip(names, shapes) if any(length < size for length, size in zip(shape, options.patch_size))]
@@ -81,7 +84,7 @@ def _file_lines(output: Path, cache: Path, headers: Sequence[Header], *, num_par
 
 def _timed(state: TrainingState, data: TrainingData, *, options: TrainOptions, group: ProcessGroup) -> tuple[float, float]:
     """Seconds of an iteration and of drawing its samples; of the last one, because the first warms up."""
-    few = replace(data, requests=data.requests[:CASES_TIMED], anatomies=data.anatomies[:CASES_TIMED])
+    few = replace(data, requests=data.requests[:CASES_TIMED], prepared_cases=data.prepared_cases[:CASES_TIMED], anatomies=data.anatomies[:CASES_TIMED])
     training_set = open_training_set(options, data=few)
     for iteration in range(TIMED_ITERATIONS):
         started = time.perf_counter()

@@ -15,6 +15,8 @@ from NMSWSegment.training.sparse import FusionSparsity
 
 CHECKPOINT_NAME = "checkpoint.pt"
 COARSE_PREFIX = "coarse."
+AVERAGE_PREFIX = "module."
+"""How torch's AveragedModel names the weights of its net."""
 
 
 @dataclass
@@ -25,6 +27,8 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     sparsity: FusionSparsity | None = None
+    average: torch.optim.swa_utils.AveragedModel | None = None
+    """Moving average of the net."""
     iteration: int = 0
     """Optimizer steps so far."""
 
@@ -66,6 +70,7 @@ def save_checkpoint(output: Path, state: TrainingState, *, label_names: list[str
     partial = output / (CHECKPOINT_NAME + ".partial")
     values = {
         "net": state.net.state_dict(),
+        "average": state.average.state_dict() if state.average else None,
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
         "sparsity": state.sparsity.state_dict() if state.sparsity else None,
@@ -89,6 +94,8 @@ def restore_checkpoint(output: Path, state: TrainingState) -> None:
         return
     checkpoint = load_checkpoint(output)
     state.net.load_state_dict(checkpoint["net"])
+    if state.average:
+        state.average.load_state_dict(checkpoint["average"])
     state.optimizer.load_state_dict(checkpoint["optimizer"])
     state.schedule.load_state_dict(checkpoint["schedule"])
     if state.sparsity:
@@ -104,7 +111,7 @@ def load_initial_weights(state: TrainingState, options: TrainOptions) -> None:
     """
     if options.initial_run:
         checkpoint = _fitting_checkpoint("initial_run", options.initial_run, state.net.architecture)
-        state.net.load_state_dict(checkpoint["net"])
+        state.net.load_state_dict(trained_weights(checkpoint))
         if state.sparsity and checkpoint["sparsity"]:
             if (sparsity := load_run_options(options.initial_run).sparsity) != options.sparsity:
                 raise UserError(
@@ -112,8 +119,10 @@ def load_initial_weights(state: TrainingState, options: TrainOptions) -> None:
                 )
             state.sparsity.load_state_dict(checkpoint["sparsity"])
     if options.coarse_run:
-        weights = _fitting_checkpoint("coarse_run", options.coarse_run, state.net.architecture)["net"]
+        weights = trained_weights(_fitting_checkpoint("coarse_run", options.coarse_run, state.net.architecture))
         state.net.coarse.load_state_dict({key.removeprefix(COARSE_PREFIX): value for key, value in weights.items() if key.startswith(COARSE_PREFIX)})
+    if state.average:
+        state.average.module.load_state_dict(state.net.state_dict())
 
 
 def load_checkpoint(run: Path) -> dict:
@@ -131,6 +140,16 @@ def load_checkpoint(run: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"'{path}' cannot be read: it is damaged or no checkpoint. Start the run again, or give another one.") from error
+
+
+def trained_weights(checkpoint: dict) -> dict:
+    """The weights that a run ends with: the moving average where it kept one. Channels that a sparse net left out stay left out."""
+    if not checkpoint.get("average"):
+        return checkpoint["net"]
+    weights = {key.removeprefix(AVERAGE_PREFIX): value for key, value in checkpoint["average"].items() if key.startswith(AVERAGE_PREFIX)}
+    if checkpoint["sparsity"]:  # what was pruned lately has not left the average yet
+        weights = {key: value * (checkpoint["net"][key] != 0) if ".nodes." in key else value for key, value in weights.items()}
+    return weights
 
 
 def load_run_options(run: Path) -> TrainOptions:

@@ -1,29 +1,32 @@
 """One volume through the nets: what a training step computes, and the losses of it (paper Eq. 7).
 
     coarse logits, importance <- coarse(x_low)
-    patches <- differentiable top-k + random candidates
-    y_high <- aggregate(coarse logits, local(patches))
-    loss = seg(y_low) + seg(y_high) + mean_k seg(y_patch_k) - lambda H(pi)
+    patches <- differentiable top-k + random candidates, among those that show foreground
+    y_high <- aggregate(coarse logits, local(top-k patches))
+    loss = seg(y_low) + seg(y_high) + mean_k seg(y_patch_k) - lambda H(pi) [+ the ranking of the patches by their gain]
 
-For baselines each net also trains alone: the coarse net on seg(y_low), the local net on patches around random voxels.
+Each part also trains alone: the coarse net on seg(y_low), the local net on patches around random voxels or upon a finished coarse net, the
+importance head upon two finished nets.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
-from NMSWSegment.engine.aggregation import aggregate
+from NMSWSegment.engine.aggregation import CoarseUpsampler, aggregate, mixing_weights
 from NMSWSegment.engine.resampling import coarse_input, normalize_intensity, pad_to_grid, run_coarse
-from NMSWSegment.engine.selection import candidate_importance, differentiable_top_k
+from NMSWSegment.engine.selection import candidate_importance, differentiable_top_k, shows_foreground
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.nets.nmsw_net import NMSWNet
-from NMSWSegment.training.losses import entropy, segmentation_loss
+from NMSWSegment.training.losses import DICE_SMOOTHING, class_shares, entropy, ranking_loss, segmentation_loss, soft_segmentation_loss
 from NMSWSegment.training.options import TrainOptions
 
 FOREGROUND_SHARE = 2 / 3
-"""Of the patches of the local net alone, those around a foreground voxel. Source: paper section 4, 2:1."""
+"""Of the patches of the local net alone, those around a voxel of a random class that is present. Source: paper section 4, 2:1."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,25 @@ class Losses:
     high: Tensor
     patch: Tensor
     entropy: Tensor
+    ranking: Tensor
     total: Tensor
 
     def values(self) -> Tensor:
-        """All terms in the order of the fields, detached, (5,) float32."""
+        """All terms in the order of the fields, detached, (6,) float32."""
         return torch.stack([getattr(self, field.name).detach().float() for field in fields(self)])
+
+
+@dataclass(frozen=True)
+class TrainingVolume:
+    """A training volume as the nets take it."""
+
+    x: Tensor
+    """(1, 1, D, H, W) in [0, 1], padded to the grid."""
+    labels: Tensor
+    """(D, H, W) uint8, padding unknown."""
+    grid: CandidateGrid
+    generator: torch.Generator
+    """Draws the Gumbel noise and the random patches (CPU)."""
 
 
 def prepare(sample: TrainingSample, options: TrainOptions) -> tuple[Tensor, Tensor, CandidateGrid]:
@@ -48,86 +65,144 @@ def prepare(sample: TrainingSample, options: TrainOptions) -> tuple[Tensor, Tens
     return x[None, None], pad_to_grid(sample.labels, grid=grid, value=UNKNOWN_LABEL), grid
 
 
-def volume_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateGrid, options: TrainOptions, tau: float, generator: torch.Generator) -> Losses:
-    """The losses of one volume for what the run trains; arguments as in training_losses.
+def batch_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: TrainOptions, tau: float) -> Losses:
+    """The mean losses of some volumes for what the run trains.
 
-    Of train = patches they are those of both nets: the coarse net is frozen, so that its terms have no gradient.
+    Args:
+        batch: the volumes on the device of the net.
+        tau: temperature of the differentiable top-k.
     """
     if options.train == "coarse":
-        return coarse_losses(net, x, labels, grid=grid, options=options)
+        return coarse_losses(net, batch, options=options)
     if options.train == "local":
-        return local_losses(net, x, labels, options=options, generator=generator)
-    return training_losses(net, x, labels, grid=grid, options=options, tau=tau, generator=generator)
+        return local_losses(net, batch, options=options)
+    losses = [training_losses(net, volume.x, volume.labels, grid=volume.grid, options=options, tau=tau, generator=volume.generator) for volume in batch]
+    return Losses(*(torch.stack([getattr(one, field.name) for one in losses]).mean() for field in fields(Losses)))
 
 
 def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateGrid, options: TrainOptions, tau: float, generator: torch.Generator) -> Losses:
-    """Eq. 7 for one volume.
+    """Eq. 7 for one volume; a net that the run does not train gives its terms without a gradient.
 
     Args:
         x: (1, 1, D, H, W); labels: (D, H, W), 255 unknown.
         generator: draws the Gumbel noise and the random candidates (CPU).
     """
-    coarse_logits, importance_map = _run_coarse(net, x, grid=grid, options=options)
+    coarse_logits, importance_map = _run_coarse(net, coarse_input(x, grid=grid), options)
+    importance_map = importance_map[0, 0]
     importance = candidate_importance(importance_map, grid=grid)
-    indices, soft_weights = differentiable_top_k(importance, k=options.top_k_patches, tau=tau, generator=generator)
-    indices, soft_weights = _with_random(indices, soft_weights, grid=grid, count=options.random_patches, generator=generator)
+    shown = _candidates_with_foreground(coarse_logits, grid=grid)
+    importance = importance.masked_fill(~shown, -torch.inf)
+    top, soft_weights = differentiable_top_k(importance, k=min(options.top_k_patches, int(shown.sum())), tau=tau, generator=generator)
+    indices = top + _random_candidates(shown, taken=top, count=options.random_patches, generator=generator)
     crops = torch.stack([x[(0, slice(None), *grid.slices(index))] for index in indices])
     if options.estimator == "scale":
-        crops = crops * soft_weights[:, None, None, None, None]
+        scales = torch.cat([soft_weights, soft_weights.new_ones(len(indices) - len(top))])
+        crops = crops * scales[:, None, None, None, None]
     deep_logits = _run_local(net, crops, options)
     patch_logits = deep_logits[0]
     patch_labels = torch.stack([labels[grid.slices(index)] for index in indices])
-    gates = 1 + soft_weights - soft_weights.detach() if options.estimator == "gate" else None
-    y_high, is_first = _high_on_patches(coarse_logits[0].detach(), patch_logits, indices=indices, grid=grid, class_weights=net.class_weights, gates=gates)
-    coarse = segmentation_loss(coarse_logits, _coarse_labels(labels, grid=grid))
-    high = segmentation_loss(y_high, patch_labels, mask=is_first)
-    patch = _mean_patch_loss(deep_logits, patch_labels)
-    spread = entropy(importance)
-    return Losses(coarse=coarse, high=high, patch=patch, entropy=spread, total=coarse + high + patch - options.entropy_weight * spread)
+    shares = class_shares(labels[None], factor=grid.coarse_factor, shape=grid.coarse_shape, num_classes=coarse_logits.shape[1])
+    coarse, patch, spread = soft_segmentation_loss(coarse_logits, shares), _patch_loss(deep_logits, patch_labels), entropy(importance[shown])
+    high = ranking = torch.zeros_like(coarse)
+    if top:
+        gates = 1 + soft_weights - soft_weights.detach() if options.estimator == "gate" else None
+        chosen = slice(0, len(top))
+        y_high, is_first = _high_on_patches(
+            coarse_logits[0].detach(), patch_logits[chosen], indices=top, grid=grid, class_weights=net.class_weights, gates=gates
+        )
+        high = segmentation_loss(y_high, patch_labels[chosen], mask=is_first)
+    if options.estimator == "gain":
+        gains = patch_gains(coarse_logits[0], patch_logits, patch_labels, shares=shares[0], indices=indices, grid=grid, class_weights=net.class_weights)
+        ranking = ranking_loss(importance[indices], gains)
+    total = coarse + high + patch - options.entropy_weight * spread + ranking
+    return Losses(coarse=coarse, high=high, patch=patch, entropy=spread, ranking=ranking, total=total)
 
 
-def coarse_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateGrid, options: TrainOptions) -> Losses:
-    """seg(y_low) alone: the baseline that sees no patch."""
-    coarse_logits, _ = _run_coarse(net, x, grid=grid, options=options)
-    coarse = segmentation_loss(coarse_logits, _coarse_labels(labels, grid=grid))
+def coarse_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: TrainOptions) -> Losses:
+    """seg(y_low) alone, of all volumes together; smaller ones are padded at the far ends, with the window's lower bound and unknown labels."""
+    num_classes = net.architecture.num_classes
+    lows = [coarse_input(volume.x, grid=volume.grid) for volume in batch]
+    shares = [class_shares(one.labels[None], factor=one.grid.coarse_factor, shape=one.grid.coarse_shape, num_classes=num_classes) for one in batch]
+    shape = [max(low.shape[axis] for low in lows) for axis in (2, 3, 4)]
+    coarse_logits, _ = _run_coarse(net, torch.cat([_padded(low, shape) for low in lows]), options, net.coarse.without_importance)
+    coarse = soft_segmentation_loss(coarse_logits, torch.cat([_padded(one, shape) for one in shares]))
     nothing = torch.zeros_like(coarse)
-    return Losses(coarse=coarse, high=nothing, patch=nothing, entropy=nothing, total=coarse)
+    return Losses(coarse=coarse, high=nothing, patch=nothing, entropy=nothing, ranking=nothing, total=coarse)
 
 
-def local_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, options: TrainOptions, generator: torch.Generator) -> Losses:
-    """mean_k seg(y_patch_k) over top_k_patches + random_patches patches around random voxels: the local net of a sliding window."""
-    boxes = [_random_box(labels, patch_size=options.patch_size, generator=generator) for _ in range(options.top_k_patches + options.random_patches)]
-    deep_logits = _run_local(net, torch.stack([x[(0, slice(None), *box)] for box in boxes]), options)
-    patch = _mean_patch_loss(deep_logits, torch.stack([labels[box] for box in boxes]))
+def local_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: TrainOptions) -> Losses:
+    """seg(y_patch) over top_k_patches + random_patches patches around random voxels of every volume: the local net of a sliding window."""
+    count = options.top_k_patches + options.random_patches
+    boxes = [(volume, box) for volume in batch for box in _random_boxes(volume.labels, count=count, patch_size=options.patch_size, generator=volume.generator)]
+    deep_logits = _run_local(net, torch.stack([volume.x[(0, slice(None), *box)] for volume, box in boxes]), options)
+    patch = _patch_loss(deep_logits, torch.stack([volume.labels[box] for volume, box in boxes]))
     nothing = torch.zeros_like(patch)
-    return Losses(coarse=nothing, high=nothing, patch=patch, entropy=nothing, total=patch)
+    return Losses(coarse=nothing, high=nothing, patch=patch, entropy=nothing, ranking=nothing, total=patch)
+
+
+@torch.no_grad()
+def patch_gains(
+    coarse_logits: Tensor, patch_logits: Tensor, patch_labels: Tensor, *, shares: Tensor, indices: list[int], grid: CandidateGrid, class_weights: Tensor
+) -> Tensor:
+    """How much each patch alone raises the mean soft Dice of the volume over its classes, to first order, (K,).
+
+    With D = 2 O / (P + N) of a class from the coarse answer, a change dp of its probabilities p changes D by
+    sum_v dp(v) (2 t(v) - D) / (P + N); the sum runs over the known voxels of the patch, t is 1 where the class is.
+
+    Args:
+        coarse_logits: (C, d, h, w); patch_logits: (K, C, P, P, P); patch_labels: (K, P, P, P).
+        shares: of class_shares on the coarse grid, (C, d, h, w).
+        indices: candidates of the patches.
+    """
+    probabilities = torch.softmax(coarse_logits, dim=0)
+    voxels = math.prod(grid.coarse_factor)  # fine voxels per coarse voxel
+    predicted, overlap, present = (values.flatten(1).sum(1) * voxels for values in (probabilities * shares.sum(0), probabilities * shares, shares))
+    size = predicted + present + DICE_SMOOTHING
+    dice = 2 * overlap / size
+    counts = (present > 0) & (torch.arange(len(present), device=present.device) > 0)
+    upsampler, a = CoarseUpsampler(coarse_logits, grid=grid), mixing_weights(class_weights)[:, None, None, None]
+    gains = []
+    for index, logits, labels in zip(indices, patch_logits, patch_labels):
+        upsampled = upsampler.region(grid.slices(index))
+        known = (labels != UNKNOWN_LABEL).float()
+        change = (torch.softmax(a * logits + (1 - a) * upsampled, dim=0) - torch.softmax(upsampled, dim=0)) * known
+        target = labels.long().masked_fill(labels == UNKNOWN_LABEL, 0)
+        on_target = torch.zeros_like(size).index_add(0, target.flatten(), change.gather(0, target[None])[0].flatten())
+        gain = (2 * on_target - dice * change.flatten(1).sum(1)) / size
+        gains.append((gain * counts).sum() / counts.sum().clamp_min(1))
+    return torch.stack(gains)
 
 
 def trained_parameters(net: NMSWNet, options: TrainOptions) -> list[torch.nn.Parameter]:
     """What the run trains; everything else is frozen, so that weight decay does not move it."""
-    chosen = {"both": [net], "patches": [net.local, net.class_weights], "coarse": [net.coarse.backbone, net.coarse.head], "local": [net.local]}[options.train]
+    parts = {
+        "both": [net],
+        "patches": [net.local, net.class_weights],
+        "importance": [net.coarse.importance_head, net.class_weights],
+        "weights": [net.class_weights],
+        "coarse": [net.coarse.backbone, net.coarse.head],
+        "local": [net.local],
+    }
     net.requires_grad_(False)
-    for part in chosen:
+    for part in parts[options.train]:
         part.requires_grad_(True)
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
-def _run_coarse(net: NMSWNet, x: Tensor, *, grid: CandidateGrid, options: TrainOptions) -> tuple[Tensor, Tensor]:
-    """Coarse logits (1, C, d, h, w) and importance map (d, h, w), float32."""
-    with _autocast(x, options):
-        x_low = coarse_input(x, grid=grid)
+def _run_coarse(net: NMSWNet, x_low: Tensor, options: TrainOptions, run: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> tuple[Tensor, Tensor]:
+    """Coarse logits (B, C, d, h, w) and importance map (B, 1, d, h, w), float32; run: what to call instead of the coarse net."""
+    with _autocast(x_low, options):
         width, multiple = x_low.shape[4], net.architecture.coarse_multiple
         if max(x_low.shape[2:]) <= multiple:  # instance norm refuses a single voxel at the net's bottom
             x_low = torch.nn.functional.pad(x_low, [0, multiple])
-        coarse_logits, importance_map = run_coarse(net.coarse, x_low, multiple=multiple)
-    return coarse_logits[..., :width].float(), importance_map[0, 0, ..., :width].float()
+        coarse_logits, importance_map = run_coarse(run or net.coarse, x_low, multiple=multiple)
+    return coarse_logits[..., :width].float(), importance_map[..., :width].float()
 
 
 def _run_local(net: NMSWNet, crops: Tensor, options: TrainOptions) -> tuple[Tensor, ...]:
     """Local logits (K, C, P, P, P), then those at 1/2, 1/4, ... where the backbone has heads for deep supervision; float32."""
     with _autocast(crops, options):
-        deep_logits = net.local.deep_logits(crops)
-    return tuple(logits.float() for logits in deep_logits)
+        return net.local.deep_logits(crops)
 
 
 def _autocast(tensor: Tensor, options: TrainOptions) -> torch.autocast:
@@ -135,38 +210,44 @@ def _autocast(tensor: Tensor, options: TrainOptions) -> torch.autocast:
     return torch.autocast(tensor.device.type, torch.bfloat16, enabled=options.precision == "bf16")
 
 
-def _coarse_labels(labels: Tensor, *, grid: CandidateGrid) -> Tensor:
-    """Labels (D, H, W) at the centers of the coarse voxels, (1, d, h, w); unknown beyond the volume."""
-    missing = [coarse * r - length for coarse, r, length in zip(grid.coarse_shape, grid.coarse_factor, labels.shape)]
-    padding = [0, max(missing[2], 0), 0, max(missing[1], 0), 0, max(missing[0], 0)]
-    padded = torch.nn.functional.pad(labels, padding, value=UNKNOWN_LABEL)
-    return padded[tuple(slice(r // 2, coarse * r, r) for coarse, r in zip(grid.coarse_shape, grid.coarse_factor))][None]
+def _padded(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """The last three axes padded with 0 at their far ends to a shape."""
+    missing = [wanted - length for wanted, length in zip(shape, values.shape[-3:])]
+    return torch.nn.functional.pad(values, [0, missing[2], 0, missing[1], 0, missing[0]])
 
 
-def _nearest(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Labels (B, D, H, W) at another resolution by nearest, (B, *shape)."""
-    return torch.nn.functional.interpolate(labels[:, None].float(), size=shape, mode="nearest-exact")[:, 0].to(labels.dtype)
-
-
-def _mean_patch_loss(deep_logits: tuple[Tensor, ...], patch_labels: Tensor) -> Tensor:
-    """The loss of every patch by itself, then the mean; of deep supervision the mean with the weights 1, 1/2, 1/4, ..."""
-    total, weights = 0.0, [0.5**depth for depth in range(len(deep_logits))]
-    for weight, logits in zip(weights, deep_logits):
-        labels = _nearest(patch_labels, tuple(logits.shape[2:]))
-        total = total + weight * torch.stack([segmentation_loss(one[None], other[None]) for one, other in zip(logits, labels)]).mean()
+def _patch_loss(deep_logits: tuple[Tensor, ...], patch_labels: Tensor) -> Tensor:
+    """The loss of all patches together; of deep supervision the mean with the weights 1, 1/2, 1/4, ..."""
+    total = segmentation_loss(deep_logits[0], patch_labels)
+    weights = [0.5**depth for depth in range(len(deep_logits))]
+    for weight, logits in zip(weights[1:], deep_logits[1:]):
+        total = total + weight * soft_segmentation_loss(logits, _shares_of_patches(patch_labels, logits))
     return total / sum(weights)
 
 
-def _random_box(labels: Tensor, *, patch_size: tuple[int, int, int], generator: torch.Generator) -> tuple[slice, slice, slice]:
-    """A patch around a random voxel, foreground two times of three (background where there is none), moved into the volume."""
-    is_foreground = (labels > 0) & (labels != UNKNOWN_LABEL)
-    wants_foreground = float(torch.rand((), generator=generator)) < FOREGROUND_SHARE
-    voxels = (is_foreground if wants_foreground and is_foreground.any() else labels == 0).flatten().nonzero()[:, 0]
-    drawn = float(torch.rand((), generator=generator))
-    flat = int(voxels[int(drawn * len(voxels))]) if len(voxels) else int(drawn * labels.numel())
-    center = torch.unravel_index(torch.tensor(flat), labels.shape)
-    starts = [min(max(int(c) - size // 2, 0), length - size) for c, size, length in zip(center, patch_size, labels.shape)]
-    return tuple(slice(start, start + size) for start, size in zip(starts, patch_size))
+def _shares_of_patches(patch_labels: Tensor, logits: Tensor) -> Tensor:
+    """class_shares of the patches at the resolution of deeper logits."""
+    shape = tuple(logits.shape[2:])
+    factor = tuple(fine // coarse for fine, coarse in zip(patch_labels.shape[1:], shape))
+    return class_shares(patch_labels, factor=factor, shape=shape, num_classes=logits.shape[1])
+
+
+def _random_boxes(labels: Tensor, *, count: int, patch_size: tuple[int, int, int], generator: torch.Generator) -> list[tuple[slice, slice, slice]]:
+    """Patches around random voxels, two of three of a random class that is present, the others of background, moved into the volume."""
+    present = [value for value, size in enumerate(torch.bincount(labels.flatten(), minlength=256).tolist()) if size and value != UNKNOWN_LABEL]
+    voxels: dict[int, Tensor] = {}
+    boxes = []
+    for _ in range(count):
+        wants_foreground, class_draw, voxel_draw = torch.rand(3, generator=generator).tolist()
+        classes = [value for value in present if (value > 0) == (wants_foreground < FOREGROUND_SHARE)] or present or [UNKNOWN_LABEL]
+        value = classes[int(class_draw * len(classes))]
+        if value not in voxels:
+            voxels[value] = (labels == value).flatten().nonzero()[:, 0]
+        flat = int(voxels[value][int(voxel_draw * len(voxels[value]))])
+        center = (flat // (labels.shape[1] * labels.shape[2]), flat // labels.shape[2] % labels.shape[1], flat % labels.shape[2])
+        starts = [min(max(c - size // 2, 0), length - size) for c, size, length in zip(center, patch_size, labels.shape)]
+        boxes.append(tuple(slice(start, start + size) for start, size in zip(starts, patch_size)))
+    return boxes
 
 
 def _high_on_patches(
@@ -186,7 +267,13 @@ def _high_on_patches(
     return torch.stack(high), torch.stack(is_first)
 
 
-def _with_random(indices: list[int], soft_weights: Tensor, *, grid: CandidateGrid, count: int, generator: torch.Generator) -> tuple[list[int], Tensor]:
-    """Append uniformly drawn candidates that are not chosen yet, with soft weight 1."""
-    rest = [index for index in torch.randperm(grid.num_candidates, generator=generator).tolist() if index not in indices][:count]
-    return indices + rest, torch.cat([soft_weights, soft_weights.new_ones(len(rest))])
+def _candidates_with_foreground(coarse_logits: Tensor, *, grid: CandidateGrid) -> Tensor:
+    """Candidates that may be drawn, (N,) bool: those that show foreground, as at inference; all where none does."""
+    shown = shows_foreground(1 - torch.softmax(coarse_logits[0].detach(), dim=0)[0], grid=grid)
+    return shown if shown.any() else torch.ones_like(shown)
+
+
+def _random_candidates(shown: Tensor, *, taken: list[int], count: int, generator: torch.Generator) -> list[int]:
+    """Uniformly drawn candidates among those with foreground that are not taken yet."""
+    free = [index for index in shown.nonzero()[:, 0].tolist() if index not in taken]
+    return [free[position] for position in torch.randperm(len(free), generator=generator).tolist()[:count]]

@@ -21,7 +21,7 @@ from NMSWSegment.data.training_sample import TrainingSample
 from NMSWSegment.samples.training_set import TrainingSet
 from NMSWSegment.training.datasets import find_data, open_training_set
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
-from NMSWSegment.training.iteration import new_state, temperature, train_step
+from NMSWSegment.training.iteration import check_precision, new_state, temperature, train_step
 from NMSWSegment.training.monitor import Monitor
 from NMSWSegment.training.options import TrainOptions, add_option_arguments, options_from_arguments
 from NMSWSegment.training.plan import plan_lines
@@ -55,7 +55,7 @@ def train(
 
     Args:
         output: run folder; shared by all processes.
-        num_workers: processes that draw samples, for each process that trains.
+        num_workers: processes that draw samples, for each process that trains; 0 draws them in the training process, on its device.
         checkpoint_every, log_every, show_every: iterations between checkpoints, points, and pictures of the selection (0: none).
         cache: folder of prepared cases; None is the one in the run folder.
 
@@ -64,6 +64,7 @@ def train(
             cannot be used, or the disk is full.
     """
     with joined_group(device) as group:
+        check_precision(options, group.device)
         check_run_folder(output, options, resume=resume)
         data = find_data(options)
         state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
@@ -71,7 +72,8 @@ def train(
             restore_checkpoint(output, state)
         else:
             load_initial_weights(state, options)
-        training_set = open_training_set(options, data=data, cache=CaseCache(cache or output / CACHE_NAME), group=group)
+        drawn_on = group.device if num_workers == 0 else "cpu"
+        training_set = open_training_set(options, data=data, cache=CaseCache(cache or output / CACHE_NAME), group=group, device=drawn_on)
         group.wait()  # until every process has looked at the run folder
         if group.is_first and not resume:  # only now: a start that failed leaves no run behind
             create_run(output, options)
@@ -99,7 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--cache", type=Path, default=None, metavar="FOLDER", help=f"prepared cases; several runs may share it (default: RUN/{CACHE_NAME})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw samples (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes that draw samples; 0 draws them on the device that trains, the fastest on a GPU (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the training process (default: all)")
     parser.add_argument("--checkpoint-every", type=int, default=200, metavar="ITERATIONS", help="default: %(default)s")
     parser.add_argument("--log-every", type=int, default=10, metavar="ITERATIONS", help="default: %(default)s")

@@ -7,7 +7,8 @@ pytest.importorskip("monai")
 
 from NMSWSegment.data.prepared_case import PreparedCase  # noqa: E402
 from NMSWSegment.samples.augment import PaperAugmentation  # noqa: E402
-from NMSWSegment.samples.case_source import _resampled, _whole_warp  # noqa: E402
+from NMSWSegment.samples.case_memory import loaded_case  # noqa: E402
+from NMSWSegment.samples.case_source import resampled, whole_warp  # noqa: E402
 
 WINDOW = (-250.0, 500.0)
 
@@ -57,9 +58,9 @@ def test_same_generator_same_sample(samples):
 def test_whole_case_at_its_own_spacing_comes_back_exactly():
     intensity, labels = a_pair()
     case = PreparedCase(intensity=intensity.numpy(), labels=labels.numpy(), spacing_mm=(3.0, 2.0, 1.5), extent=None)
-    same, same_labels = _resampled(intensity, labels, _whole_warp(case, spacing_mm=case.spacing_mm), case.spacing_mm)
+    same, same_labels = resampled(loaded_case(case, spacing_mm=case.spacing_mm), whole_warp(case, spacing_mm=case.spacing_mm))
     torch.testing.assert_close(same, intensity, rtol=0, atol=1e-2)  # grid_sample's float32 coordinates
     assert torch.equal(same_labels, labels)
-    coarse = _whole_warp(case, spacing_mm=(6.0, 4.0, 3.0))
-    half, half_labels = _resampled(intensity, labels, coarse, case.spacing_mm)
+    coarse = whole_warp(case, spacing_mm=(6.0, 4.0, 3.0))
+    half, half_labels = resampled(loaded_case(case, spacing_mm=(6.0, 4.0, 3.0)), coarse)
     assert coarse.shape == (40, 35, 60) and torch.equal(half_labels, labels[1::2, 1::2, 1::2]) | torch.equal(half_labels, labels[::2, ::2, ::2])

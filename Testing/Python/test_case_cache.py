@@ -17,6 +17,7 @@ from NMSWSegment.data.layouts import read_cases  # noqa: E402
 from NMSWSegment.data.prepared_case import CaseRequest, check_headers, prepare_case  # noqa: E402
 from NMSWSegment.files.volume import Volume  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
+from NMSWSegment.samples.case_memory import CaseMemory, loaded_case  # noqa: E402
 from NMSWSegment.samples.case_source import CaseSource  # noqa: E402
 from NMSWSegment.samples.synthesis import SynthesisOptions  # noqa: E402
 
@@ -28,7 +29,7 @@ def requests(tmp_path):
     """An upright case and one whose file stores the left side first."""
     folder = write_totalsegmentator(tmp_path / "ts", splits={"s0001": "train", "s0002": "train"})
     cases = read_cases(f"totalsegmentator:{folder}", subset=SUBSET)
-    return [CaseRequest(files=files, label_names=cases.label_names, spacing_mm=(6.0, 6.0, 6.0)) for files in cases.files]
+    return [CaseRequest(files=files, label_names=cases.label_names) for files in cases.files]
 
 
 def same(one, other) -> bool:
@@ -36,6 +37,7 @@ def same(one, other) -> bool:
         np.array_equal(one.intensity, other.intensity)
         and np.array_equal(one.labels, other.labels)
         and one.spacing_mm == other.spacing_mm
+        and one.direction == other.direction
         and one.extent == other.extent
     )
 
@@ -53,17 +55,16 @@ def test_masks_become_one_labelmap_in_the_right_places(requests):
 
 def test_labels_of_unknown_value_become_255(tmp_path):
     cases = read_cases(f"nnunet:{write_nnunet(tmp_path, names=('a',), ignore=True)}")
-    case = prepare_case(CaseRequest(cases.files[0], cases.label_names, (6.0, 6.0, 6.0), unknown_value=cases.unknown_value))
+    case = prepare_case(CaseRequest(cases.files[0], cases.label_names, unknown_value=cases.unknown_value))
     labels = a_case()[1]
     np.testing.assert_array_equal(case.labels, np.where(labels == 3, 255, labels))
 
 
 def test_fine_voxels_are_averaged_to_the_model_spacing(requests):
-    request = CaseRequest(requests[0].files, requests[0].label_names, (12.0, 6.0, 6.0))
-    case, raw = prepare_case(request), a_case()[0].array.astype(np.float64)
-    inner = raw[:-2] / 4 + raw[1:-1] / 2 + raw[2:] / 4  # a box of two voxels around each
-    np.testing.assert_allclose(case.intensity[1:-1], inner, atol=0.01)
-    assert not same(case, prepare_case(requests[0]))
+    case = prepare_case(requests[0])
+    loaded, raw = loaded_case(case, spacing_mm=(12.0, 6.0, 6.0)), a_case()[0].array.astype(np.float64)
+    np.testing.assert_allclose(loaded.intensity.numpy(), (raw[::2] + raw[1::2]) / 2, atol=0.01)
+    assert loaded.blocks == (2, 1, 1) and loaded.labels.shape == case.labels.shape  # labels keep their own voxels
 
 
 @pytest.mark.parametrize(
@@ -89,12 +90,12 @@ def test_geometry_mismatch_says_the_difference(requests, shape, shift_mm, scale,
 def test_label_outside_the_list_and_missing_label_say_what_to_do(tmp_path):
     cases = read_cases(f"nnunet:{write_nnunet(tmp_path, names=('a',))}")
     with pytest.raises(UserError, match=r"case 'a' holds \[3\].*ends at 2.*Add the class there"):
-        prepare_case(CaseRequest(cases.files[0], ("liver", "spleen"), (6.0, 6.0, 6.0)))
+        prepare_case(CaseRequest(cases.files[0], ("liver", "spleen")))
     cases.files[0].label.unlink()
     with pytest.raises(UserError, match="no label file.*leave the case out"):
-        prepare_case(CaseRequest(cases.files[0], cases.label_names, (6.0, 6.0, 6.0)))
+        prepare_case(CaseRequest(cases.files[0], cases.label_names))
     with pytest.raises(UserError, match="--hold-out"):
-        CaseCache(tmp_path / "cache").entry(CaseRequest(cases.files[0], cases.label_names, (6.0, 6.0, 6.0)))
+        CaseCache(tmp_path / "cache").entry(CaseRequest(cases.files[0], cases.label_names))
 
 
 def test_cached_case_equals_the_prepared_one_and_is_read_once(requests, tmp_path, monkeypatch):
@@ -111,8 +112,8 @@ def test_changed_file_or_option_is_another_entry(requests, tmp_path):
     cache = CaseCache(tmp_path / "cache")
     request = requests[0]
     before = cache.entry(request)
-    assert cache.entry(CaseRequest(request.files, request.label_names, (3.0, 6.0, 6.0))) != before
-    assert cache.entry(CaseRequest(request.files, request.label_names[::-1], request.spacing_mm)) != before
+    assert cache.entry(CaseRequest(request.files, request.label_names, unknown_value=9)) != before
+    assert cache.entry(CaseRequest(request.files, request.label_names[::-1])) != before
     os.utime(request.label_paths[2], ns=(1, 1))
     assert cache.entry(request) != before
 
@@ -154,5 +155,8 @@ def test_two_processes_that_store_the_same_case_agree(requests, tmp_path):
 
 def test_source_draws_the_same_from_cache_and_from_memory(requests, tmp_path):
     options = SynthesisOptions(spacing_mm=(6.0, 6.0, 6.0))
-    samples = [CaseSource(requests[1], cache=cache).draw(torch.Generator().manual_seed(4), options) for cache in (None, CaseCache(tmp_path / "cache"))]
+    cache = CaseCache(tmp_path / "cache")
+    loaders = (lambda: prepare_case(requests[1]), lambda: cache.load(requests[1], cache.ensure(requests[1])))
+    sources = [CaseSource("s0002", load, memory=CaseMemory(spacing_mm=options.spacing_mm)) for load in loaders]
+    samples = [source.draw(torch.Generator().manual_seed(4), options) for source in sources]
     assert torch.equal(samples[0].intensity, samples[1].intensity) and torch.equal(samples[0].labels, samples[1].labels)

@@ -9,10 +9,11 @@ import SimpleITK as sitk
 import torch
 
 from NMSWSegment.data.layouts import CaseFiles, read_decathlon, read_label_names
-from NMSWSegment.data.prepared_case import CaseRequest
+from NMSWSegment.data.prepared_case import CaseRequest, prepare_case
 from NMSWSegment.protocol import UserError
+from NMSWSegment.samples.case_memory import CaseMemory
 from NMSWSegment.samples.case_source import CaseSource
-from NMSWSegment.samples.synthesis import AnatomySource, SynthesisOptions
+from NMSWSegment.samples.synthesis import AnatomySource, SynthesisOptions, prepare_anatomy
 from NMSWSegment.samples.training_set import TrainingSet
 from NMSWSegment.training.datasets import open_training_set
 from NMSWSegment.training.options import TrainOptions
@@ -75,7 +76,13 @@ def run_options(folder: Path, *, hold_out=(), data=None, real_fraction=0.5, seed
 
 
 def a_request(folder: Path, *, label_names=("liver", "spleen")) -> CaseRequest:
-    return CaseRequest(files=read_decathlon(folder)[0][0], label_names=label_names, spacing_mm=OPTIONS.spacing_mm)
+    return CaseRequest(files=read_decathlon(folder)[0][0], label_names=label_names)
+
+
+def a_source(request: CaseRequest) -> CaseSource:
+    """A case, read and checked now."""
+    case = prepare_case(request)
+    return CaseSource(request.files.name, lambda: case, memory=CaseMemory(spacing_mm=OPTIONS.spacing_mm))
 
 
 def test_read_decathlon_names_cases_and_labels(a_folder):
@@ -112,7 +119,7 @@ def test_label_names_with_a_gap_ask_for_numbers(tmp_path):
 
 
 def test_case_source_sample_keeps_sides_and_contrast(a_folder):
-    source = CaseSource(a_request(a_folder, label_names=("liver", "spleen")))
+    source = a_source(a_request(a_folder, label_names=("liver", "spleen")))
     checked = 0
     for seed in range(8):
         sample = source.draw(torch.Generator().manual_seed(seed), OPTIONS)
@@ -127,7 +134,7 @@ def test_case_source_sample_keeps_sides_and_contrast(a_folder):
 
 
 def test_case_source_same_generator_same_sample(a_folder):
-    source = CaseSource(a_request(a_folder, label_names=("liver", "spleen")))
+    source = a_source(a_request(a_folder, label_names=("liver", "spleen")))
     first, again = (source.draw(torch.Generator().manual_seed(2), OPTIONS) for _ in range(2))
     assert torch.equal(first.intensity, again.intensity) and torch.equal(first.labels, again.labels)
 
@@ -135,12 +142,12 @@ def test_case_source_same_generator_same_sample(a_folder):
 def test_case_source_geometry_mismatch_says_to_resample(a_folder):
     write(a_folder / "cases" / "one" / "label.nii.gz", a_label_map(), spacing=5.0)
     with pytest.raises(UserError, match="Resample the label to the image"):
-        CaseSource(a_request(a_folder, label_names=("liver", "spleen")))
+        a_source(a_request(a_folder, label_names=("liver", "spleen")))
 
 
 def test_case_source_label_outside_the_list_says_to_add_the_class(a_folder):
     with pytest.raises(UserError, match=r"holds \[2\].*Add the class there"):
-        CaseSource(a_request(a_folder, label_names=("liver",)))
+        a_source(a_request(a_folder, label_names=("liver",)))
 
 
 def test_case_source_unknown_voxels_stay_unknown(tmp_path):
@@ -148,7 +155,7 @@ def test_case_source_unknown_voxels_stay_unknown(tmp_path):
     labels[:, :11] = 255
     write(tmp_path / "ct.nii.gz", a_ct(a_label_map()))
     write(tmp_path / "label.nii.gz", labels)
-    source = CaseSource(CaseRequest(CaseFiles("x", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), ("liver", "spleen"), OPTIONS.spacing_mm))
+    source = a_source(CaseRequest(CaseFiles("x", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), ("liver", "spleen")))
     sample = source.draw(torch.Generator().manual_seed(0), SynthesisOptions(spacing_mm=(6.0,) * 3, circular_share=0.0))
     assert 0.2 < float((sample.labels == 255).float().mean()) < 0.8
 
@@ -195,7 +202,7 @@ def test_training_set_sample_depends_on_seed_and_number_only(a_folder):
 
 
 def test_training_set_bad_fraction_says_what_to_use(a_folder):
-    source = AnatomySource(a_folder / "anatomies" / "three")
+    source = AnatomySource(prepare_anatomy(a_folder / "anatomies" / "three"))
     with pytest.raises(UserError, match="from 0 to 1"):
         TrainingSet(cases=(), anatomies=(source,), label_names=("liver", "spleen"), options=OPTIONS, real_fraction=35)
 

@@ -47,7 +47,7 @@ def write_dataset(folder: Path, names: list[str]) -> None:
 
 def case(folder: Path, name: str = "first") -> CaseRequest:
     files = CaseFiles(name, folder / name / "ct.nii.gz", folder / name / "label.nii.gz")
-    return CaseRequest(files=files, label_names=tuple(phantoms.ORGANS), spacing_mm=(6.0, 6.0, 6.0))
+    return CaseRequest(files=files, label_names=tuple(phantoms.ORGANS))
 
 
 def verb(folder: Path, bundle: Path, *more: str) -> int:

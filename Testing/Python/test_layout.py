@@ -19,7 +19,7 @@ ROOMS = {
     "engine": {"files"},
     "panel": {"files", "engine"},
     "data": {"files"},
-    "samples": {"files", "data"},
+    "samples": {"files", "engine", "data"},
     "nets": set(),
     "training": {"files", "engine", "data", "samples", "nets"},
     "cohort": {"files", "engine"},

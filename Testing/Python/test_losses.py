@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL
-from NMSWSegment.training.losses import CROSS_ENTROPY_WEIGHT, DICE_SMOOTHING, DICE_WEIGHT, entropy, segmentation_loss
+from NMSWSegment.training.losses import CROSS_ENTROPY_WEIGHT, DICE_SMOOTHING, DICE_WEIGHT, entropy, ranking_loss, segmentation_loss
 
 CLASSES = 4
 
@@ -25,18 +25,13 @@ def test_loss_without_unknown_voxels_equals_monai(classes, absent):
     logits, labels = a_case(classes, classes=classes)
     if absent:
         labels[labels == classes - 1] = 0
-    reference = losses.DiceCELoss(
-        include_background=False,
-        to_onehot_y=True,
-        softmax=True,
-        batch=True,
-        smooth_nr=DICE_SMOOTHING,
-        smooth_dr=DICE_SMOOTHING,
-        lambda_dice=DICE_WEIGHT,
-        lambda_ce=CROSS_ENTROPY_WEIGHT,
-    )
+    smoothing = {"smooth_nr": DICE_SMOOTHING, "smooth_dr": DICE_SMOOTHING}
+    dice_loss = losses.DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, reduction="none", **smoothing)
     ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-    found, expected = segmentation_loss(ours, labels), reference(theirs, labels[:, None].long())
+    present = [value - 1 for value in labels.unique().tolist() if value > 0]  # the mean is over these, unlike MONAI's
+    dice = dice_loss(theirs, labels[:, None].long()).flatten()[present].sum() / max(len(present), 1)
+    cross_entropy = torch.nn.functional.cross_entropy(theirs, labels.long())
+    found, expected = segmentation_loss(ours, labels), DICE_WEIGHT * dice + CROSS_ENTROPY_WEIGHT * cross_entropy
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     found.backward()
     expected.backward()
@@ -50,6 +45,37 @@ def test_loss_of_three_voxels_by_hand():
     cross_entropy = -(math.log(0.5) + math.log(0.75) + math.log(0.8)) / 3
     found = segmentation_loss(probabilities.log()[None], labels)
     assert float(found) == pytest.approx(0.8 * (1 - dice) + 0.2 * cross_entropy, rel=1e-5)
+
+
+def test_dice_of_classes_that_are_not_there_does_not_dilute_that_of_those_that_are():
+    probabilities = torch.tensor([[0.4, 0.2, 0.2], [0.5, 0.7, 0.7], [0.1, 0.1, 0.1]])  # class 2 is nowhere
+    labels = torch.tensor([[0, 1, 1]], dtype=torch.uint8)
+    dice = 2 * (0.7 + 0.7) / (0.5 + 0.7 + 0.7 + 2)
+    cross_entropy = -(math.log(0.4) + 2 * math.log(0.7)) / 3
+    assert float(segmentation_loss(probabilities.log()[None], labels)) == pytest.approx(0.8 * (1 - dice) + 0.2 * cross_entropy, rel=1e-5)
+    more = torch.cat([probabilities, torch.full((20, 3), 1e-9)])  # as if the list had twenty classes more
+    assert float(segmentation_loss(more.log()[None], labels)) == pytest.approx(0.8 * (1 - dice) + 0.2 * cross_entropy, rel=1e-5)
+
+
+def test_volume_of_background_alone_costs_cross_entropy_alone():
+    probabilities = torch.tensor([[0.5, 0.25], [0.5, 0.75]])
+    found = segmentation_loss(probabilities.log()[None], torch.zeros(1, 2, dtype=torch.uint8))
+    assert float(found) == pytest.approx(-0.2 * (math.log(0.5) + math.log(0.25)) / 2, rel=1e-5)
+
+
+def test_ranking_loss_by_hand():
+    importance, gain = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([3.0, 1.0, -5.0])
+    assert float(ranking_loss(importance, gain)) == pytest.approx(-(0.75 * math.log(0.5) + 0.25 * math.log(0.3)), rel=1e-5)
+    assert float(ranking_loss(importance, -gain.abs())) == 0  # nothing gains, nothing to learn
+
+
+def test_ranking_loss_is_least_where_importance_is_the_share_of_the_gain():
+    importance = torch.zeros(3, requires_grad=True)
+    ranking_loss(importance, torch.tensor([2.0, 1.0, 1.0])).backward()
+    torch.testing.assert_close(importance.grad, torch.tensor([1 / 3 - 1 / 2, 1 / 3 - 1 / 4, 1 / 3 - 1 / 4]))
+    assert float(entropy(torch.tensor([0.5, 0.25, 0.25]).log())) == pytest.approx(
+        float(ranking_loss(torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([2.0, 1, 1])))
+    )
 
 
 @pytest.mark.parametrize("value", [-50.0, 0.0, 50.0])

@@ -10,6 +10,7 @@ from test_train import a_data_folder, tiny_options  # noqa: E402
 
 from NMSWSegment.files.colors import rank_color  # noqa: E402
 from NMSWSegment.files.grid import CandidateGrid  # noqa: E402
+from NMSWSegment.training import monitor as monitor_module  # noqa: E402
 from NMSWSegment.training.monitor import OVERLAY_SHARE, selection_picture  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 
@@ -39,6 +40,27 @@ def test_picture_outlines_patches_by_rank_the_best_on_top():
     assert (picture.sum(2) > 0).sum() == 2 * 60
 
 
+def test_curve_of_a_resumed_run_drops_torn_rows_and_those_after_the_checkpoint(tmp_path):
+    curve = tmp_path / monitor_module.CURVE_NAME
+    curve.write_text("iteration,coarse,high,patch,entropy,ranking,total\n2,1,1,1,1,0,3\n4,1,1,1,1,0,3\n6,1,1,1,1,0,3\n8,1,1")
+    monitor = monitor_module.Monitor(tmp_path, options=None, label_names=["liver"], first_iteration=4)
+    monitor.close()
+    assert [row.split(",")[0] for row in curve.read_text().splitlines()] == ["iteration", "2", "4"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "folder vanished"])
+def test_curve_that_cannot_be_drawn_ends_no_run(tmp_path, damage):
+    output = tmp_path / "run"
+    monitor = monitor_module.Monitor(output, options=None, label_names=["liver"], first_iteration=0)
+    if damage == "folder vanished":
+        output.rename(tmp_path / "moved")
+    elif damage == "empty":
+        (output / monitor_module.CURVE_NAME).write_text("")
+    else:
+        (output / monitor_module.CURVE_NAME).unlink()
+    monitor.close()
+
+
 def test_run_leaves_curves_class_weights_and_pictures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -60,5 +82,6 @@ def test_run_leaves_curves_class_weights_and_pictures(tmp_path):
     } <= set(tags["scalars"])
     assert [point.step for point in events.Scalars("learning_rate")] == [2, 4]
     assert [picture.step for picture in events.Images("selection")] == [2, 4]
+    assert [row.split(",")[0] for row in (tmp_path / "run" / "curve.csv").read_text().splitlines()] == ["iteration", "2", "4"]
     picture = events.Images("selection")[0]
     assert picture.width >= 16 and picture.height >= 16

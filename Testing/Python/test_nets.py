@@ -9,6 +9,7 @@ pytest.importorskip("monai")
 pytest.importorskip("einops")  # MONAI's Swin-UNETR needs it
 
 from NMSWSegment.engine.resampling import run_coarse  # noqa: E402
+from NMSWSegment.engine.selection import log_entropy  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES, PATCH_MULTIPLES, check_patch_size, coarse_backbone, local_backbone  # noqa: E402
 from NMSWSegment.nets.macs import count_macs, published_macs  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
@@ -29,14 +30,14 @@ def a_compact_net() -> NMSWNet:
 
 def test_compact_preset_has_the_documented_size():
     net = NMSWNet(Architecture(num_classes=20))
-    assert num_parameters(net.coarse) == 2_090_569
+    assert num_parameters(net.coarse) == 2_093_757
     assert num_parameters(net.local) == 1_545_956
-    assert num_parameters(net) == 2_090_569 + 1_545_956 + 20  # both nets and c of Eq. 6
+    assert num_parameters(net) == 2_093_757 + 1_545_956 + 20  # both nets and c of Eq. 6
 
 
-def test_a_class_costs_one_row_of_each_head_and_one_class_weight():
+def test_a_class_costs_one_row_of_each_head_one_input_of_the_importance_and_one_class_weight():
     few, more = (num_parameters(NMSWNet(Architecture(num_classes=classes))) for classes in (4, 5))
-    assert more - few == 2 * (12 + 1) + 1  # 12 features and a bias for each net
+    assert more - few == 2 * (12 + 1) + 32 + 1  # 12 features and a bias for each net, 32 hidden features of the importance head
 
 
 def test_paper_preset_has_the_published_widths():
@@ -45,7 +46,7 @@ def test_paper_preset_has_the_published_widths():
         net, published = NMSWNet(Architecture(num_classes=20, preset="paper")), published_unet(20)
     assert num_parameters(published) == 26_537_933
     assert num_parameters(net.local) == 26_527_444
-    assert num_parameters(net.coarse) == 26_527_444 + 17  # the importance head
+    assert num_parameters(net.coarse) == 26_527_444 + 3_329  # the importance head: 36 inputs, three layers of 32, one output
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 16), (16, 24, 8), (8, 32, 40)])
@@ -90,6 +91,32 @@ def test_patches_of_a_batch_do_not_see_each_other(a_compact_net):
 
 def test_new_net_mixes_the_classes_evenly(a_compact_net):
     assert torch.equal(a_compact_net.class_weights, torch.zeros(3))
+
+
+def test_both_nets_answer_with_log_probabilities(a_compact_net):
+    with torch.no_grad():
+        (coarse, _), local = a_compact_net.coarse(torch.rand(1, 1, 16, 32, 16)), a_compact_net.local(torch.rand(1, 1, 16, 16, 16))
+    for logits in (coarse, local):
+        torch.testing.assert_close(logits.exp().sum(1), torch.ones_like(logits[:, 0]))
+
+
+def test_shift_of_all_raw_logits_changes_no_answer(a_compact_net):
+    # Eq. 6 weighs logits per class: on raw ones, 3 more for every class would change the answer
+    x = torch.rand(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        before = a_compact_net.local(x)
+        a_compact_net.local.head.bias += 3
+        after = a_compact_net.local(x)
+        a_compact_net.local.head.bias -= 3
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_untrained_importance_is_the_log_of_the_entropy(a_compact_net):
+    with torch.no_grad():
+        logits, importance_map = a_compact_net.coarse(torch.rand(1, 1, 16, 32, 16))
+    torch.testing.assert_close(importance_map, log_entropy(logits))
+    without, zeros = a_compact_net.coarse.without_importance(torch.rand(1, 1, 16, 32, 16))
+    assert without.shape == logits.shape and not zeros.any()
 
 
 def test_the_two_nets_share_no_weights(a_compact_net):
@@ -141,7 +168,7 @@ def test_compact_local_nets_fit_into_a_packaged_bundle(name, size):
     # 2 bytes a weight, with the coarse net of 25 classes, leave room below 8 MB
     net = LocalNet(Architecture(num_classes=25, backbone=name))
     assert num_parameters(net) == size
-    assert 2 * (size + 2_090_634) < 7.4e6  # half a megabyte for code, manifest and picture
+    assert 2 * (size + 2_093_982) < 7.4e6  # half a megabyte for code, manifest and picture
 
 
 # The papers' nets with the classes as output, as published; ours differ for unet only, which ends in features and a head.

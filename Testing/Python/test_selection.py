@@ -34,10 +34,10 @@ def test_top_k_ranks_by_importance_and_breaks_ties_by_index():
     importance_map = torch.zeros(4, 4, 8)
     chosen = select(logits_with_foreground(range(8)), importance_map, grid=GRID, num_patches=3, policy="top_k")
     assert chosen.indices == (0, 1, 2)
-    importance_map[:, :, 5:] = 1  # means 0, 1/4, 3/4
+    importance_map[:, :, 5:] = math.log(5)  # gains of 1 and 5 a voxel: means 1, 2, 4
     chosen = select(logits_with_foreground(range(8)), importance_map, grid=GRID, num_patches=2, policy="top_k")
     assert chosen.indices == (2, 1)
-    assert chosen.importance[0] / chosen.importance[1] == pytest.approx(math.exp(0.5))
+    assert chosen.importance == pytest.approx((4 / 7, 2 / 7))
 
 
 @pytest.mark.parametrize("policy", ["top_k", "greedy", "random"])
@@ -62,12 +62,10 @@ def test_greedy_avoids_overlap_where_top_k_does_not():
 
 
 def test_greedy_goes_on_by_importance_when_everything_is_covered():
-    logits = logits_with_foreground(range(8))
-    logits[:, :, :, 0] = 0  # the coarse net is at a loss here only: candidate 0
-    logits[0, :, :, 1:] = -1000
-    importance_map = torch.zeros(4, 4, 8)
-    importance_map[:, :, 5:] = 1  # means 0, 1/4, 3/4
-    assert select(logits, importance_map, grid=GRID, num_patches=3, policy="greedy").indices == (0, 2, 1)
+    importance_map = torch.full((4, 4, 8), -torch.inf)
+    importance_map[0, 0, 2] = importance_map[0, 0, 3] = 0  # candidates 0 and 1 hold both, candidate 2 nothing
+    importance_map[0, 0, 0] = -5
+    assert select(logits_with_foreground(range(8)), importance_map, grid=GRID, num_patches=3, policy="greedy").indices == (0, 1, 2)
 
 
 @pytest.mark.parametrize(("least_share", "expected"), [(0.0, [0, 2, 1]), (0.1, [0, 2, 1]), (0.101, [0, 2]), (0.35, [0]), (0.7, [])])
@@ -79,15 +77,14 @@ def test_greedy_stops_where_the_next_patch_adds_less_than_the_share(least_share,
 
 
 def test_auto_takes_the_patches_that_pay_and_no_background():
-    logits = logits_with_foreground(range(4))
-    logits[1, :, :, 0] = 8.0  # undecided at the near end
-    logits[1, :, :, 7] = 0.0  # a little doubt at the far end, which is background
-    few = select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches="auto", policy="greedy")
-    assert few.indices == (0,)
-    assert len(select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches=None, policy="greedy").indices) == 3
+    logits, importance_map = logits_with_foreground(range(4)), torch.full((4, 4, 8), -20.0)
+    importance_map[:, :, 0] = 0.0  # much to gain at the near end
+    importance_map[:, :, 7] = -3.0  # and a little at the far end, which is background
+    assert select(logits, importance_map, grid=GRID, num_patches="auto", policy="greedy").indices == (0,)
+    assert len(select(logits, importance_map, grid=GRID, num_patches=None, policy="greedy").indices) == 3
 
 
-def test_auto_of_a_volume_without_doubt_takes_no_patch():
+def test_auto_of_a_volume_without_foreground_takes_no_patch():
     logits = torch.zeros(2, 4, 4, 8)
     logits[0] = 2000
     assert select(logits, torch.zeros(4, 4, 8), grid=GRID, num_patches="auto", policy="greedy").indices == ()
@@ -156,9 +153,16 @@ def test_differentiable_top_k_gradient_raises_the_chosen():
     assert importance.grad[indices[0]] > 0 and (importance.grad.sum().abs() < 1e-6)
 
 
-def test_candidate_importance_is_differentiable_mean():
+def test_candidate_importance_is_the_log_of_the_mean_gain():
+    importance_map = torch.zeros(4, 4, 8)
+    importance_map[0, 0, 3] = math.log(65)  # 64 more in candidates 0 and 1: means 2, 2, 1
+    torch.testing.assert_close(candidate_importance(importance_map, grid=GRID), torch.tensor([2.0, 2.0, 1.0]).log())
+    torch.testing.assert_close(candidate_importance(importance_map - 200, grid=GRID), torch.tensor([2.0, 2.0, 1.0]).log() - 200)
+
+
+def test_candidate_importance_is_differentiable():
     importance_map = torch.zeros(4, 4, 8, requires_grad=True)
     candidate_importance(importance_map, grid=GRID)[1].backward()
     expected = torch.zeros(4, 4, 8)
     expected[:, :, 2:6] = 1 / 64
-    assert torch.equal(importance_map.grad, expected)
+    torch.testing.assert_close(importance_map.grad, expected)

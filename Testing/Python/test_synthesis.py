@@ -8,14 +8,14 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from NMSWSegment.data.axis_filters import apply_along_axes, averaging_matrix
+from NMSWSegment.data.axis_filters import apply_along_axes
 from NMSWSegment.data.body_extent import measure_body
 from NMSWSegment.files.orientation import to_sar
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples import synthesis
 from NMSWSegment.samples.scan_range import random_box
-from NMSWSegment.samples.synthesis import AnatomySource, SynthesisOptions
+from NMSWSegment.samples.synthesis import AnatomySource, SynthesisOptions, prepare_anatomy
 from NMSWSegment.samples.tissues import draw_table, read_tissues, split_shells
 from NMSWSegment.samples.warp import WarpLimits, bspline_matrix, gaussian_matrix, random_warp, slice_matrix, smooth_noise
 
@@ -79,14 +79,14 @@ def centroid(labels: torch.Tensor, value: int) -> torch.Tensor:
 
 
 def test_draw_same_generator_same_sample(an_anatomy):
-    source = AnatomySource(an_anatomy, num_labels=6)
+    source = AnatomySource(prepare_anatomy(an_anatomy, num_labels=6))
     first, again, other = (source.draw(generator(seed), SynthesisOptions(spacing_mm=(6.0,) * 3)) for seed in (3, 3, 4))
     assert torch.equal(first.intensity, again.intensity) and torch.equal(first.labels, again.labels)
     assert first.intensity.shape != other.intensity.shape or not torch.equal(first.intensity, other.intensity)
 
 
 def test_draw_labels_and_hu_agree(an_anatomy):
-    source = AnatomySource(an_anatomy, num_labels=6)
+    source = AnatomySource(prepare_anatomy(an_anatomy, num_labels=6))
     options = SynthesisOptions(spacing_mm=(6.0,) * 3, circular_share=0.0)
     means = {value: [] for value in (1, 3, 4)}
     for seed in range(8):
@@ -105,7 +105,7 @@ def test_draw_labels_and_hu_agree(an_anatomy):
 
 
 def test_draw_keeps_the_sides_of_the_body(an_anatomy):
-    source = AnatomySource(an_anatomy)
+    source = AnatomySource(prepare_anatomy(an_anatomy))
     checked = 0
     for seed in range(12):
         labels = source.draw(generator(seed), SynthesisOptions(spacing_mm=(6.0,) * 3)).labels
@@ -120,7 +120,7 @@ def test_draw_keeps_the_sides_of_the_body(an_anatomy):
 
 
 def test_draw_without_deformation_reproduces_the_map(an_anatomy):
-    source = AnatomySource(an_anatomy)
+    source = AnatomySource(prepare_anatomy(an_anatomy))
     warp = synthesis.Warp(
         shape=(50, 32, 44), spacing_mm=(6.0,) * 3, matrix=torch.eye(3), center_mm=torch.tensor([49.0, 31.0, 43.0]) * 3, control_mm=torch.zeros(3, 4, 4, 4)
     )
@@ -130,7 +130,7 @@ def test_draw_without_deformation_reproduces_the_map(an_anatomy):
 
 
 def test_draw_beyond_the_map_along_superior_is_unknown_not_air(an_anatomy):
-    source = AnatomySource(an_anatomy)
+    source = AnatomySource(prepare_anatomy(an_anatomy))
     limits = WarpLimits(rotation_rad=(0.3, 0.2, 0.2))
     found = 0
     for seed in range(10):
@@ -144,32 +144,32 @@ def test_draw_beyond_the_map_along_superior_is_unknown_not_air(an_anatomy):
 
 
 def test_draw_unknown_tissue_stays_unknown(an_anatomy):
-    source = AnatomySource(an_anatomy)
+    source = AnatomySource(prepare_anatomy(an_anatomy))
     options = SynthesisOptions(spacing_mm=(6.0,) * 3, warp=STILL, circular_share=0.0, min_range_mm=294.0)
     labels = source.draw(generator(1), options).labels
     assert 0.5 < float((labels == 255).sum()) / (3 * 10 * 20) < 1.5
 
 
 def test_draw_respects_max_voxels(an_anatomy):
-    sample = AnatomySource(an_anatomy).draw(generator(0), SynthesisOptions(spacing_mm=(3.0,) * 3, max_voxels=20_000))
+    sample = AnatomySource(prepare_anatomy(an_anatomy)).draw(generator(0), SynthesisOptions(spacing_mm=(3.0,) * 3, max_voxels=20_000))
     assert sample.labels.numel() <= 20_000
 
 
 def test_source_missing_tissues_says_where_to_put_them(an_anatomy):
     (an_anatomy / "tissues.json").unlink()
     with pytest.raises(UserError, match="Put it beside label_full.nii.gz"):
-        AnatomySource(an_anatomy)
+        AnatomySource(prepare_anatomy(an_anatomy))
 
 
 def test_source_unlisted_tissue_says_to_add_it(an_anatomy):
     (an_anatomy / "tissues.json").write_text(tissues_json({index: TISSUES[index] for index in range(7)}))
     with pytest.raises(UserError, match=r"ids \[7\].*Add them there"):
-        AnatomySource(an_anatomy)
+        AnatomySource(prepare_anatomy(an_anatomy))
 
 
 def test_source_label_outside_the_list_says_what_to_use(an_anatomy):
     with pytest.raises(UserError, match="labels end at 3. Use one of them, or 255"):
-        AnatomySource(an_anatomy, num_labels=4)
+        AnatomySource(prepare_anatomy(an_anatomy, num_labels=4))
 
 
 def test_tissues_malformed_lists_the_fields(tmp_path):
@@ -219,11 +219,10 @@ def test_warp_limits_that_could_fold_are_refused():
 
 def test_filters_keep_a_constant_and_identity_is_exact():
     constant = torch.full((7, 5, 6), 40.0)
-    for matrix in (gaussian_matrix, lambda n, **_: slice_matrix(n, thickness_voxels=2.6, phase=0.7), lambda n, **_: averaging_matrix(n, width_voxels=2.0)):
+    for matrix in (gaussian_matrix, lambda n, **_: slice_matrix(n, thickness_voxels=2.6, phase=0.7)):
         torch.testing.assert_close(apply_along_axes(constant, tuple(matrix(size, sigma_voxels=0.8) for size in constant.shape)), constant)
     assert torch.equal(slice_matrix(5, thickness_voxels=1.0, phase=0.5), torch.eye(5))
     torch.testing.assert_close(bspline_matrix(9, num_controls=5).sum(dim=1), torch.ones(9))
-    torch.testing.assert_close(averaging_matrix(4, width_voxels=2.0)[1], torch.tensor([0.25, 0.5, 0.25, 0.0]))
 
 
 def test_smooth_noise_has_unit_variance():
@@ -239,8 +238,9 @@ def test_to_sar_turns_a_permuted_mirrored_volume_back():
     turned = array.transpose(2, 0, 1)[::-1, :, ::-1]
     ijk_to_ras = np.zeros((4, 4))
     ijk_to_ras[1, 0], ijk_to_ras[2, 1], ijk_to_ras[0, 2], ijk_to_ras[3, 3] = -3.0, 2.0, -4.0, 1.0
-    back, spacing_mm = to_sar(Volume(array=turned, ijk_to_ras=ijk_to_ras))
+    back, spacing_mm, direction = to_sar(Volume(array=turned, ijk_to_ras=ijk_to_ras))
     assert np.array_equal(back, array) and spacing_mm == (2.0, 3.0, 4.0)
+    assert np.array_equal(direction, np.eye(3))
 
 
 def test_random_box_shows_no_air_beyond_a_cut_face():
@@ -252,7 +252,7 @@ def test_random_box_shows_no_air_beyond_a_cut_face():
     boxes = torch.stack([random_box(extent, min_range_mm=60.0, generator=generator(seed)) for seed in range(100)])
     assert float(boxes[:, 0, 2].min()) >= 5.0 and float(boxes[:, 1, 2].max()) > 120.0
     assert float(boxes[:, 0, 0].min()) >= 0.0 and float(boxes[:, 1, 0].max()) <= 195.0
-    assert float((boxes[:, 1, 0] - boxes[:, 0, 0]).min()) >= 59.99
+    assert float((boxes[:, 1, 0] - boxes[:, 0, 0]).min()) >= 39.99  # slabs, else 60
 
 
 def test_random_box_whole_source_when_shorter_than_the_shortest_range():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("monai")
 pytest.importorskip("tensorboard")
@@ -14,7 +15,8 @@ from training_folders import read_array, write_totalsegmentator, write_word  # n
 
 from NMSWSegment.command_line import _parser, main  # noqa: E402
 from NMSWSegment.data.totalsegmentator import ORGANS  # noqa: E402
-from NMSWSegment.training.run_folder import load_checkpoint  # noqa: E402
+from NMSWSegment.files.bundle import load_bundle  # noqa: E402
+from NMSWSegment.training.run_folder import load_checkpoint, trained_weights  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--preset compact --augmentation scan --spacing 6 6 6 --patch-size 16 16 16 --coarse-factor 1 1 1 --top-k-patches 1 --random-patches 1 --precision fp32"
@@ -64,6 +66,18 @@ def test_totalsegmentator_commands_end_in_a_segmentation(here, capsys):
     assert {path.name for path in (here / "pictures").iterdir()} == {f"s0003-k{k}.png" for k in ("0", "5", "10", "all")}
 
 
+def test_commands_of_the_stages_end_in_a_bundle_of_all_three(here):
+    write_totalsegmentator(here / "Totalsegmentator_dataset_v201", splits={"s0001": "train", "s0003": "test"}, classes=tuple(ORGANS))
+    for line in commands("In stages"):
+        run(line)
+    coarse, local, last = (load_checkpoint(here / "runs" / name) for name in ("coarse", "local", "importance"))
+    for part, stage in (("coarse.backbone.", coarse), ("coarse.head.", coarse), ("local.", local)):
+        for key, value in trained_weights(stage).items():
+            if key.startswith(part):
+                assert torch.equal(last["net"][key], value), key
+    assert load_bundle(here / "organ-staged").manifest.importance_has_entropy
+
+
 def test_word_commands_end_in_a_segmentation_that_can_be_installed(here, capsys):
     write_word(here / "WORD-V0.1.0", splits={"word_0001": "Tr", "word_0002": "Tr", "word_0003": "Val"})
     for line in commands("WORD"):
@@ -88,5 +102,12 @@ def test_launchers_start_commands_that_exist():
 def test_every_command_of_the_document_is_in_a_section_that_is_run():
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
-    assert {section for section in sections if commands(section)} == {"Install", "TotalSegmentator", "WORD", "Into the panel", "Several GPUs and computers"}
+    assert {section for section in sections if commands(section)} == {
+        "Install",
+        "TotalSegmentator",
+        "WORD",
+        "In stages",
+        "Into the panel",
+        "Several GPUs and computers",
+    }
     assert commands("Install") == ['pip install "NMSWSegment[train]"']

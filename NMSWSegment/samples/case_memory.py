@@ -1,0 +1,65 @@
+"""Cases ready to be drawn from, kept in memory as long as there is room: at the model spacing's intensity, on the device that draws."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from NMSWSegment.data.prepared_case import PreparedCase
+from NMSWSegment.engine.resampling import block_averaged
+from NMSWSegment.files.orientation import Triple_mm
+from NMSWSegment.files.volume import Volume
+
+CPU_BYTES = 2 << 30
+GPU_SHARE = 0.3
+"""Of the GPU's free memory."""
+
+
+@dataclass(frozen=True)
+class LoadedCase:
+    """A prepared case as tensors."""
+
+    case: PreparedCase
+    """Where its voxels lie."""
+    intensity: Tensor
+    """HU averaged over `blocks`, as inference does before it interpolates, (d, h, w) float32."""
+    labels: Tensor
+    """(D, H, W) uint8, on the case's own grid."""
+    blocks: tuple[int, int, int]
+    """Voxels of the case per intensity voxel, KJI."""
+
+
+class CaseMemory:
+    """The cases used last, up to a number of bytes."""
+
+    def __init__(self, *, spacing_mm: Triple_mm, device: torch.device | str = "cpu", max_bytes: int | None = None) -> None:
+        """Args: spacing_mm: of the model; max_bytes: None takes CPU_BYTES, or GPU_SHARE of what a GPU has free."""
+        self.spacing_mm, self.device = spacing_mm, torch.device(device)
+        if max_bytes is None:
+            max_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else CPU_BYTES
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[Hashable, LoadedCase] = OrderedDict()
+
+    def get(self, key: Hashable, load: Callable[[], PreparedCase]) -> LoadedCase:
+        """The case of a key, loaded if it is not there; names are no keys, because two data sets may use the same."""
+        if key not in self._kept:
+            self._kept[key] = loaded_case(load(), spacing_mm=self.spacing_mm, device=self.device)
+        self._kept.move_to_end(key)
+        result = self._kept[key]
+        while sum(_num_bytes(case) for case in self._kept.values()) > self._max_bytes:
+            self._kept.popitem(last=False)
+        return result
+
+
+def loaded_case(case: PreparedCase, *, spacing_mm: Triple_mm, device: torch.device | str = "cpu") -> LoadedCase:
+    """A prepared case for a model spacing, averaged by the function that inference uses."""
+    intensity, _ = block_averaged(Volume(array=case.intensity, ijk_to_ras=case.ijk_to_ras), spacing_mm=spacing_mm)
+    blocks = tuple(-(-full // averaged) for full, averaged in zip(case.intensity.shape, intensity.shape))
+    return LoadedCase(case=case, intensity=intensity.to(device), labels=torch.from_numpy(case.labels).to(device), blocks=blocks)
+
+
+def _num_bytes(loaded: LoadedCase) -> int:
+    """What a loaded case takes on its device."""
+    return 4 * loaded.intensity.numel() + loaded.labels.numel()
