@@ -11,6 +11,9 @@ POLICIES = ("greedy", "top_k", "random")
 AUTO = "auto"
 """num_patches that stops by itself where the next patch is expected to change little."""
 
+MAX_THREADS = 1024
+"""Where the system refuses threads, libgomp ends the process without a word."""
+
 
 class UserError(Exception):
     """Something a user can fix; the text is shown as it is."""
@@ -93,8 +96,8 @@ class SegmentOptions:
             raise UserError(
                 f"k = auto asks how much the next patch would add, which only the policy greedy knows; the policy is {self.policy}. Use greedy, or a number of patches."
             )
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"threads is {self.threads}. Use 1 or more, or leave it out.")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise UserError(f"threads is {self.threads}. Use 1 or more, at most {MAX_THREADS}, or leave it out.")
 
     def to_dict(self) -> dict:
         """A JSON-ready dict; the inverse of from_dict."""

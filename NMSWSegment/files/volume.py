@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +11,38 @@ import numpy as np
 import SimpleITK as sitk
 
 from NMSWSegment.files.bundle import Label
+from NMSWSegment.files.compressed_voxels import is_intact
 from NMSWSegment.files.dicom_series import find_series
-from NMSWSegment.files.nifti_file import nonfinite_voxels
-from NMSWSegment.files.output_file import check_output_path, file_ending, replaced_file
+from NMSWSegment.files.dicom_voxels import read_voxels
+from NMSWSegment.files.memory import available_memory_bytes
+from NMSWSegment.files.nifti_file import NiftiHeader, holds_voxels, nonfinite_voxels, read_header
+from NMSWSegment.files.output_file import check_name, check_output_path, file_ending, replaced_file
 from NMSWSegment.protocol import UserError
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 LABELMAP_ENDINGS = (".nii.gz", ".nii", ".seg.nrrd")
 
+_IMAGE_IO = {
+    ".nii.gz": "NiftiImageIO",
+    ".nii": "NiftiImageIO",
+    ".nrrd": "NrrdImageIO",
+    ".nhdr": "NrrdImageIO",
+    ".mha": "MetaImageIO",
+    ".mhd": "MetaImageIO",
+}
+"""Named, because ITK otherwise looks at the contents, and hands a DICOM file that is called .nrrd to another reader."""
+
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 # Cosine between two voxel axes; 0.001 moves the far end of a 500 mm axis by half a millimetre.
 _SHEAR_TOLERANCE = 1e-3
+
+_SPACING_RANGE_MM = (1e-4, 1e3)
+_FARTHEST_MM = 1e6
+"""From the origin; what lies beyond is damage, and would be rounded in float32."""
+
+_MOST_COMPRESSION = 1100
+"""No deflated stream holds more bytes for each of its own."""
 
 _RESAMPLE_HINT = "Resample it to a regular grid first, for example with 'Resample Scalar/Vector/DWI Volume' in 3D Slicer."
 
@@ -51,6 +71,35 @@ class Volume:
         return tuple(float(length) for length in lengths[::-1])
 
 
+@dataclass(frozen=True)
+class VolumeFile:
+    """A volume on disk: its header is read and checked, its voxels are not."""
+
+    path: Path
+    name: str
+    shape: tuple[int, int, int]
+    """Voxels, KJI."""
+    ijk_to_ras: np.ndarray
+    """4 x 4."""
+    bytes_per_voxel: int
+    modality: str
+    """CT, MR, PT, ... of a DICOM series; '' where the file does not say."""
+    read_array: Callable[[], np.ndarray]
+    """The voxels, (K, J, I)."""
+
+    def read(self) -> Volume:
+        """The volume.
+
+        Raises:
+            UserError: the voxels are damaged, are more than the memory holds, or nothing can be segmented in them.
+        """
+        _check_memory(self)
+        volume = Volume(array=self.read_array(), ijk_to_ras=self.ijk_to_ras, name=self.name)
+        if volume.shape != self.shape:
+            raise _changed_error(self.path)
+        return _checked(volume, self.path)
+
+
 def read_volume(path: str | Path) -> Volume:
     """Read a scalar 3-D volume in its own dtype.
 
@@ -60,18 +109,30 @@ def read_volume(path: str | Path) -> Volume:
     Raises:
         UserError: there is no such file, it is damaged, or it holds something else than one regular 3-D scalar volume.
     """
+    return open_volume(path).read()
+
+
+def open_volume(path: str | Path) -> VolumeFile:
+    """Read the header of a scalar 3-D volume; everything that it shows to be wrong is told before a voxel is read.
+
+    Args:
+        path: as for read_volume.
+
+    Raises:
+        UserError: as read_volume.
+    """
     path = Path(path)
+    check_name(path)
     if not path.exists():
         raise UserError(f"There is no file or folder '{path}'. Check the spelling of the path.")
     if path.is_dir():
-        return _checked(_read_dicom(path), path)
+        return _open_dicom(path)
+    if not path.is_file():
+        raise UserError(f"'{path}' is no file, but a device, pipe or the like. Give a file on the disk.")
     ending = file_ending(path, VOLUME_ENDINGS)
     if ending is None:
         raise UserError(f"'{path.name}' has an ending that is not known. Give one of {', '.join(VOLUME_ENDINGS)}, or the folder of a DICOM series.")
-    image = _read_image(path)
-    if ending in (".nii", ".nii.gz"):
-        _check_nifti(path)
-    return _checked(_volume_from_image(image, name=path.name[: -len(ending)]), path)
+    return _open_file(path, ending)
 
 
 def write_volume(volume: Volume, path: str | Path) -> None:
@@ -108,21 +169,95 @@ def write_labelmap(labelmap: Volume, path: str | Path, *, labels: Sequence[Label
     _write_image(image, path)
 
 
-def _read_image(path: Path) -> sitk.Image:
-    """One file as a 3-D scalar image, after a look at its header."""
+def _open_file(path: Path, ending: str) -> VolumeFile:
+    """The header of one file."""
+    _check_readable(path)
+    nifti = read_header(path) if ending in (".nii", ".nii.gz") else None
+    for matrix in (nifti.sform, nifti.qform) if nifti else ():
+        if matrix is not None:
+            _check_geometry(matrix, path)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO(_IMAGE_IO[ending])
     reader.SetFileName(str(path))
+    with _explained(path, ending):
+        reader.ReadImageInformation()
+    _check_header(reader, path)
+    # A fourth axis of one voxel is common and harmless; extracting size 0 removes it.
+    size = reader.GetSize()
+    reader.SetExtractSize([*size[:3], *([0] * (len(size) - 3))])
+    dimension = len(size)
+    direction = np.array(reader.GetDirection()).reshape(dimension, dimension)[:3, :3]
+    ijk_to_ras = _ijk_to_ras(direction, spacing_mm_ijk=reader.GetSpacing()[:3], origin_lps=reader.GetOrigin()[:3])
+    _check_geometry(ijk_to_ras, path)
+    bytes_per_voxel = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    num_bytes = int(np.prod(size, dtype=float)) * bytes_per_voxel
+    if ending in (".nrrd", ".mha") and num_bytes > path.stat().st_size * _MOST_COMPRESSION:
+        raise _damaged_error(path)
+    signature = _signature(path)
+
+    def read_array() -> np.ndarray:
+        with _explained(path, ending):
+            image = reader.Execute()
+        if nifti is not None:
+            _check_nifti_voxels(path, nifti)
+        if nifti is None and not is_intact(path):
+            raise _damaged_error(path)
+        if _signature(path) != signature:
+            raise _changed_error(path)
+        return sitk.GetArrayFromImage(image)
+
+    return VolumeFile(
+        path=path,
+        name=path.name[: -len(ending)],
+        shape=tuple(size[2::-1]),
+        ijk_to_ras=ijk_to_ras,
+        bytes_per_voxel=bytes_per_voxel,
+        modality="",
+        read_array=read_array,
+    )
+
+
+def _open_dicom(folder: Path) -> VolumeFile:
+    """The header of the only series of a DICOM folder."""
+    series = find_series(folder)
+    ijk_to_ras = _LPS_TO_RAS @ series.ijk_to_lps  # LPS (DICOM) -> RAS (Slicer)
+    _check_geometry(ijk_to_ras, folder)
+    return VolumeFile(
+        path=folder,
+        name=folder.absolute().name,
+        shape=series.shape,
+        ijk_to_ras=ijk_to_ras,
+        bytes_per_voxel=series.bytes_per_voxel,
+        modality=series.modality,
+        read_array=lambda: read_voxels(series, quiet=_quiet_itk),
+    )
+
+
+@contextmanager
+def _explained(path: Path, ending: str) -> Iterator[None]:
+    """Turn what ITK says of a file into a sentence."""
     try:
         with _quiet_itk():
-            reader.ReadImageInformation()
-            _check_header(reader, path)
-            # A fourth axis of one voxel is common and harmless; extracting size 0 removes it.
-            reader.SetExtractSize([*reader.GetSize()[:3], *([0] * (reader.GetDimension() - 3))])
-            return reader.Execute()
+            yield
     except RuntimeError as error:
-        if "orthonormal" in str(error) or "determinant is 0" in str(error):
+        text = str(error)
+        if "orthonormal" in text or "determinant is 0" in text:
             raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other. {_RESAMPLE_HINT}") from error
-        raise UserError(f"'{path.name}' cannot be read: it is damaged, incomplete or not of the format its ending says. Copy or export it again.") from error
+        if not path.name.endswith(ending):
+            raise UserError(f"'{path.name}' cannot be read: the reader knows '{ending}' in small letters only. Rename the file.") from error
+        if "allocate" in text or "bad_alloc" in text:
+            raise UserError(f"'{path.name}' does not fit into the memory of this computer. Crop the volume, or close other programs.") from error
+        raise _damaged_error(path) from error
+
+
+def _check_readable(path: Path) -> None:
+    """Raise UserError unless the file may be read and has something in it."""
+    try:
+        with open(path, "rb") as stream:
+            if not stream.read(1):
+                raise UserError(f"'{path.name}' is empty. Copy or export it again.")
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}). Ask for the permission to read it, or copy it.") from error
 
 
 def _check_header(reader: sitk.ImageFileReader, path: Path) -> None:
@@ -133,6 +268,8 @@ def _check_header(reader: sitk.ImageFileReader, path: Path) -> None:
             f"'{path.name}' has {reader.GetNumberOfComponents()} values per voxel (color or vector), but one is needed. "
             "Extract one component with 'Vector to Scalar Volume' in 3D Slicer."
         )
+    if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()):
+        raise UserError(f"'{path.name}' has complex voxels. Save their magnitude as a volume.")
     if any(length > 1 for length in size[3:]):
         raise UserError(
             f"'{path.name}' is {len(size)}-D (size {_times(size)}): a sequence of volumes. Save one 3-D volume of it, for example one phase or time point."
@@ -141,13 +278,57 @@ def _check_header(reader: sitk.ImageFileReader, path: Path) -> None:
         raise UserError(f"'{path.name}' is one slice (size {_times(size)}). Give the whole volume, with at least 2 voxels along each axis.")
 
 
-def _check_nifti(path: Path) -> None:
-    """Raise UserError for what ITK passes over in a NIfTI file."""
-    num_bad = nonfinite_voxels(path)
+def _check_geometry(ijk_to_ras: np.ndarray, path: Path) -> None:
+    """Raise UserError unless the voxels lie on a grid with right angles, at a place and of a size that a scanner gives."""
+    with np.errstate(all="ignore"):
+        lengths = np.linalg.norm(ijk_to_ras[:3, :3], axis=0)
+        axes = ijk_to_ras[:3, :3] / lengths
+        shear = np.abs(axes.T @ axes - np.eye(3)).max()
+    low, high = _SPACING_RANGE_MM
+    if np.isfinite(lengths).all() and not (low <= lengths.min() and lengths.max() <= high):
+        raise UserError(
+            f"The voxels of '{path.name}' are {_times(f'{length:.3g}' for length in lengths)} mm large. Correct the spacing, for example in 3D Slicer."
+        )
+    if not np.abs(ijk_to_ras[:3, 3]).max() <= _FARTHEST_MM:  # "not <=" catches NaN
+        place = ", ".join(f"{value:.3g}" for value in ijk_to_ras[:3, 3])
+        raise UserError(f"The first voxel of '{path.name}' lies at ({place}) mm. Correct the origin, for example with 'Center volume' in 3D Slicer.")
+    if not shear < _SHEAR_TOLERANCE:
+        raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other. {_RESAMPLE_HINT}")
+
+
+def _check_memory(file: VolumeFile) -> None:
+    """Raise UserError if the voxels alone are more than the memory holds."""
+    num_bytes, available_bytes = int(np.prod(file.shape, dtype=float)) * file.bytes_per_voxel, available_memory_bytes()
+    if available_bytes is not None and num_bytes > available_bytes:
+        raise UserError(
+            f"'{file.path.name}' has {_times(file.shape[::-1])} voxels, which are {num_bytes / 1e9:.1f} GB; {available_bytes / 1e9:.1f} GB of memory are free. "
+            "Crop the volume, or close other programs."
+        )
+
+
+def _check_nifti_voxels(path: Path, header: NiftiHeader) -> None:
+    """Raise UserError for what ITK passes over in the voxels of a NIfTI file."""
+    num_bad = nonfinite_voxels(path, header)
     if num_bad is None:
         raise UserError(f"'{path.name}' is damaged or incomplete: its voxels end early. Copy or export it again.")
     if num_bad:
         raise _nonfinite_error(path, num_bad)
+
+
+def _signature(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written again or replaced."""
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _changed_error(path: Path) -> UserError:
+    """The sentence for a file that was written by somebody else at the same time."""
+    return UserError(f"'{path.name}' was changed while it was read. Wait until it is complete, and start again.")
+
+
+def _damaged_error(path: Path) -> UserError:
+    """The sentence for a file that the reader refuses."""
+    return UserError(f"'{path.name}' cannot be read: it is damaged, incomplete or not of the format its ending says. Copy or export it again.")
 
 
 def _nonfinite_error(path: Path, num_bad: int) -> UserError:
@@ -155,31 +336,8 @@ def _nonfinite_error(path: Path, num_bad: int) -> UserError:
     return UserError(f"'{path.name}' has {num_bad} voxels that are no number (NaN or infinite). Replace them, for example by -1024 (air), and save it again.")
 
 
-def _read_dicom(folder: Path) -> Volume:
-    """The only series of a DICOM folder."""
-    paths = [str(path) for path in find_series(folder, quiet=_quiet_itk)]
-    if len(paths) == 1:
-        # Multi-frame object: one file is the whole volume.
-        return _volume_from_image(_read_image(Path(paths[0])), name=folder.name)
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(paths)
-    try:
-        with _quiet_itk():
-            image = reader.Execute()
-    except RuntimeError as error:
-        raise UserError(f"The DICOM series in '{folder}' cannot be read: a slice is damaged or unlike the others. Export the series again.") from error
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise UserError(
-            f"The DICOM series in '{folder}' is in color ({image.GetNumberOfComponentsPerPixel()} values per voxel). Give a series with one value per voxel."
-        )
-    return _volume_from_image(image, name=folder.name)
-
-
 def _checked(volume: Volume, path: Path) -> Volume:
     """The volume itself, if there is something to segment in it."""
-    axes = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
-    if not np.abs(axes.T @ axes - np.eye(3)).max() < _SHEAR_TOLERANCE:  # "not <" catches NaN
-        raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other. {_RESAMPLE_HINT}")
     low, high = volume.array.min(), volume.array.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise _nonfinite_error(path, int((~np.isfinite(volume.array)).sum()))
@@ -188,17 +346,16 @@ def _checked(volume: Volume, path: Path) -> Volume:
     return volume
 
 
-def _volume_from_image(image: sitk.Image, *, name: str) -> Volume:
-    """A Volume from a 3-D scalar image."""
+def _ijk_to_ras(direction: np.ndarray, *, spacing_mm_ijk: Sequence[float], origin_lps: Sequence[float]) -> np.ndarray:
+    """4 x 4 from what SimpleITK says of an image; the axes are the columns of the direction."""
     ijk_to_lps = np.eye(4)
-    ijk_to_lps[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    ijk_to_lps[:3, 3] = image.GetOrigin()
-    # LPS (SimpleITK) -> RAS (Slicer)
-    return Volume(array=sitk.GetArrayFromImage(image), ijk_to_ras=_LPS_TO_RAS @ ijk_to_lps, name=name)
+    ijk_to_lps[:3, :3] = direction * np.array(spacing_mm_ijk)
+    ijk_to_lps[:3, 3] = origin_lps
+    return _LPS_TO_RAS @ ijk_to_lps  # LPS (SimpleITK) -> RAS (Slicer)
 
 
 def _image_from_volume(volume: Volume) -> sitk.Image:
-    """The inverse of `_volume_from_image`."""
+    """An image of SimpleITK; the inverse of `_ijk_to_ras` for its place."""
     # RAS (Slicer) -> LPS (SimpleITK); the flip is its own inverse.
     ijk_to_lps = _LPS_TO_RAS @ volume.ijk_to_ras
     spacing_mm_ijk = np.linalg.norm(ijk_to_lps[:3, :3], axis=0)
@@ -210,13 +367,29 @@ def _image_from_volume(volume: Volume) -> sitk.Image:
 
 
 def _write_image(image: sitk.Image, path: Path) -> None:
-    """Write an image atomically; SimpleITK chooses the format by the ending."""
+    """Write an image atomically, and read it back; the ending chooses the format."""
     with replaced_file(path) as temporary:
         try:
             with _quiet_itk():
-                sitk.WriteImage(image, str(temporary), useCompression=path.suffix != ".nii")
+                sitk.WriteImage(image, str(temporary), useCompression=temporary.suffix != ".nii")
+                _check_written(image, temporary)
         except RuntimeError as error:
-            raise UserError(f"'{path}' could not be written. Check that the disk is not full and that the folder may be written to.") from error
+            raise UserError(
+                f"The voxels could not be written to the folder '{path.parent}'. Check that the disk is not full and that the folder may be written to."
+            ) from error
+
+
+def _check_written(image: sitk.Image, path: Path) -> None:
+    """Raise RuntimeError unless a file holds an image: ITK's NIfTI writer does not tell of a full disk."""
+    array = sitk.GetArrayViewFromImage(image)
+    if file_ending(path, VOLUME_ENDINGS) in (".nii", ".nii.gz"):
+        is_same = holds_voxels(path, array)
+    else:
+        found = sitk.ReadImage(str(path))
+        # Bytes, not numbers: a voxel that is no number equals itself.
+        is_same = np.array_equal(sitk.GetArrayViewFromImage(found).view(np.uint8), array.view(np.uint8))
+    if not is_same:
+        raise RuntimeError("the file holds something else than was written")
 
 
 def _segmentation_fields(labels_kji: np.ndarray, labels: Sequence[Label]) -> dict[str, str]:
@@ -254,7 +427,7 @@ def _extent_ijk(is_inside: np.ndarray) -> str:
     return " ".join(bounds)
 
 
-def _times(size: Sequence[int]) -> str:
+def _times(size: Iterable[int | str]) -> str:
     """'512 x 512 x 90' for a sentence."""
     return " x ".join(str(length) for length in size)
 
