@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from NMSWSegment.files.bundle import BundleManifest
-from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.memory import available_memory_bytes, needed_memory_bytes
-from NMSWSegment.protocol import AUTO, SegmentOptions, UserError
+from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.files.volume import Volume, VolumeFile
+from NMSWSegment.protocol import AUTO, SegmentOptions, UserError
 
 AIR_AND_LUNG_HU = (-1100.0, -200.0)
 """Every CT has voxels here: air around or in the body, or at least lung or fat at their border. MR, stored values without rescaling and

@@ -9,9 +9,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
 from hostile import Tally  # noqa: E402
+from torch import nn  # noqa: E402
 
 from NMSWSegment.files import phantoms  # noqa: E402
 from NMSWSegment.files.labels import coded_labels  # noqa: E402

@@ -11,13 +11,13 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from NMSWSegment.files.bundle import load_bundle  # noqa: E402
 from NMSWSegment.engine.resampling import resample_to_model_grid, restore_labelmap, to_model_grid  # noqa: E402
 from NMSWSegment.engine.segment import segment_volume  # noqa: E402
-from NMSWSegment.files.model_grid import model_grid_around  # noqa: E402
+from NMSWSegment.files.bundle import load_bundle  # noqa: E402
 from NMSWSegment.files.grid import CandidateGrid  # noqa: E402
-from NMSWSegment.protocol import SegmentOptions  # noqa: E402
+from NMSWSegment.files.model_grid import model_grid_around  # noqa: E402
 from NMSWSegment.files.volume import Volume, read_volume, write_volume  # noqa: E402
+from NMSWSegment.protocol import SegmentOptions  # noqa: E402
 
 # The same examples in every run, so that a failure is there again.
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

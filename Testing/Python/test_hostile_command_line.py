@@ -14,15 +14,15 @@ import pytest
 
 pytest.importorskip("resource", reason="this system has no limits to set")
 
-from NMSWSegment.console import printable  # noqa: E402
 from NMSWSegment.__main__ import main  # noqa: E402
+from NMSWSegment.console import printable  # noqa: E402
+from NMSWSegment.engine.segment import segment_volume  # noqa: E402
+from NMSWSegment.engine.session import Session  # noqa: E402
 from NMSWSegment.files import phantoms  # noqa: E402
 from NMSWSegment.files.bundle import list_bundles, load_bundle  # noqa: E402
-from NMSWSegment.engine.segment import segment_volume  # noqa: E402
 from NMSWSegment.files.output_file import replaced_together  # noqa: E402
-from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
-from NMSWSegment.engine.session import Session  # noqa: E402
 from NMSWSegment.files.volume import Volume, read_volume, write_labelmap, write_volume  # noqa: E402
+from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,8 +11,8 @@ pytest.importorskip("pydicom", reason="pydicom is not installed")
 
 from hostile import SHAPE, a_slice, an_enhanced_object, save, voxels, write_slices  # noqa: E402
 
-from NMSWSegment.protocol import UserError  # noqa: E402
 from NMSWSegment.files.volume import open_volume, read_volume  # noqa: E402
+from NMSWSegment.protocol import UserError  # noqa: E402
 
 EXPECTED_PLACE = np.array([[-0.7, 0, 0, -10], [0, -0.9, 0, 20], [0, 0, 2.5, 0], [0, 0, 0, 1]])
 

@@ -11,8 +11,8 @@ import pytest
 import SimpleITK as sitk
 from hostile import SHAPE, voxels
 
-from NMSWSegment.protocol import UserError
 from NMSWSegment.files.volume import Volume, open_volume, read_volume, write_volume
+from NMSWSegment.protocol import UserError
 
 PLACE = np.array([[-1.0, 0, 0, 30], [0, -2.0, 0, 40], [0, 0, 3.0, -50], [0, 0, 0, 1]])
 """ijk_to_ras; 1 x 2 x 3 mm along I, J, K."""

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from NMSWSegment.__main__ import main
-from NMSWSegment.files.bundle import BundleManifest, file_sha256, load_bundle
 from NMSWSegment.engine.segment import segment_volume
+from NMSWSegment.files.bundle import BundleManifest, file_sha256, load_bundle
 from NMSWSegment.protocol import SegmentOptions, UserError
 
 WRONG_TYPES = [None, True, "text", "", 3.7, -1, 0, float("nan"), float("inf"), 10**400, [], {}, [[]], [None], {"a": 1}, [1, 2], ["a", "b", "c"], [1, 2, True]]
