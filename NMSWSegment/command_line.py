@@ -87,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         forget_output()
         complain(f"Something could not be written or printed ({error.strerror}). Make room on the disk, or leave the output open, and start again.")
         return USER_ERROR
+    except MemoryError:
+        complain("This computer ran out of memory. Crop the volume, or close other programs.")
+        return USER_ERROR
     except Exception:  # the process boundary: whatever is left is ours to fix
         return _bug()
 
@@ -105,8 +108,13 @@ def segment(arguments: argparse.Namespace) -> int:
     outputs = _checked_outputs(arguments)
     bundle = load_bundle(options.bundle)
     # Engine last: it imports torch, which takes seconds that a misspelled option should not cost.
-    with stopped_at_once():
-        from NMSWSegment.engine.segment import segment_volume, structure_values
+    try:
+        with stopped_at_once():
+            from NMSWSegment.engine.segment import segment_volume, structure_values
+    except ImportError as error:
+        if (error.name or "").startswith("NMSWSegment"):
+            raise
+        raise UserError(f"PyTorch cannot be loaded ({error}). Install it again, or close other programs if memory is short.") from error
 
     kept_values = structure_values(bundle.manifest, options.structures)
     started = time.perf_counter()

@@ -268,6 +268,22 @@ def test_number_of_threads_that_no_computer_has_is_refused(a_case, a_tiny_bundle
     assert "at most 1024" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [(ImportError("libtorch_cpu.so: failed to map segment from shared object"), "PyTorch cannot be loaded"), (MemoryError(), "ran out of memory")],
+)
+def test_memory_that_is_too_little_for_the_libraries_is_a_sentence(a_case, a_tiny_bundle, capsys, monkeypatch, error, sentence):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "NMSWSegment.engine.segment":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "NMSWSegment.engine.segment")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert main(words(a_case, a_tiny_bundle)) == 2
+    assert sentence in (errors := capsys.readouterr().err) and len(errors.splitlines()) == 1
+
+
 def test_output_that_links_to_itself_is_refused(a_case, a_tiny_bundle, capsys):
     (a_case / "labels.nii.gz").symlink_to(a_case / "labels.nii.gz")
     assert main(words(a_case, a_tiny_bundle)) == 2
@@ -361,3 +377,43 @@ def test_hundred_warm_runs_keep_the_memory_flat(a_tiny_bundle):
         session.run(str(index // 10), volume, bundle=bundle, options=SegmentOptions(num_patches=index % 5, device="cpu", threads=1))
         sizes.append(resident_bytes())
     assert max(sizes[50:]) - sizes[30] < 20_000_000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_kill_at_every_stage_leaves_the_older_files(a_case, a_tiny_bundle):
+    # One process loads torch; a fork of it is killed at each stage of a run.
+    program = (
+        "import os, signal, sys\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "from contextlib import contextmanager\n"
+        "from NMSWSegment import command_line\n"
+        "import NMSWSegment.engine.segment\n"
+        "seen = []\n"
+        "def run(victim):\n"
+        "    def kill(progress):\n"
+        "        seen.append(progress.stage)\n"
+        "        if progress.stage == victim:\n            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    @contextmanager\n"
+        "    def progress_bar(**_):\n        yield kill\n"
+        "    command_line.progress_bar = progress_bar\n"
+        "    return command_line.main(sys.argv[1:])\n"
+        "read, write = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    run('')\n"
+        "    os.write(write, ' '.join(dict.fromkeys(seen)).encode())\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "stages = os.read(read, 1000).decode().split()\n"
+        "for stage in stages:\n"
+        "    before = {name: open(os.path.join(os.path.dirname(sys.argv[2]), name), 'rb').read() for name in ('labels.nii.gz', 's.csv')}\n"
+        "    if os.fork() == 0:\n        os._exit(run(stage))\n"
+        "    _, status = os.wait()\n"
+        "    after = {name: open(os.path.join(os.path.dirname(sys.argv[2]), name), 'rb').read() for name in before}\n"
+        "    print(stage, os.WTERMSIG(status), before == after, flush=True)\n"
+    )
+    arguments = words(a_case, a_tiny_bundle, "--statistics", str(a_case / "s.csv"))
+    end = subprocess.run([sys.executable, "-c", program, "segment", *arguments[1:]], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    lines = [line.split() for line in end.stdout.splitlines() if len(line.split()) == 3]
+    assert len(lines) >= 6 and all(line[1:] == [str(int(signal.SIGKILL)), "True"] for line in lines), end.stdout + end.stderr
+    assert names(a_case) == {"ct.nii.gz", "labels.nii.gz", "s.csv"}
