@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from NMSWSegment import __version__
 from NMSWSegment.console import complain, forget_output, say, say_all
 from NMSWSegment.files.bundle import Bundle, Label, install_bundle, list_bundles, load_bundle, remove_bundle
-from NMSWSegment.files.output_file import check_output_path, replaced_together
+from NMSWSegment.files.output_file import check_name, check_output_path, replaced_together
 from NMSWSegment.files.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, STATISTICS_ENDINGS, require_matplotlib, write_patches, write_preview, write_statistics
 from NMSWSegment.files.run_checks import check_intensities, check_memory, check_modality
 from NMSWSegment.files.volume import LABELMAP_ENDINGS, Volume, open_volume, write_labelmap
@@ -301,6 +301,7 @@ def _checked_outputs(arguments: argparse.Namespace) -> dict[str, Path]:
         "patches": (arguments.patches, PATCHES_ENDINGS),
         "report": (arguments.report, REPORT_ENDINGS),
     }
+    check_name(arguments.input)
     outputs = {kind: check_output_path(path, endings) for kind, (path, endings) in wanted.items() if path is not None}
     if arguments.preview is not None:
         require_matplotlib()

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from NMSWSegment.files.manifest_schema import check_manifest
+from NMSWSegment.files.output_file import check_name
 from NMSWSegment.files.resources import resources_folder
 from NMSWSegment.protocol import UserError, reject_unknown_keys, unknown_name
 
@@ -232,6 +233,7 @@ def install_bundle(source_folder: str | Path, *, folder: Path | None = None, rep
         UserError: the source is no complete bundle, its name is taken or is no file name, or the folder cannot be written.
     """
     folder = user_bundles_folder() if folder is None else Path(folder)
+    check_name(Path(source_folder))
     source = Path(source_folder).resolve()
     if not source.is_dir():
         raise UserError(f"There is no folder '{source_folder}'. Give the folder that 'nmsw export' wrote.")

@@ -262,6 +262,23 @@ def test_output_name_works_to_the_end(a_case, a_tiny_bundle, output):
     assert names(a_case) == {"ct.nii.gz", output}
 
 
+WORDS = ["", "\0", "a\0b", "x" * 300, "x" * 5000, "..", "/", "~nobody/x", "\udcff", "\x1b[2J", "*", "nan", "99999999999999999999", "cuda:99999999999", "cuda:-1", "meta"]
+
+
+def test_words_that_mean_nothing_are_one_sentence(a_case, a_tiny_bundle, capsys, tally, monkeypatch):
+    monkeypatch.setenv("NMSW_BUNDLES", str(a_case / "own"))
+    options = ("bundle", "k", "policy", "device", "structures", "threads", "statistics", "preview", "patches", "report", "output")
+    for word in WORDS:
+        tried = [[*words(a_case, a_tiny_bundle), f"--{option}={word}"] for option in options if (option, word) not in (("structures", ""), ("k", "99999999999999999999"))]
+        tried += [["segment", word, "-o", str(a_case / "labels.nii.gz")], [word], ["models", word], ["install", word], ["remove", word]]
+        for arguments in tried:
+            assert main(arguments) == 2, arguments
+            errors = capsys.readouterr().err
+            assert len(errors.splitlines()) == 1 and "\x1b" not in errors, errors
+            tally.ends["clear errors"] += 1
+    assert names(a_case) == {"ct.nii.gz"}
+
+
 @pytest.mark.parametrize("threads", ["100000", "1025", "-1", "0"])
 def test_number_of_threads_that_no_computer_has_is_refused(a_case, a_tiny_bundle, capsys, threads):
     assert main(words(a_case, a_tiny_bundle, f"--threads={threads}")) == 2
