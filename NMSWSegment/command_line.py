@@ -140,7 +140,7 @@ def segment(arguments: argparse.Namespace) -> int:
 
 def _checked_volume(arguments: argparse.Namespace, bundle: Bundle, *, options: SegmentOptions) -> Volume:
     """The input, if the model and the computer can do with it; what the header tells is told before the voxels are read."""
-    file = open_volume(arguments.input)
+    file = open_volume(arguments.input, series_uid=arguments.series)
     if not arguments.force_modality:
         check_modality(file, bundle.manifest)
     if not arguments.force_memory:
@@ -227,6 +227,7 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = SegmentOptions()
     parser.add_argument("input", type=Path, metavar="INPUT", help="volume: .nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, or the folder of a DICOM series")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUTPUT", help="labelmap (.nii.gz, .nii) or segmentation of 3D Slicer (.seg.nrrd)")
+    parser.add_argument("--series", default=None, metavar="UID", help="DICOM series to segment, where the folder has several")
     parser.add_argument("--bundle", default=defaults.bundle, metavar="NAME|FOLDER", help="model, see 'nmsw models' (default: %(default)s)")
     parser.add_argument(
         "--k",

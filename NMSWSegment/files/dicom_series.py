@@ -74,6 +74,11 @@ class DicomSeries:
     """Between slices."""
 
     @property
+    def paths(self) -> list[Path]:
+        """Files in the order of the planes k, each once."""
+        return list(dict.fromkeys(found.path for found in self.slices))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Voxels, KJI."""
         return len(self.slices), *self.slices[0].size
@@ -101,14 +106,52 @@ class DicomSeries:
         return (self.slices[0].header.elements.integer(dicom_file.BITS_ALLOCATED) or 16) // 8 or 1
 
 
-def find_series(folder: Path) -> DicomSeries:
-    """The only image series in a folder, without its voxels.
+@dataclass(frozen=True)
+class SeriesInfo:
+    """One image series of a folder, for a person to choose from."""
+
+    uid: str
+    """Series Instance UID."""
+    description: str
+    num_slices: int
+
+
+def list_series(folder: Path) -> list[SeriesInfo]:
+    """The image series of a folder in the order of their UIDs; scouts and single slices are left out where there is anything else.
+
+    Raises:
+        UserError: there is none, or a file cannot be read.
+    """
+    return sorted((SeriesInfo(_uid(slices), _description(slices), len(slices)) for slices in _volumes(folder)), key=lambda info: info.uid)
+
+
+def find_series(folder: Path, *, series_uid: str | None = None) -> DicomSeries:
+    """An image series in a folder, without its voxels.
 
     Args:
         folder: searched without its sub-folders; files that are no DICOM images are passed over.
+        series_uid: Series Instance UID; None takes the only series.
 
     Raises:
-        UserError: there is no series or several, its slices do not make a regular volume, or a file cannot be read.
+        UserError: there is no such series, or several to choose from, its slices do not make a regular volume, or a file cannot be read.
+    """
+    volumes = _volumes(folder)
+    if series_uid is not None:
+        chosen = [slices for slices in volumes if _uid(slices) == series_uid]
+        if not chosen:
+            raise UserError(f"The folder '{folder}' has no image series with the UID '{series_uid}'. It has: {_listing(volumes)}.")
+        volumes = chosen
+    if len(volumes) > 1:
+        advice = "Choose one with --series UID." if len({_uid(slices) for slices in volumes}) == len(volumes) else "Put each into a folder of its own."
+        raise UserError(f"The folder '{folder}' has {len(volumes)} image series: {_listing(volumes)}. {advice}")
+    return _ordered(volumes[0])
+
+
+def _volumes(folder: Path) -> list[list[DicomSlice]]:
+    """Slices of every image series in a folder.
+
+    Raises:
+        UserError: there is none, or a file cannot be read.
     """
     try:
         paths = sorted(path for path in folder.iterdir() if path.is_file())
@@ -121,16 +164,14 @@ def find_series(folder: Path) -> DicomSeries:
     # Scouts come with nearly every study; only a folder with nothing else keeps them.
     volumes = [slices for slices in series.values() if len(slices) > 1 and not slices[0].is_localizer]
     placed = [slices for slices in volumes if any(found.position_mm is not None for found in slices)]
-    if len(placed) > 1:
-        raise UserError(f"The folder '{folder}' has {len(placed)} image series: {_listing(placed)}. Put the files of one series into a folder of their own.")
-    if placed:
-        return _ordered(placed[0])
-    if volumes:
+    if volumes and not placed:
         raise UserError(
-            f"The images of series {_listing(volumes)} do not say where they lie (no Image Position), so their order and spacing are unknown. "
+            f"The images of series {_listing(volumes, with_uid=False)} do not say where they lie (no Image Position), so their order and spacing are unknown. "
             "Export the original series, or load it in 3D Slicer and save the volume as NRRD."
         )
-    _raise_no_series(folder, list(series.values()))
+    if not placed:
+        _raise_no_series(folder, list(series.values()))
+    return placed
 
 
 def _read_slices(path: Path) -> list[DicomSlice]:
@@ -205,15 +246,20 @@ def _description(slices: list[DicomSlice]) -> str:
     return slices[0].header.elements.text(dicom_file.SERIES_DESCRIPTION) or "without description"
 
 
-def _listing(volumes: list[list[DicomSlice]]) -> str:
-    """Series for a sentence: 'Thorax 1.0' (310 slices), 'Liver 3.0' (90 slices)."""
-    return ", ".join(f"'{_description(slices)}' ({len(slices)} slices)" for slices in volumes)
+def _uid(slices: list[DicomSlice]) -> str:
+    """The Series Instance UID of a series."""
+    return slices[0].header.elements.text(dicom_file.SERIES_UID)
+
+
+def _listing(volumes: list[list[DicomSlice]], *, with_uid: bool = True) -> str:
+    """Series for a sentence: 'Thorax 1.0' (310 slices, UID 1.2.3), 'Liver 3.0' (90 slices, UID 1.2.4)."""
+    return ", ".join(f"'{_description(slices)}' ({len(slices)} slices{f', UID {_uid(slices)}' if with_uid else ''})" for slices in volumes)
 
 
 def _raise_no_series(folder: Path, series: list[list[DicomSlice]]) -> None:
     """Say why there is nothing to read, and where there might be."""
     if series:
-        raise UserError(f"The folder '{folder}' has single slices or localizers only: {_listing(series)}. Give the folder of a whole series.")
+        raise UserError(f"The folder '{folder}' has single slices or localizers only: {_listing(series, with_uid=False)}. Give the folder of a whole series.")
     sub_folders = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     hint = f" Its sub-folders are not searched: {', '.join(sub_folders[:5])}." if sub_folders else ""
     raise UserError(

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.compressed_voxels import is_intact
-from NMSWSegment.files.dicom_series import find_series
+from NMSWSegment.files.dicom_series import SeriesInfo, find_series, list_series
 from NMSWSegment.files.dicom_voxels import read_voxels
 from NMSWSegment.files.memory import available_memory_bytes
 from NMSWSegment.files.nifti_file import NiftiHeader, holds_voxels, nonfinite_voxels, read_header
@@ -100,23 +100,24 @@ class VolumeFile:
         return _checked(volume, self.path)
 
 
-def read_volume(path: str | Path) -> Volume:
+def read_volume(path: str | Path, *, series_uid: str | None = None) -> Volume:
     """Read a scalar 3-D volume in its own dtype.
 
     Args:
-        path: a NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.
+        path: a NIfTI, NRRD or MetaImage file, or the folder of a DICOM series.
+        series_uid: Series Instance UID, where the folder has several series.
 
     Raises:
         UserError: there is no such file, it is damaged, or it holds something else than one regular 3-D scalar volume.
     """
-    return open_volume(path).read()
+    return open_volume(path, series_uid=series_uid).read()
 
 
-def open_volume(path: str | Path) -> VolumeFile:
+def open_volume(path: str | Path, *, series_uid: str | None = None) -> VolumeFile:
     """Read the header of a scalar 3-D volume; everything that it shows to be wrong is told before a voxel is read.
 
     Args:
-        path: as for read_volume.
+        path, series_uid: as for read_volume.
 
     Raises:
         UserError: as read_volume.
@@ -126,13 +127,29 @@ def open_volume(path: str | Path) -> VolumeFile:
     if not path.exists():
         raise UserError(f"There is no file or folder '{path}'. Check the spelling of the path.")
     if path.is_dir():
-        return _open_dicom(path)
+        return _open_dicom(path, series_uid=series_uid)
+    if series_uid is not None:
+        raise UserError(f"A series is chosen of a DICOM folder, but '{path.name}' is a file. Give the folder, or leave --series out.")
     if not path.is_file():
         raise UserError(f"'{path}' is no file, but a device, pipe or the like. Give a file on the disk.")
     ending = file_ending(path, VOLUME_ENDINGS)
     if ending is None:
         raise UserError(f"'{path.name}' has an ending that is not known. Give one of {', '.join(VOLUME_ENDINGS)}, or the folder of a DICOM series.")
     return _open_file(path, ending)
+
+
+def series_files(folder: Path, *, series_uid: str | None = None) -> list[Path]:
+    """Files of a DICOM series in the order of the planes k of its volume; errors as in read_volume."""
+    return find_series(folder, series_uid=series_uid).paths
+
+
+def series_of_folder(folder: str | Path) -> list[SeriesInfo]:
+    """The image series of a DICOM folder, for a person to choose from.
+
+    Raises:
+        UserError: there is none.
+    """
+    return list_series(Path(folder))
 
 
 def write_volume(volume: Volume, path: str | Path) -> None:
@@ -217,9 +234,9 @@ def _open_file(path: Path, ending: str) -> VolumeFile:
     )
 
 
-def _open_dicom(folder: Path) -> VolumeFile:
-    """The header of the only series of a DICOM folder."""
-    series = find_series(folder)
+def _open_dicom(folder: Path, *, series_uid: str | None) -> VolumeFile:
+    """The header of a series of a DICOM folder."""
+    series = find_series(folder, series_uid=series_uid)
     ijk_to_ras = _LPS_TO_RAS @ series.ijk_to_lps  # LPS (DICOM) -> RAS (Slicer)
     _check_geometry(ijk_to_ras, folder)
     return VolumeFile(

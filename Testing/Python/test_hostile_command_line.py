@@ -262,14 +262,35 @@ def test_output_name_works_to_the_end(a_case, a_tiny_bundle, output):
     assert names(a_case) == {"ct.nii.gz", output}
 
 
-WORDS = ["", "\0", "a\0b", "x" * 300, "x" * 5000, "..", "/", "~nobody/x", "\udcff", "\x1b[2J", "*", "nan", "99999999999999999999", "cuda:99999999999", "cuda:-1", "meta"]
+WORDS = [
+    "",
+    "\0",
+    "a\0b",
+    "x" * 300,
+    "x" * 5000,
+    "..",
+    "/",
+    "~nobody/x",
+    "\udcff",
+    "\x1b[2J",
+    "*",
+    "nan",
+    "99999999999999999999",
+    "cuda:99999999999",
+    "cuda:-1",
+    "meta",
+]
 
 
 def test_words_that_mean_nothing_are_one_sentence(a_case, a_tiny_bundle, capsys, tally, monkeypatch):
     monkeypatch.setenv("NMSW_BUNDLES", str(a_case / "own"))
     options = ("bundle", "k", "policy", "device", "structures", "threads", "statistics", "preview", "patches", "report", "output")
     for word in WORDS:
-        tried = [[*words(a_case, a_tiny_bundle), f"--{option}={word}"] for option in options if (option, word) not in (("structures", ""), ("k", "99999999999999999999"))]
+        tried = [
+            [*words(a_case, a_tiny_bundle), f"--{option}={word}"]
+            for option in options
+            if (option, word) not in (("structures", ""), ("k", "99999999999999999999"))
+        ]
         tried += [["segment", word, "-o", str(a_case / "labels.nii.gz")], [word], ["models", word], ["install", word], ["remove", word]]
         for arguments in tried:
             assert main(arguments) == 2, arguments

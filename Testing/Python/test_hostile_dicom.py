@@ -11,7 +11,7 @@ pytest.importorskip("pydicom", reason="pydicom is not installed")
 
 from hostile import SHAPE, a_slice, an_enhanced_object, save, voxels, write_slices  # noqa: E402
 
-from NMSWSegment.files.volume import open_volume, read_volume  # noqa: E402
+from NMSWSegment.files.volume import open_volume, read_volume, series_files, series_of_folder  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
 
 EXPECTED_PLACE = np.array([[-0.7, 0, 0, -10], [0, -0.9, 0, 20], [0, 0, 2.5, 0], [0, 0, 0, 1]])
@@ -108,7 +108,16 @@ def test_two_patients_with_empty_uids_are_two_series(tmp_path, tally):
             set_in(at, **values, ImagePositionPatient=[10, -20, 2.5 * at + move])(found, at)
 
         write_slices(tmp_path / "ct", change=change, prefix=name)
-    assert "2 image series" in str(tally(lambda: read_volume(tmp_path / "ct")))
+    assert "2 image series" in (text := str(tally(lambda: read_volume(tmp_path / "ct")))) and "folder of its own" in text
+
+
+def test_series_is_chosen_by_its_uid(tmp_path, tally):
+    first, second = (write_slices(tmp_path / "ct", series=uid, prefix=uid, num_slices=count) for uid, count in (("1.2.3", 6), ("1.2.4", 5)))
+    assert "Choose one with --series UID" in str(tally(lambda: read_volume(tmp_path / "ct")))
+    check_right(tally(lambda: read_volume(tmp_path / "ct", series_uid="1.2.4")), second)
+    assert "has no image series with the UID '9'" in str(tally(lambda: read_volume(tmp_path / "ct", series_uid="9")))
+    assert [(info.uid, info.num_slices) for info in series_of_folder(tmp_path / "ct")] == [("1.2.3", 6), ("1.2.4", 5)]
+    assert [path.name for path in series_files(tmp_path / "ct", series_uid="1.2.3")] == [f"1.2.3{index:03d}.dcm" for index in range(6)]
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"])

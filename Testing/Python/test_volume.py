@@ -294,7 +294,7 @@ def test_irregular_dicom_series_is_refused(tmp_path, capfd, arguments, fix):
 def test_two_dicom_series_are_listed_with_their_slices(tmp_path):
     write_dicom(tmp_path / "ct", positions_mm=np.arange(8) * 2.5)
     write_dicom(tmp_path / "ct", positions_mm=np.arange(5) * 5.0, series="1.2.4", description="Liver 5.0")
-    with pytest.raises(UserError, match=r"'Thorax 2.5' \(8 slices\), 'Liver 5.0' \(5 slices\).*folder of their own"):
+    with pytest.raises(UserError, match=r"'Thorax 2.5' \(8 slices, UID 1.2.3\), 'Liver 5.0' \(5 slices, UID 1.2.4\).*--series UID"):
         read_volume(tmp_path / "ct")
 
 
