@@ -126,8 +126,8 @@ def _start(head: bytes) -> int | None:
     return 0 if length <= 64 else None
 
 
-def _header(stream: BinaryIO, num_bytes: int) -> DicomHeader:
-    """The header from the first element on."""
+def _header(stream: BinaryIO, num_bytes: int) -> DicomHeader | None:
+    """The header from the first element on; None of an object without pixels that cannot be followed."""
     reader = _Reader(stream, num_bytes)
     values: dict[int, bytes] = {}
     at = stream.tell()
@@ -147,11 +147,16 @@ def _header(stream: BinaryIO, num_bytes: int) -> DicomHeader:
     if syntax == _DEFLATED:
         raise DicomError("it is deflated")
     reader.order = ">" if syntax == EXPLICIT_BIG else "<"
-    object_class = values.get(MEDIA_CLASS, b"")
-    elements, pixel_length = reader.data_set(end=num_bytes, is_explicit=syntax != IMPLICIT_LITTLE)
+    media_class = values.get(MEDIA_CLASS, b"").decode("latin-1").strip(" \0")
+    try:
+        elements, pixel_length = reader.data_set(end=num_bytes, is_explicit=syntax != IMPLICIT_LITTLE)
+    except (DicomError, struct.error):
+        if not media_class or media_class in _IMAGE_CLASSES:
+            raise
+        return None  # a report or the like, which somebody may have padded or cut: none of our business
     if pixel_length is None:
-        object_class = elements.text(OBJECT_CLASS) or object_class.decode("latin-1").strip(" \0")
-        if stream.tell() != num_bytes or (has_preamble and not object_class) or object_class in _IMAGE_CLASSES:
+        object_class = elements.text(OBJECT_CLASS) or media_class
+        if (has_preamble and not object_class) or object_class in _IMAGE_CLASSES:
             raise DicomError("it ends before its pixels")
         return DicomHeader(elements, syntax, None, None)
     offset = stream.tell()

@@ -243,6 +243,7 @@ def test_large_file_that_is_no_dicom_is_not_read(tmp_path, tally):
     check_right(tally(lambda: read_volume(tmp_path / "ct")), array)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes among its files")
 def test_pipe_in_the_folder_does_not_hang(tmp_path, tally):
     array = write_slices(tmp_path / "ct")
     os.mkfifo(tmp_path / "ct" / "pipe")
@@ -273,6 +274,18 @@ def test_folder_that_may_not_be_read_is_named(tmp_path, tally, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.iterdir", refuse)
     assert "cannot be read (Permission denied)" in str(tally(lambda: read_volume(tmp_path / "ct")))
+
+
+def test_report_that_somebody_padded_is_passed_over(tmp_path, tally):
+    array = write_slices(tmp_path / "ct")
+    report = a_slice(0, array=array[0])
+    del report.PixelData, report.Rows, report.Columns
+    report.Modality, report.SOPClassUID = "SR", "1.2.840.10008.5.1.4.1.1.88.11"
+    report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID
+    path = save(report, tmp_path / "ct" / "report.dcm")
+    for padding in (b"\0" * 3, b"\0" * 400):
+        path.write_bytes(path.read_bytes() + padding)
+        check_right(tally(lambda: read_volume(tmp_path / "ct")), array)
 
 
 def test_dicomdir_with_icons_is_passed_over(tmp_path, tally):
