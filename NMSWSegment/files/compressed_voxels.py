@@ -24,13 +24,13 @@ def is_intact(path: Path) -> bool:
 
     True where they are not compressed, or in a way that ITK checks.
     """
-    with open(path, "rb") as file:
-        head = file.read(_HEADER_BYTES)
-    stream = _nrrd_stream(path, head) if head.startswith(b"NRRD") else _meta_image_stream(path, head)
-    if stream is None:
-        return True
     decompressor = zlib.decompressobj(wbits=47)  # zlib or gzip
     try:
+        with open(path, "rb") as file:
+            head = file.read(_HEADER_BYTES)
+        stream = _nrrd_stream(path, head) if head.startswith(b"NRRD") else _meta_image_stream(path, head)
+        if stream is None:
+            return True
         with open(stream.path, "rb") as file:
             file.seek(stream.first_byte)
             while not decompressor.eof and (block := file.read(_BLOCK_BYTES)):

@@ -76,9 +76,12 @@ def _stored(found: DicomSlice) -> np.ndarray:
     order = ">" if elements.is_big_endian else "<"
     num_frames = int((elements.numbers(dicom_file.NUM_FRAMES) or (1,))[0])
     count = num_frames * found.size[0] * found.size[1]
-    with open(found.path, "rb") as stream:
-        stream.seek(found.header.pixel_offset)
-        values = np.fromfile(stream, dtype=f"{order}{'i' if is_signed else 'u'}{allocated // 8}", count=count)
+    try:
+        with open(found.path, "rb") as stream:
+            stream.seek(found.header.pixel_offset)
+            values = np.fromfile(stream, dtype=f"{order}{'i' if is_signed else 'u'}{allocated // 8}", count=count)
+    except OSError as error:  # it was there a moment ago
+        raise _damaged(found) from error
     if len(values) < count:
         raise _damaged(found)
     values = values.astype(values.dtype.newbyteorder("="))

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from NMSWSegment.files.volume_checks import RESAMPLE_HINT, SHEAR_TOLERANCE, damaged_error, times
 from NMSWSegment.protocol import UserError
 
 _BLOCK_BYTES = 1 << 22
@@ -22,7 +23,6 @@ _DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 
 """Datatype codes that numpy reads as one number."""
 _SPACING_TOLERANCE = 0.01
 _PLACE_TOLERANCE_VOXELS = 0.5
-_SHEAR_TOLERANCE = 1e-3  # as in volume.py
 _GZIP_RATIO = 1100
 """No gzip stream holds more bytes for each of its own."""
 
@@ -61,10 +61,8 @@ def read_header(path: Path) -> NiftiHeader:
     try:
         with _opened(path) as stream:
             data = stream.read(_HEADER_BYTES)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _damaged(path) from error
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror}). Ask for the permission to read it, or copy it.") from error
+    except (EOFError, zlib.error, OSError) as error:  # gzip's own errors are OSErrors
+        raise damaged_error(path) from error
     header = _parsed(data, path)
     _check_geometry(header, path)
     _check_length(header, path)
@@ -111,24 +109,19 @@ def _opened(path: Path) -> BinaryIO:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
-def _damaged(path: Path) -> UserError:
-    """The sentence for a file that cannot be followed."""
-    return UserError(f"'{path.name}' cannot be read: it is damaged, incomplete or not of the format its ending says. Copy or export it again.")
-
-
 def _parsed(data: bytes, path: Path) -> NiftiHeader:
     """The fields of 348 bytes.
 
     Source: nifti1.h of the NIfTI standard.
     """
     if len(data) < _HEADER_BYTES:
-        raise _damaged(path)
+        raise damaged_error(path)
     sizes = {order: struct.unpack_from(order + "i", data)[0] for order in "<>"}
     if 540 in sizes.values():
         raise UserError(f"'{path.name}' is NIfTI-2, which cannot be read here. Save it as NIfTI-1 (.nii.gz) or NRRD, for example in 3D Slicer.")
     order = next((order for order, size in sizes.items() if size == 348), None)
     if order is None or data[344:347] != b"n+1":
-        raise _damaged(path)
+        raise damaged_error(path)
 
     def field(code: str, at: int) -> tuple:
         return struct.unpack_from(order + code, data, at)
@@ -136,7 +129,7 @@ def _parsed(data: bytes, path: Path) -> NiftiHeader:
     dim, (datatype,), pixdim, (offset, slope, intercept) = field("8h", 40), field("h", 70), field("8f", 76), field("3f", 108)
     (qform_code, sform_code), quatern, rows = field("2h", 252), field("6f", 256), field("12f", 280)
     if not 1 <= dim[0] <= 7 or min(dim[1 : dim[0] + 1]) < 1 or not 0 <= offset < 1 << 40:
-        raise _damaged(path)
+        raise damaged_error(path)
     sform = np.vstack([np.array(rows).reshape(3, 4), [0, 0, 0, 1]]) if sform_code > 0 else None
     return NiftiHeader(
         shape_ijk=dim[1 : dim[0] + 1],
@@ -172,25 +165,22 @@ def _check_geometry(header: NiftiHeader, path: Path) -> None:
     if not all(math.isfinite(value) for value in header.scaling):
         raise UserError(f"The intensities of '{path.name}' are scaled by {header.scaling[0]:g} and {header.scaling[1]:g}. {_SAVE_AGAIN}")
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise UserError(f"The voxels of '{path.name}' have the size {_numbers(spacing)} mm (pixdim). {_SAVE_AGAIN}")
+        raise UserError(f"The voxels of '{path.name}' have the size {_shown(spacing)} mm (pixdim). {_SAVE_AGAIN}")
     for name, matrix in (("qform", header.qform), ("sform", header.sform)):
         if matrix is not None and not np.isfinite(matrix).all():
-            raise UserError(f"The place of '{path.name}' in space is no number ({name}, offset {_numbers(matrix[:3, 3])} mm). {_SAVE_AGAIN}")
+            raise UserError(f"The place of '{path.name}' in space is no number ({name}, offset {_shown(matrix[:3, 3])} mm). {_SAVE_AGAIN}")
     if header.sform is None:
         return
     lengths = np.linalg.norm(header.sform[:3, :3], axis=0)
     axes = header.sform[:3, :3] / np.maximum(lengths, 1e-30)
-    if not np.abs(axes.T @ axes - np.eye(3)).max() < _SHEAR_TOLERANCE:
-        raise UserError(
-            f"The voxel axes of '{path.name}' are not at right angles to each other (sform). Resample it to a regular grid first, for example "
-            "with 'Resample Scalar/Vector/DWI Volume' in 3D Slicer."
-        )
+    if not np.abs(axes.T @ axes - np.eye(3)).max() < SHEAR_TOLERANCE:
+        raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other (sform). {RESAMPLE_HINT}")
     if not np.allclose(lengths, spacing, rtol=_SPACING_TOLERANCE, atol=0):
-        raise UserError(f"'{path.name}' gives two voxel sizes: {_numbers(spacing)} mm (pixdim) and {_numbers(lengths)} mm (sform). {_SAVE_AGAIN}")
+        raise UserError(f"'{path.name}' gives two voxel sizes: {_shown(spacing)} mm (pixdim) and {_shown(lengths)} mm (sform). {_SAVE_AGAIN}")
     if header.qform is not None and (apart_mm := _apart_mm(header)) > _PLACE_TOLERANCE_VOXELS * lengths.min():
         raise UserError(
             f"'{path.name}' gives two places for its voxels (qform and sform), up to {apart_mm:.3g} mm apart: the first voxel is at "
-            f"{_numbers(header.qform[:3, 3])} mm or at {_numbers(header.sform[:3, 3])} mm. {_SAVE_AGAIN}"
+            f"{_shown(header.qform[:3, 3])} mm or at {_shown(header.sform[:3, 3])} mm. {_SAVE_AGAIN}"
         )
 
 
@@ -209,6 +199,6 @@ def _check_length(header: NiftiHeader, path: Path) -> None:
         raise UserError(f"'{path.name}' is damaged or incomplete: its voxels end early. Copy or export it again.")
 
 
-def _numbers(values) -> str:
+def _shown(values) -> str:
     """'0.7 x 0.9 x 2.5' for a sentence."""
-    return " x ".join(f"{value:g}" for value in values)
+    return times(f"{value:g}" for value in values)

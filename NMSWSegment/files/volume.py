@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,19 @@ from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.compressed_voxels import is_intact
 from NMSWSegment.files.dicom_series import SeriesInfo, find_series, list_series
 from NMSWSegment.files.dicom_voxels import read_voxels
-from NMSWSegment.files.memory import available_memory_bytes
 from NMSWSegment.files.nifti_file import NiftiHeader, holds_voxels, nonfinite_voxels, read_header
 from NMSWSegment.files.output_file import check_name, check_output_path, file_ending, replaced_file
+from NMSWSegment.files.volume_checks import (
+    RESAMPLE_HINT,
+    changed_error,
+    check_geometry,
+    check_header,
+    check_memory,
+    check_readable,
+    damaged_error,
+    nonfinite_error,
+    signature,
+)
 from NMSWSegment.protocol import UserError
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -34,17 +44,8 @@ _IMAGE_IO = {
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-# Cosine between two voxel axes; 0.001 moves the far end of a 500 mm axis by half a millimetre.
-_SHEAR_TOLERANCE = 1e-3
-
-_SPACING_RANGE_MM = (1e-4, 1e3)
-_FARTHEST_MM = 1e6
-"""From the origin; what lies beyond is damage, and would be rounded in float32."""
-
 _MOST_COMPRESSION = 1100
 """No deflated stream holds more bytes for each of its own."""
-
-_RESAMPLE_HINT = "Resample it to a regular grid first, for example with 'Resample Scalar/Vector/DWI Volume' in 3D Slicer."
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ class VolumeFile:
         Raises:
             UserError: the voxels are damaged, are more than the memory holds, or nothing can be segmented in them.
         """
-        _check_memory(self)
+        check_memory(self.shape, self.path, bytes_per_voxel=self.bytes_per_voxel)
         volume = Volume(array=self.read_array(), ijk_to_ras=self.ijk_to_ras, name=self.name)
         if volume.shape != self.shape:
-            raise _changed_error(self.path)
+            raise changed_error(self.path)
         return _checked(volume, self.path)
 
 
@@ -188,29 +189,29 @@ def write_labelmap(labelmap: Volume, path: str | Path, *, labels: Sequence[Label
 
 def _open_file(path: Path, ending: str) -> VolumeFile:
     """The header of one file."""
-    _check_readable(path)
+    check_readable(path)
     nifti = read_header(path) if ending in (".nii", ".nii.gz") else None
     for matrix in (nifti.sform, nifti.qform) if nifti else ():
         if matrix is not None:
-            _check_geometry(matrix, path)
+            check_geometry(matrix, path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_IMAGE_IO[ending])
     reader.SetFileName(str(path))
     with _explained(path, ending):
         reader.ReadImageInformation()
-    _check_header(reader, path)
+    check_header(reader, path)
     # A fourth axis of one voxel is common and harmless; extracting size 0 removes it.
     size = reader.GetSize()
     reader.SetExtractSize([*size[:3], *([0] * (len(size) - 3))])
     dimension = len(size)
     direction = np.array(reader.GetDirection()).reshape(dimension, dimension)[:3, :3]
     ijk_to_ras = _ijk_to_ras(direction, spacing_mm_ijk=reader.GetSpacing()[:3], origin_lps=reader.GetOrigin()[:3])
-    _check_geometry(ijk_to_ras, path)
+    check_geometry(ijk_to_ras, path)
     bytes_per_voxel = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
     num_bytes = int(np.prod(size, dtype=float)) * bytes_per_voxel
     if ending in (".nrrd", ".mha") and num_bytes > path.stat().st_size * _MOST_COMPRESSION:
-        raise _damaged_error(path)
-    signature = _signature(path)
+        raise damaged_error(path)
+    before = signature(path)
 
     def read_array() -> np.ndarray:
         with _explained(path, ending):
@@ -218,9 +219,9 @@ def _open_file(path: Path, ending: str) -> VolumeFile:
         if nifti is not None:
             _check_nifti_voxels(path, nifti)
         if nifti is None and not is_intact(path):
-            raise _damaged_error(path)
-        if _signature(path) != signature:
-            raise _changed_error(path)
+            raise damaged_error(path)
+        if signature(path) != before:
+            raise changed_error(path)
         return sitk.GetArrayFromImage(image)
 
     return VolumeFile(
@@ -238,7 +239,7 @@ def _open_dicom(folder: Path, *, series_uid: str | None) -> VolumeFile:
     """The header of a series of a DICOM folder."""
     series = find_series(folder, series_uid=series_uid)
     ijk_to_ras = _LPS_TO_RAS @ series.ijk_to_lps  # LPS (DICOM) -> RAS (Slicer)
-    _check_geometry(ijk_to_ras, folder)
+    check_geometry(ijk_to_ras, folder)
     return VolumeFile(
         path=folder,
         name=folder.absolute().name,
@@ -259,68 +260,12 @@ def _explained(path: Path, ending: str) -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         if "orthonormal" in text or "determinant is 0" in text:
-            raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other. {_RESAMPLE_HINT}") from error
+            raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other. {RESAMPLE_HINT}") from error
         if not path.name.endswith(ending):
             raise UserError(f"'{path.name}' cannot be read: the reader knows '{ending}' in small letters only. Rename the file.") from error
         if "allocate" in text or "bad_alloc" in text:
             raise UserError(f"'{path.name}' does not fit into the memory of this computer. Crop the volume, or close other programs.") from error
-        raise _damaged_error(path) from error
-
-
-def _check_readable(path: Path) -> None:
-    """Raise UserError unless the file may be read and has something in it."""
-    try:
-        with open(path, "rb") as stream:
-            if not stream.read(1):
-                raise UserError(f"'{path.name}' is empty. Copy or export it again.")
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror}). Ask for the permission to read it, or copy it.") from error
-
-
-def _check_header(reader: sitk.ImageFileReader, path: Path) -> None:
-    """Raise UserError unless the header describes one 3-D scalar volume."""
-    size = reader.GetSize()
-    if reader.GetNumberOfComponents() != 1:
-        raise UserError(
-            f"'{path.name}' has {reader.GetNumberOfComponents()} values per voxel (color or vector), but one is needed. "
-            "Extract one component with 'Vector to Scalar Volume' in 3D Slicer."
-        )
-    if "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()):
-        raise UserError(f"'{path.name}' has complex voxels. Save their magnitude as a volume.")
-    if any(length > 1 for length in size[3:]):
-        raise UserError(
-            f"'{path.name}' is {len(size)}-D (size {_times(size)}): a sequence of volumes. Save one 3-D volume of it, for example one phase or time point."
-        )
-    if len(size) < 3 or min(size[:3]) == 1:
-        raise UserError(f"'{path.name}' is one slice (size {_times(size)}). Give the whole volume, with at least 2 voxels along each axis.")
-
-
-def _check_geometry(ijk_to_ras: np.ndarray, path: Path) -> None:
-    """Raise UserError unless the voxels lie on a grid with right angles, at a place and of a size that a scanner gives."""
-    with np.errstate(all="ignore"):
-        lengths = np.linalg.norm(ijk_to_ras[:3, :3], axis=0)
-        axes = ijk_to_ras[:3, :3] / lengths
-        shear = np.abs(axes.T @ axes - np.eye(3)).max()
-    low, high = _SPACING_RANGE_MM
-    if np.isfinite(lengths).all() and not (low <= lengths.min() and lengths.max() <= high):
-        raise UserError(
-            f"The voxels of '{path.name}' are {_times(f'{length:.3g}' for length in lengths)} mm large. Correct the spacing, for example in 3D Slicer."
-        )
-    if not np.abs(ijk_to_ras[:3, 3]).max() <= _FARTHEST_MM:  # "not <=" catches NaN
-        place = ", ".join(f"{value:.3g}" for value in ijk_to_ras[:3, 3])
-        raise UserError(f"The first voxel of '{path.name}' lies at ({place}) mm. Correct the origin, for example with 'Center volume' in 3D Slicer.")
-    if not shear < _SHEAR_TOLERANCE:
-        raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other. {_RESAMPLE_HINT}")
-
-
-def _check_memory(file: VolumeFile) -> None:
-    """Raise UserError if the voxels alone are more than the memory holds."""
-    num_bytes, available_bytes = int(np.prod(file.shape, dtype=float)) * file.bytes_per_voxel, available_memory_bytes()
-    if available_bytes is not None and num_bytes > available_bytes:
-        raise UserError(
-            f"'{file.path.name}' has {_times(file.shape[::-1])} voxels, which are {num_bytes / 1e9:.1f} GB; {available_bytes / 1e9:.1f} GB of memory are free. "
-            "Crop the volume, or close other programs."
-        )
+        raise damaged_error(path) from error
 
 
 def _check_nifti_voxels(path: Path, header: NiftiHeader) -> None:
@@ -329,35 +274,14 @@ def _check_nifti_voxels(path: Path, header: NiftiHeader) -> None:
     if num_bad is None:
         raise UserError(f"'{path.name}' is damaged or incomplete: its voxels end early. Copy or export it again.")
     if num_bad:
-        raise _nonfinite_error(path, num_bad)
-
-
-def _signature(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is written again or replaced."""
-    facts = path.stat()
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
-
-
-def _changed_error(path: Path) -> UserError:
-    """The sentence for a file that was written by somebody else at the same time."""
-    return UserError(f"'{path.name}' was changed while it was read. Wait until it is complete, and start again.")
-
-
-def _damaged_error(path: Path) -> UserError:
-    """The sentence for a file that the reader refuses."""
-    return UserError(f"'{path.name}' cannot be read: it is damaged, incomplete or not of the format its ending says. Copy or export it again.")
-
-
-def _nonfinite_error(path: Path, num_bad: int) -> UserError:
-    """The sentence for NaN and infinite voxels."""
-    return UserError(f"'{path.name}' has {num_bad} voxels that are no number (NaN or infinite). Replace them, for example by -1024 (air), and save it again.")
+        raise nonfinite_error(path, num_bad)
 
 
 def _checked(volume: Volume, path: Path) -> Volume:
     """The volume itself, if there is something to segment in it."""
     low, high = volume.array.min(), volume.array.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise _nonfinite_error(path, int((~np.isfinite(volume.array)).sum()))
+        raise nonfinite_error(path, int((~np.isfinite(volume.array)).sum()))
     if low == high:
         raise UserError(f"All voxels of '{path.name}' are {low}: there is nothing to segment. Check that the right file was exported.")
     return volume
@@ -442,11 +366,6 @@ def _extent_ijk(is_inside: np.ndarray) -> str:
         hit = np.flatnonzero(is_inside.any(axis=others))
         bounds += [str(hit[0]), str(hit[-1])]
     return " ".join(bounds)
-
-
-def _times(size: Iterable[int | str]) -> str:
-    """'512 x 512 x 90' for a sentence."""
-    return " x ".join(str(length) for length in size)
 
 
 @contextmanager

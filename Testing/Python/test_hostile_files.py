@@ -312,7 +312,7 @@ def test_file_replaced_while_it_is_read_is_told(tmp_path, tally):
 
 def test_volume_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, tally, monkeypatch):
     write_volume(a_volume(), tmp_path / "ct.nrrd")
-    monkeypatch.setattr("NMSWSegment.files.volume.available_memory_bytes", lambda: 100)
+    monkeypatch.setattr("NMSWSegment.files.volume_checks.available_memory_bytes", lambda: 100)
     file = open_volume(tmp_path / "ct.nrrd")
     assert file.shape == SHAPE and file.bytes_per_voxel == 2
     assert "8 x 7 x 6 voxels.*Crop the volume" in str(error := tally(file.read)) or "Crop the volume" in str(error)
