@@ -1,13 +1,14 @@
-"""How much of an answer changes when a volume is stored on an oblique or shifted grid, and why: `python oblique_copies.py CT [MODEL [K]]`.
+"""How much of an answer changes when a volume is stored on an oblique or shifted grid, and why: `python oblique_copies.py CT [MODEL [K [DEGREES ...]]]`.
 
 An oblique copy shows the same body at the same place, so that the answer should be the same. On the model's grid, which is upright, the copy
-differs in three ways, which are measured one by one, each against the answer of the volume itself:
+differs in several ways, which are measured one by one, each against the answer of the volume itself:
 
+    padded     the volume itself with as much air around it as the upright box of the oblique copy has: nothing is interpolated or moved
     blur       interpolated to the oblique grid and back to its own: the same grid for the nets, only the interpolation is left
     shift      half a model voxel away, and cropped by half a model voxel at every end, which moves the model's grid without interpolation
     copy       the oblique copy: blur, shift, and a larger frame with air around the oblique box
 
-What remains with a better interpolation (`sinc` instead of `linear`) is not blur. Dice of the structures above 100 ml, weighted alike.
+What remains with a better interpolation (`spline` instead of `linear`) is not blur. Dice of the structures above 100 ml, weighted alike.
 """
 
 import sys
@@ -22,7 +23,7 @@ from NMSWSegment.files.volume import Volume, read_volume
 from NMSWSegment.protocol import SegmentOptions
 
 LARGE_ML = 100.0
-INTERPOLATORS = {"linear": sitk.sitkLinear, "sinc": sitk.sitkLanczosWindowedSinc}
+INTERPOLATORS = {"linear": sitk.sitkLinear, "spline": sitk.sitkBSpline}
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -64,6 +65,13 @@ def oblique_grid(volume: Volume, degrees: float) -> tuple[tuple[int, int, int], 
     return tuple(int(count) for count in counts[::-1]), matrix
 
 
+def bounds(ijk_to_ras: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Lowest and highest RAS coordinates of the voxel centers of a grid, (2, 3)."""
+    ends = np.array(shape[::-1]) - 1.0
+    corners = np.array([[i, j, k] for i in (0, ends[0]) for j in (0, ends[1]) for k in (0, ends[2])]) @ ijk_to_ras[:3, :3].T + ijk_to_ras[:3, 3]
+    return np.stack([corners.min(0), corners.max(0)])
+
+
 def main(arguments: list[str]) -> None:
     """Print one line for each change."""
     volume = read_volume(arguments[0])
@@ -98,16 +106,22 @@ def main(arguments: list[str]) -> None:
     for name, interpolator in INTERPOLATORS.items():
         moved = sampled(volume, shape=volume.shape, ijk_to_ras=half, interpolator=interpolator, outside=-1024)
         report(f"half a voxel, {name}", labels_of(moved).array, expected.array)
-    for degrees in (10, 30, 45):
+    for degrees in map(float, arguments[3:] or (10, 30, 45)):
         shape, matrix = oblique_grid(volume, degrees)
         expected = sampled(upright, shape=shape, ijk_to_ras=matrix, interpolator=sitk.sitkNearestNeighbor, outside=0, dtype=np.uint8)
         back = sampled(expected, shape=volume.shape, ijk_to_ras=volume.ijk_to_ras, interpolator=sitk.sitkNearestNeighbor, outside=0, dtype=np.uint8)
-        report(f"{degrees} degrees, labels only", back.array, upright.array)
+        report(f"{degrees:g} degrees, labels only", back.array, upright.array)
+        low, high = (bounds(matrix, shape)[side] - bounds(volume.ijk_to_ras, volume.shape)[side] for side in (0, 1))
+        wider = [max(0, round(float(max(-low[2 - axis], high[2 - axis])) / volume.spacing_mm[axis])) for axis in range(3)]
+        padded = Volume(np.pad(volume.array, [(n, n) for n in wider], constant_values=-1024), volume.ijk_to_ras.copy(), volume.name)
+        padded.ijk_to_ras[:3, 3] -= volume.ijk_to_ras[:3, :3] @ np.array(wider[::-1])
+        inner = tuple(slice(n, n + length) for n, length in zip(wider, volume.shape))
+        report(f"{degrees:g} degrees, padded", labels_of(padded).array[inner], upright.array)
         for name, interpolator in INTERPOLATORS.items():
             copy = sampled(volume, shape=shape, ijk_to_ras=matrix, interpolator=interpolator, outside=-1024)
             blurred = sampled(copy, shape=volume.shape, ijk_to_ras=volume.ijk_to_ras, interpolator=interpolator, outside=-1024)
-            report(f"{degrees} degrees, blur, {name}", labels_of(blurred).array, upright.array)
-            report(f"{degrees} degrees, copy, {name}", labels_of(copy).array, expected.array)
+            report(f"{degrees:g} degrees, blur, {name}", labels_of(blurred).array, upright.array)
+            report(f"{degrees:g} degrees, copy, {name}", labels_of(copy).array, expected.array)
 
 
 if __name__ == "__main__":
