@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a bug, 2 something a user can fix, 130 stopped with Ctrl-C
 """
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -12,18 +13,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from NMSWSegment import __version__
+from NMSWSegment.console import complain, forget_output, say, say_all
 from NMSWSegment.files.bundle import Bundle, Label, install_bundle, list_bundles, load_bundle, remove_bundle
 from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, Algorithm, check_dicom_export, export_dicom_seg
-from NMSWSegment.files.output_file import check_output_path, file_ending, replaced_together
+from NMSWSegment.files.output_file import check_name, check_output_path, file_ending, replaced_together
 from NMSWSegment.files.outputs import PATCHES_ENDINGS, PREVIEW_ENDINGS, require_matplotlib, write_patches, write_preview
+from NMSWSegment.files.run_checks import check_intensities, check_memory, check_modality
 from NMSWSegment.files.statistics import STATISTICS_ENDINGS, structure_statistics, write_statistics
-from NMSWSegment.files.volume import LABELMAP_ENDINGS, Volume, read_volume, write_labelmap
+from NMSWSegment.files.volume import LABELMAP_ENDINGS, Volume, open_volume, write_labelmap
+from NMSWSegment.interrupt import stopped_at_once
 from NMSWSegment.progress_bar import progress_bar
 from NMSWSegment.protocol import AUTO, Cancelled, Progress, SegmentOptions, UserError
 
@@ -70,19 +74,36 @@ def main(argv: list[str] | None = None) -> int:
         with _sigterm_as_ctrl_c():
             argv = sys.argv[1:] if argv is None else argv
             arguments = _parser(argv).parse_args(argv)
-            return arguments.run(arguments)
+            code = arguments.run(arguments)
+            say_all()
+            return code
     except SystemExit as exit_:  # --help and --version end so
         return int(exit_.code or DONE)
     except UserError as error:
-        print(f"nmsw: {error}", file=sys.stderr)
+        complain(str(error))
         return USER_ERROR
     except (KeyboardInterrupt, Cancelled):
-        print("nmsw: Stopped.", file=sys.stderr)
+        complain("Stopped.")
         return STOPPED
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG):
+            return _bug()
+        forget_output()
+        complain(f"Something could not be written or printed ({error.strerror}). Make room on the disk, or leave the output open, and start again.")
+        return USER_ERROR
+    except MemoryError:
+        complain("This computer ran out of memory. Crop the volume, or close other programs.")
+        return USER_ERROR
     except Exception:  # the process boundary: whatever is left is ours to fix
+        return _bug()
+
+
+def _bug() -> int:
+    """Tell of the exception that is being handled."""
+    with suppress(OSError):
         traceback.print_exc()
-        print(f"nmsw: This is a bug in NMSWSegment {__version__}. Please report it on the project page, with the lines above.", file=sys.stderr)
-        return BUG
+    complain(f"This is a bug in NMSWSegment {__version__}. Please report it on the project page, with the lines above.")
+    return BUG
 
 
 def segment(arguments: argparse.Namespace) -> int:
@@ -91,23 +112,47 @@ def segment(arguments: argparse.Namespace) -> int:
     outputs = _checked_outputs(arguments)
     bundle = load_bundle(options.bundle)
     # Engine last: it imports torch, which takes seconds that a misspelled option should not cost.
-    from NMSWSegment.engine.segment import segment_volume, structure_values
+    try:
+        with stopped_at_once():
+            from NMSWSegment.engine.segment import segment_volume, structure_values
+    except ImportError as error:
+        if (error.name or "").startswith("NMSWSegment"):
+            raise
+        raise UserError(f"PyTorch cannot be loaded ({error}). Install it again, or close other programs if memory is short.") from error
 
     kept_values = structure_values(bundle.manifest, options.structures)
     started = time.perf_counter()
     with progress_bar(is_transient=True) as on_progress:
         on_progress(Progress("read", 0.0, f"Reading {arguments.input.name}"))
-        volume = read_volume(arguments.input, series_uid=arguments.series)
+        volume = _checked_volume(arguments, bundle, options=options)
         read_s = time.perf_counter() - started
         result = segment_volume(volume, bundle, options=options, on_progress=on_progress)
         result.run_info["timings_s"] = {"read": round(read_s, 4)} | result.run_info["timings_s"]
         labels = [label for label in bundle.manifest.labels if label.value in kept_values]
         on_progress(Progress("write", 1.0, "Writing"))
         _write_outputs(outputs, arguments, volume=volume, result=result, labels=labels)
-    for kind, path in outputs.items():
-        print(f"{kind}: {path}")
-    print(_summary(result, labels=labels, seconds=time.perf_counter() - started))
+    try:
+        for kind, path in outputs.items():
+            say(f"{kind}: {path}")
+        say(_summary(result, labels=labels, seconds=time.perf_counter() - started))
+        say_all()
+    except OSError as error:  # the files are there, which is what was asked for
+        forget_output()
+        complain(f"The files were written, but their list could not be printed ({error.strerror}).")
     return DONE
+
+
+def _checked_volume(arguments: argparse.Namespace, bundle: Bundle, *, options: SegmentOptions) -> Volume:
+    """The input, if the model and the computer can do with it; what the header tells is told before the voxels are read."""
+    file = open_volume(arguments.input, series_uid=arguments.series)
+    if not arguments.force_modality:
+        check_modality(file, bundle.manifest)
+    if not arguments.force_memory:
+        check_memory(file.shape, file.ijk_to_ras, bundle.manifest, options=options, bytes_per_voxel=file.bytes_per_voxel)
+    volume = file.read()
+    if not arguments.force_modality:
+        check_intensities(volume, bundle.manifest)
+    return volume
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -117,37 +162,37 @@ def models(arguments: argparse.Namespace) -> int:
         try:
             bundles.append(load_bundle(name))
         except UserError as error:  # one damaged model must not hide the others
-            print(f"nmsw: {error}", file=sys.stderr)
+            complain(str(error))
     if arguments.json:
-        print(json.dumps([_model_info(bundle) for bundle in bundles], indent=2))
+        say(json.dumps([_model_info(bundle) for bundle in bundles], indent=2))
         return DONE
     if not bundles:
-        print("No model is installed. Train one with 'nmsw train' and make a bundle of it with 'nmsw export'.")
+        say("No model is installed. Train one with 'nmsw train' and make a bundle of it with 'nmsw export'.")
         return DONE
     rows = [("name", "backbone", "structures", "spacing mm", "size MB", "held-out scores")]
     rows += [_model_row(bundle) for bundle in bundles]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     names_by_structures: dict[str, list[str]] = {}
     for bundle in bundles:
         names_by_structures.setdefault(", ".join(bundle.manifest.label_names), []).append(bundle.manifest.name)
     for structures, names in names_by_structures.items():
-        print(f"\nStructures of {', '.join(names)}:\n  {structures}")
+        say(f"\nStructures of {', '.join(names)}:\n  {structures}")
     return DONE
 
 
 def install(arguments: argparse.Namespace) -> int:
     """The verb 'install': a bundle joins the installed ones, for the command line and the panel."""
     bundle = install_bundle(arguments.folder, replace=arguments.replace)
-    print(f"Installed model {bundle.manifest.name} in {bundle.folder}")
+    say(f"Installed model {bundle.manifest.name} in {bundle.folder}")
     return DONE
 
 
 def remove(arguments: argparse.Namespace) -> int:
     """The verb 'remove': delete a bundle that was installed."""
     remove_bundle(arguments.name)
-    print(f"Removed model {arguments.name}")
+    say(f"Removed model {arguments.name}")
     return DONE
 
 
@@ -194,6 +239,7 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--series", default=None, metavar="UID", help="DICOM series to segment, where the folder has several")
     add_run_arguments(parser)
+    parser.add_argument("--force-memory", action="store_true", help="run although the memory that is free may not do")
     also = parser.add_argument_group("further output files")
     also.add_argument(
         "--statistics",
@@ -235,6 +281,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ML",
         help="remove parts of a structure that lie apart and are smaller than this (default: keep all)",
     )
+    parser.add_argument("--force-modality", action="store_true", help="run although the volume is not what the model was trained on")
     parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="CPU threads (default: all cores but one)")
 
 
@@ -284,6 +331,7 @@ def _checked_outputs(arguments: argparse.Namespace) -> dict[str, Path]:
         "patches": (arguments.patches, PATCHES_ENDINGS),
         "report": (arguments.report, REPORT_ENDINGS),
     }
+    check_name(arguments.input)
     outputs = {kind: check_output_path(path, endings) for kind, (path, endings) in wanted.items() if path is not None}
     if arguments.preview is not None:
         require_matplotlib()

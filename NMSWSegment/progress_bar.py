@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from NMSWSegment.console import complain, printable
 from NMSWSegment.protocol import OnProgress, Progress, ignore_progress
 
 
@@ -28,12 +29,12 @@ def progress_bar(*, is_transient: bool) -> Iterator[OnProgress]:
     if not sys.stderr.isatty():
         yield _write_line
         return
-    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Bar(*columns, console=Console(stderr=True), transient=is_transient) as bar:
         task = bar.add_task("Starting", total=1.0)
-        yield lambda progress: bar.update(task, completed=progress.fraction, description=progress.message)
+        yield lambda progress: bar.update(task, completed=progress.fraction, description=printable(progress.message))
 
 
 def _write_line(progress: Progress) -> None:
     """'12% what is going on'."""
-    print(f"{progress.fraction:4.0%} {progress.message}", file=sys.stderr, flush=True)
+    complain(f"{progress.fraction:4.0%} {progress.message}", prefix="")

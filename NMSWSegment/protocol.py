@@ -11,6 +11,9 @@ POLICIES = ("greedy", "top_k", "random")
 AUTO = "auto"
 """num_patches that stops by itself where the next patch is expected to change little."""
 
+MAX_THREADS = 1024
+"""Where the system refuses threads, libgomp ends the process without a word."""
+
 
 class UserError(Exception):
     """Something a user can fix; the text is shown as it is."""
@@ -97,8 +100,8 @@ class SegmentOptions:
             )
         if not 0 <= self.min_island_ml < float("inf"):
             raise UserError(f"The size of islands to remove is {self.min_island_ml} ml. Use 0 or more.")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"threads is {self.threads}. Use 1 or more, or leave it out.")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise UserError(f"threads is {self.threads}. Use 1 or more, at most {MAX_THREADS}, or leave it out.")
 
     def to_dict(self) -> dict:
         """A JSON-ready dict; the inverse of from_dict."""

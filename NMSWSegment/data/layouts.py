@@ -211,9 +211,15 @@ def _meta_splits(path: Path) -> dict[str, str]:
 
 
 def _nnunet_pairs(folder: Path, values: dict, *, split: str) -> list[tuple[Path, Path]]:
-    """Image and label of every case in nnU-Net's raw layout: imagesTr/NAME_0000.ENDING and labelsTr/NAME.ENDING."""
-    ending, end = values["file_ending"], SPLITS[split]
-    return [(folder / f"images{end}" / f"{path.name.removesuffix(ending)}_0000{ending}", path) for path in sorted((folder / f"labels{end}").glob(f"*{ending}"))]
+    """Image and label of every case in nnU-Net's raw layout: imagesTr/NAME_0000.ENDING and labelsTr/NAME.ENDING.
+
+    An image without a label is listed too, so that its case is missed and not forgotten; of the test split only the labelled ones are cases.
+    """
+    ending, images, labels = values["file_ending"], folder / f"images{SPLITS[split]}", folder / f"labels{SPLITS[split]}"
+    names = {path.name.removesuffix(ending) for path in labels.glob(f"*{ending}")}
+    if split != "test":
+        names |= {path.name.removesuffix(f"_0000{ending}") for path in images.glob(f"*_0000{ending}")}
+    return [(images / f"{name}_0000{ending}", labels / f"{name}{ending}") for name in sorted(names)]
 
 
 def _names_and_unknown(path: Path) -> tuple[tuple[str, ...], int]:

@@ -29,13 +29,16 @@ def to_model_grid(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, Mod
     Raises:
         UserError: the volume is too large for the model spacing.
     """
-    intensity, model_grid = resample_to_model_grid(volume, spacing_mm=manifest.spacing_mm, outside=manifest.intensity_points[0][0])
+    darkest, brightest = manifest.intensity_points[0][0], manifest.intensity_points[-1][0]
+    intensity, model_grid = resample_to_model_grid(volume, spacing_mm=manifest.spacing_mm, outside=darkest, bounds=(darkest, brightest))
     grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
     x = normalize_intensity(intensity, manifest.intensity_points)
     return pad_to_grid(x, grid=grid, value=0)[None, None], model_grid, grid
 
 
-def resample_to_model_grid(volume: Volume, *, spacing_mm: Sequence[float], outside: float) -> tuple[Tensor, ModelGrid]:
+def resample_to_model_grid(
+    volume: Volume, *, spacing_mm: Sequence[float], outside: float, bounds: tuple[float, float] | None = None
+) -> tuple[Tensor, ModelGrid]:
     """The volume's intensity on the model grid without padding, (D, H, W) float32.
 
     Finer volumes are averaged before they are interpolated, so that noise and thin structures do not alias.
@@ -43,9 +46,11 @@ def resample_to_model_grid(volume: Volume, *, spacing_mm: Sequence[float], outsi
     Args:
         spacing_mm: model spacing, KJI.
         outside: intensity of voxels of the model grid that the volume does not reach.
+        bounds: intensities below and above become these before anything is averaged, so that a padding of -3e38 or a spike of 1e39 stays
+            in its own voxel; None changes nothing.
     """
     model_grid = model_grid_around(volume.shape, volume.ijk_to_ras, spacing_mm=spacing_mm)
-    source, source_ijk_to_ras = _averaged(volume, spacing_mm=spacing_mm)
+    source, source_ijk_to_ras = _averaged(volume, spacing_mm=spacing_mm, bounds=bounds)
     to_source = np.linalg.inv(source_ijk_to_ras) @ model_grid.ijk_to_ras
     result = torch.empty(model_grid.shape)
     for slab in _slabs(model_grid.shape):
@@ -123,7 +128,7 @@ def restore_labelmap(labels: Tensor, model_grid: ModelGrid) -> Volume:
     return Volume(array=result.numpy(), ijk_to_ras=model_grid.source_ijk_to_ras)
 
 
-def _averaged(volume: Volume, *, spacing_mm: Sequence[float]) -> tuple[Tensor, np.ndarray]:
+def _averaged(volume: Volume, *, spacing_mm: Sequence[float], bounds: tuple[float, float] | None = None) -> tuple[Tensor, np.ndarray]:
     """Mean over whole blocks of voxels that fit into one model voxel: float32 array and its ijk_to_ras."""
     directions = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
     target_ijk = np.abs(directions).T @ np.array(spacing_mm[::-1], dtype=float) / np.abs(directions).sum(0)
@@ -133,13 +138,21 @@ def _averaged(volume: Volume, *, spacing_mm: Sequence[float]) -> tuple[Tensor, n
     slab_size = kernel[0] * max(1, VOXELS_AT_ONCE // (kernel[0] * volume.shape[1] * volume.shape[2]))
     pieces = []
     for start in range(0, volume.shape[0], slab_size):
-        piece = torch.from_numpy(np.ascontiguousarray(volume.array[start : start + slab_size], dtype=np.float32))
+        piece = _as_float32(volume.array[start : start + slab_size], bounds)
         if max(kernel) > 1:
             piece = torch.nn.functional.avg_pool3d(piece[None, None], kernel, ceil_mode=True, count_include_pad=False)[0, 0]
         pieces.append(piece)
     to_first = np.diag([*factors_ijk.astype(float), 1.0])
     to_first[:3, 3] = (factors_ijk - 1) / 2
     return torch.cat(pieces), volume.ijk_to_ras @ to_first
+
+
+def _as_float32(array: np.ndarray, bounds: tuple[float, float] | None) -> Tensor:
+    """A copy as float32 within the bounds; float64 is bounded first, because it may be infinite in float32."""
+    if bounds is not None and array.dtype.kind == "f":
+        array = np.clip(array, *bounds)
+    piece = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return piece.clamp_(*bounds) if bounds is not None and array.dtype.kind != "f" else piece
 
 
 def _slabs(shape: Sequence[int]) -> Iterator[slice]:

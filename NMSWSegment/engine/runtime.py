@@ -64,6 +64,9 @@ class Nets:
         except RuntimeError as error:
             reason = _reason_to_leave(error)
             if self.device.type == "cpu" or reason is None:
+                if "TorchScript interpreter" in str(error) and not _is_out_of_memory(error):
+                    last_line = str(error).strip().splitlines()[-1]
+                    raise UserError(f"The {_title(name)} of model '{self.manifest.name}' does not run ({last_line}). Export the bundle again.") from error
                 raise
             logger.info("%s %s: %s", self.device, reason, error)
         # After the except block, because the error keeps the frames of the failed call alive, and with them their memory.
@@ -79,7 +82,21 @@ class Nets:
         """The net's outputs on the CPU."""
         with torch.inference_mode():
             outputs = getattr(self, name)(x.to(self.device))
+            self._check_outputs(name, x, outputs if isinstance(outputs, tuple) else (outputs,))
             return tuple(output.float().cpu() for output in outputs) if isinstance(outputs, tuple) else outputs.float().cpu()
+
+    def _check_outputs(self, name: str, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
+        """Raise UserError unless a net gives what its kind gives, and numbers: weights may be broken although their hash is right."""
+        channels = (self.manifest.num_classes, 1) if name == "coarse_net" else (self.manifest.num_classes,)
+        expected = [(len(x), count, *x.shape[2:]) for count in channels]
+        if [tuple(output.shape) for output in outputs] != expected:
+            found = ", ".join(str(tuple(output.shape)) for output in outputs)
+            raise UserError(
+                f"The {_title(name)} of model '{self.manifest.name}' gives {found} for an input of {tuple(x.shape)}, but must give {', '.join(map(str, expected))}. "
+                "Export the bundle again."
+            )
+        if not all(bool(output.isfinite().all()) for output in outputs):
+            raise UserError(f"The {_title(name)} of model '{self.manifest.name}' gives values that are no numbers. Export the bundle again.")
 
     def _move_to_cpu(self, reason: str) -> None:
         """Leave the device for good."""
@@ -98,6 +115,16 @@ def _reason_to_leave(error: Exception) -> str | None:
     if "not supported on MPS" in text or "not currently implemented for the MPS" in text:
         return "lacks an operator of the nets"
     return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the computer's own memory did not do; torch's allocator raises a plain RuntimeError, with other words on Windows than elsewhere."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+
+
+def _title(name: str) -> str:
+    """'coarse net' for coarse_net."""
+    return name.replace("_", " ")
 
 
 def _free_cached_memory(device: torch.device) -> None:
@@ -121,8 +148,7 @@ def memory_explained(shape: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # Torch's allocator raises a plain RuntimeError, with other words on Windows than elsewhere.
-        if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)):
+        if not _is_out_of_memory(error):
             raise
         size = " x ".join(str(length) for length in reversed(tuple(shape)))
         raise OutOfMemory(

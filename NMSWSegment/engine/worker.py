@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 PROGRESS_INTERVAL_S = 0.05
 """Progress inside one stage is sent at most this often."""
 DONE, NO_TORCH = 0, 2
+_SHOWN_BYTES = 1000
+"""Of a line that is no request."""
 
 Send = Callable[[dict], None]
 
@@ -211,18 +213,20 @@ def _event_writer(stream: BinaryIO) -> Send:
 
 def _read_requests(stream: BinaryIO, inbox: Inbox, send: Send, folder: Path | None) -> None:
     """Hand the lines of standard input on. At its end the process ends, in the middle of a net too, which lets other threads run."""
-    for line in stream:
-        try:
-            request = json.loads(line)
-            if not isinstance(request, dict) or "request" not in request:
-                raise ValueError("not an object with the key 'request'")
-        except ValueError as error:
-            send(_error_event(None, "bug", f"A line is no request: {_one_line(error)}", line.decode("utf-8", errors="replace")))
-        else:
-            inbox.put(request)
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-    os._exit(DONE)
+    try:
+        for line in stream:
+            try:
+                request = json.loads(line)
+                if not isinstance(request, dict) or not isinstance(request.get("request"), str):
+                    raise ValueError("not an object with the key 'request'")
+            except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+                send(_error_event(None, "bug", f"A line is no request: {_one_line(error)}", line[:_SHOWN_BYTES].decode("utf-8", errors="replace")))
+            else:
+                inbox.put(request)
+    finally:  # whatever happens to this thread: nothing outlives the panel
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(DONE)
 
 
 def progress_events(send: Send, *, run_id: int, is_cancelled: Callable[[], bool]) -> Callable[[Progress], None]:

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from NMSWSegment.files.manifest_schema import check_manifest
+from NMSWSegment.files.output_file import check_name
 from NMSWSegment.files.resources import resources_folder
 from NMSWSegment.protocol import UserError, reject_unknown_keys, unknown_name
 
@@ -127,7 +129,7 @@ class BundleManifest:
         """A manifest from its JSON object.
 
         Raises:
-            UserError: a key is unknown or missing, or the format is newer than this program.
+            UserError: a key is unknown or missing, a value is of the wrong type or out of range, or the format is newer than this program.
         """
         found_version = values.get("format_version", FORMAT_VERSION)
         if found_version != FORMAT_VERSION:
@@ -138,18 +140,13 @@ class BundleManifest:
         if "licence" in values:  # as the key was spelled at first
             values.setdefault("license", values.pop("licence"))
         reject_unknown_keys(cls, values, where="the bundle manifest")
-        try:
-            values["labels"] = tuple(_label_from_dict(label) for label in values["labels"])
-            for key in ("spacing_mm", "patch_size", "coarse_factor", "class_weights"):
-                values[key] = tuple(values[key])
-            values["intensity_points"] = tuple((float(x), float(y)) for x, y in values["intensity_points"])
-            values["attributions"] = tuple(values.get("attributions", ()))
-            manifest = cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"The bundle manifest is incomplete or malformed ({error}). Export the bundle again.") from error
-        if len(manifest.class_weights) != manifest.num_classes:
-            raise UserError(f"The bundle manifest has {len(manifest.class_weights)} class weights for {manifest.num_classes} classes. Export the bundle again.")
-        return manifest
+        check_manifest(values)
+        values["labels"] = tuple(_label_from_dict(label) for label in values["labels"])
+        for key in ("spacing_mm", "patch_size", "coarse_factor", "class_weights"):
+            values[key] = tuple(values[key])
+        values["intensity_points"] = tuple((float(x), float(y)) for x, y in values["intensity_points"])
+        values["attributions"] = tuple(values.get("attributions", ()))
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -176,14 +173,22 @@ def user_bundles_folder() -> Path:
     """Where user-installed bundles lie; it need not exist."""
     chosen = os.environ.get(USER_FOLDER_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return Path(os.path.expanduser(chosen)).absolute()
     if sys.platform == "win32":
-        data_folder = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        data_folder = os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local"
     elif sys.platform == "darwin":
-        data_folder = Path.home() / "Library" / "Application Support"
+        data_folder = _home() / "Library" / "Application Support"
     else:
-        data_folder = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+        data_folder = os.environ.get("XDG_DATA_HOME") or _home() / ".local" / "share"
     return Path(data_folder) / "NMSWSegment" / "Bundles"
+
+
+def _home() -> Path:
+    """The home folder; the root where a person has none, for example a number without a name in a container."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.sep)
 
 
 def list_bundles(*folders: Path) -> list[str]:
@@ -228,6 +233,7 @@ def install_bundle(source_folder: str | Path, *, folder: Path | None = None, rep
         UserError: the source is no complete bundle, its name is taken or is no file name, or the folder cannot be written.
     """
     folder = user_bundles_folder() if folder is None else Path(folder)
+    check_name(Path(source_folder))
     source = Path(source_folder).resolve()
     if not source.is_dir():
         raise UserError(f"There is no folder '{source_folder}'. Give the folder that 'nmsw export' wrote.")
@@ -280,7 +286,7 @@ def _checked_bundle(folder: Path) -> Bundle:
         manifest_bytes = (folder / MANIFEST_NAME).read_bytes()
         try:
             values = json.loads(manifest_bytes)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"'{folder / MANIFEST_NAME}' is not JSON ({error}). Install the bundle again.") from error
         if not isinstance(values, dict):
             raise UserError(f"'{folder / MANIFEST_NAME}' is not the manifest of a bundle. Install the bundle again.")
@@ -385,5 +391,9 @@ def _as_user_error(what: str) -> Iterator[None]:
 def _label_from_dict(values: dict) -> Label:
     """A Label from its JSON object."""
     reject_unknown_keys(Label, values, where="a label of the bundle manifest")
-    codes = {key: Code(**values[key]) if values.get(key) else None for key in ("category", "type", "modifier")}
-    return Label(value=int(values["value"]), name=values["name"], color=tuple(values["color"]), **codes)
+    codes = {}
+    for key in ("category", "type", "modifier"):
+        if values.get(key) is not None:
+            reject_unknown_keys(Code, values[key], where="a code of the bundle manifest")
+        codes[key] = Code(**values[key]) if values.get(key) is not None else None
+    return Label(value=values["value"], name=values["name"], color=tuple(values["color"]), **codes)

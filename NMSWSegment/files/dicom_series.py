@@ -1,15 +1,17 @@
 """The one image series of a DICOM folder, its slices in order and checked for gaps, uneven spacing and tilt.
 
-Positions are in the coordinates of the files; only distances between them are used, so the frame does not matter here.
+A slice is one file, or one frame of an enhanced (multi-frame) object. Positions are in the coordinates of the files (LPS).
 """
 
-from collections.abc import Callable
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
+from NMSWSegment.files import dicom_file
+from NMSWSegment.files.dicom_file import DicomError, DicomHeader, Elements
 from NMSWSegment.protocol import UserError
 
 # Objects that may have pixels and a position, but are results or documents about a series.
@@ -21,26 +23,87 @@ _GAP_TOLERANCE = 0.1
 # Sideways movement from the first to the last slice that cannot be seen at the spacing of a CT.
 _DRIFT_MM = 0.5
 
+# Cosines of the two axes of a slice, and how much their length may differ from 1.
+_AXES_TOLERANCE = 1e-3
+
+_EXPORT_AGAIN = "Export the series again, completely and uncompressed."
+
 
 @dataclass(frozen=True)
 class DicomSlice:
-    """One image file."""
+    """One file, or one frame of a file."""
 
     path: Path
-    series_uid: str
-    description: str
-    size: tuple[int, ...]
-    """Pixels along columns and rows, and frames."""
-    axes: np.ndarray
-    """Directions along a row and down a column, (2, 3)."""
-    position_mm: np.ndarray
-    """Center of the first pixel, (3,)."""
-    is_localizer: bool
+    frame: int
+    """Of the file, from 0."""
+    header: DicomHeader
+    size: tuple[int, int]
+    """Rows and columns."""
+    axes: np.ndarray | None
+    """Directions along a row and down a column, (2, 3); None where the file has none."""
+    position_mm: np.ndarray | None
+    """Center of the first pixel, (3,); None where the file has none."""
+    spacing_mm: tuple[float, float] | None
+    """Between rows and between columns; None where the file has none."""
+    rescale: tuple[float, float]
+    """Slope and intercept from stored values to intensities."""
 
     @property
-    def num_frames(self) -> int:
-        """Slices in this file; more than 1 in an enhanced (multi-frame) object."""
-        return int(self.size[2]) if len(self.size) > 2 else 1
+    def is_enhanced(self) -> bool:
+        """Whether places and rescaling are in sequences, one item a frame."""
+        return bool(self.header.elements.sequences)
+
+    @property
+    def is_localizer(self) -> bool:
+        """Whether it is a scout."""
+        return "LOCALIZER" in self.header.elements.text(dicom_file.IMAGE_TYPE)
+
+    @property
+    def series_key(self) -> tuple:
+        """What slices of one volume have in common. UIDs may be empty after a poor anonymization, so that there is more than those."""
+        tags = (dicom_file.PATIENT_ID, dicom_file.PATIENT_NAME, dicom_file.STUDY_UID, dicom_file.SERIES_UID, dicom_file.SERIES_DESCRIPTION)
+        return (*(self.header.elements.text(tag) for tag in tags), self.is_localizer)
+
+
+@dataclass(frozen=True)
+class DicomSeries:
+    """The slices of a volume along rows x columns."""
+
+    slices: tuple[DicomSlice, ...]
+    spacing_k_mm: float
+    """Between slices."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """Files in the order of the planes k, each once."""
+        return list(dict.fromkeys(found.path for found in self.slices))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels, KJI."""
+        return len(self.slices), *self.slices[0].size
+
+    @property
+    def ijk_to_lps(self) -> np.ndarray:
+        """4 x 4."""
+        first = self.slices[0]
+        row_mm, column_mm = first.spacing_mm
+        along_row, down_column = (axis / np.linalg.norm(axis) for axis in first.axes)
+        matrix = np.eye(4)
+        matrix[:3, 0], matrix[:3, 1] = along_row * column_mm, down_column * row_mm
+        matrix[:3, 2] = np.cross(along_row, down_column) * self.spacing_k_mm
+        matrix[:3, 3] = first.position_mm
+        return matrix
+
+    @property
+    def modality(self) -> str:
+        """CT, MR, PT, ...; '' where the files do not say."""
+        return self.slices[0].header.elements.text(dicom_file.MODALITY)
+
+    @property
+    def bytes_per_voxel(self) -> int:
+        """Of the stored values; what they are rescaled to may take more."""
+        return (self.slices[0].header.elements.integer(dicom_file.BITS_ALLOCATED) or 16) // 8 or 1
 
 
 @dataclass(frozen=True)
@@ -53,92 +116,144 @@ class SeriesInfo:
     num_slices: int
 
 
-def list_series(folder: Path, *, quiet: Callable) -> list[SeriesInfo]:
+def list_series(folder: Path) -> list[SeriesInfo]:
     """The image series of a folder in the order of their UIDs; scouts and single slices are left out where there is anything else.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a file cannot be read.
     """
-    volumes = _volumes(folder, quiet=quiet)
-    return sorted((SeriesInfo(files[0].series_uid, files[0].description, _num_slices(files)) for files in volumes), key=lambda info: info.uid)
+    return sorted((SeriesInfo(_uid(slices), _description(slices), len(slices)) for slices in _volumes(folder)), key=lambda info: info.uid)
 
 
-def find_series(folder: Path, *, quiet: Callable, series_uid: str | None = None) -> list[Path]:
-    """Files of an image series in a folder, along the direction that rows x columns gives.
+def find_series(folder: Path, *, series_uid: str | None = None) -> DicomSeries:
+    """An image series in a folder, without its voxels.
 
     Args:
         folder: searched without its sub-folders; files that are no DICOM images are passed over.
-        quiet: context manager that keeps the reader's own messages from the terminal.
         series_uid: Series Instance UID; None takes the only series.
 
     Raises:
-        UserError: there is no such series, or several to choose from, or its slices do not make a regular volume.
+        UserError: there is no such series, or several to choose from, its slices do not make a regular volume, or a file cannot be read.
     """
-    volumes = _volumes(folder, quiet=quiet)
+    volumes = _volumes(folder)
     if series_uid is not None:
-        chosen = [files for files in volumes if files[0].series_uid == series_uid]
+        chosen = [slices for slices in volumes if _uid(slices) == series_uid]
         if not chosen:
             raise UserError(f"The folder '{folder}' has no image series with the UID '{series_uid}'. It has: {_listing(volumes)}.")
-        return _ordered(chosen[0])
+        volumes = chosen
     if len(volumes) > 1:
-        raise UserError(f"The folder '{folder}' has {len(volumes)} image series: {_listing(volumes)}. Choose one with --series UID.")
+        advice = "Choose one with --series UID." if len({_uid(slices) for slices in volumes}) == len(volumes) else "Put each into a folder of its own."
+        raise UserError(f"The folder '{folder}' has {len(volumes)} image series: {_listing(volumes)}. {advice}")
     return _ordered(volumes[0])
 
 
-def _volumes(folder: Path, *, quiet: Callable) -> list[list[DicomSlice]]:
-    """Slices of every image series in a folder."""
-    with quiet():
-        slices = [found for path in sorted(folder.iterdir()) if path.is_file() and (found := _read_slice(path))]
-    series = {}
-    for found in slices:
-        series.setdefault(found.series_uid, []).append(found)
-    # Scouts come with nearly every study; only a folder with nothing else keeps them.
-    volumes = [files for files in series.values() if _num_slices(files) > 1 and not files[0].is_localizer]
-    if not volumes:
-        _raise_no_series(folder, list(series.values()))
-    return volumes
+def _volumes(folder: Path) -> list[list[DicomSlice]]:
+    """Slices of every image series in a folder.
 
-
-def _read_slice(path: Path) -> DicomSlice | None:
-    """What the header of a file says, or None if it is no DICOM image with a place in the patient."""
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
+    Raises:
+        UserError: there is none, or a file cannot be read.
+    """
     try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        if _has_pixels(path):
-            raise UserError(f"The DICOM file '{path}' is damaged or compressed in a way that cannot be read. Export the series again, uncompressed.") from error
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise UserError(f"The folder '{folder}' cannot be read ({error.strerror}). Ask for the permission to read it, or copy it.") from error
+    series: dict[tuple, list[DicomSlice]] = {}
+    for path in paths:
+        for found in _read_slices(path):
+            series.setdefault(found.series_key, []).append(found)
+    # Scouts come with nearly every study; only a folder with nothing else keeps them.
+    volumes = [slices for slices in series.values() if len(slices) > 1 and not slices[0].is_localizer]
+    placed = [slices for slices in volumes if any(found.position_mm is not None for found in slices)]
+    if volumes and not placed:
+        raise UserError(
+            f"The images of series {_listing(volumes, with_uid=False)} do not say where they lie (no Image Position), so their order and spacing are unknown. "
+            "Export the original series, or load it in 3D Slicer and save the volume as NRRD."
+        )
+    if not placed:
+        _raise_no_series(folder, list(series.values()))
+    return placed
+
+
+def _read_slices(path: Path) -> list[DicomSlice]:
+    """The slices of a file; none if it is no DICOM image of a patient."""
+    try:
+        header = dicom_file.read_header(path)
+        if header is None or header.elements.text(dicom_file.MODALITY) in _DERIVED_MODALITIES:
+            return []
+        return _slices(path, header)
+    except DicomError as error:
+        raise UserError(f"The DICOM file '{path}' is damaged or compressed in a way that cannot be read ({error}). {_EXPORT_AGAIN}") from error
+    except OSError as error:
+        raise UserError(f"The file '{path}' cannot be read ({error.strerror}). Ask for the permission to read it, or take it out of the folder.") from error
+
+
+def _slices(path: Path, header: DicomHeader) -> list[DicomSlice]:
+    """The slices of a DICOM object; none if it is no image."""
+    elements = header.elements
+    rows, columns = elements.integer(dicom_file.ROWS), elements.integer(dicom_file.COLUMNS)
+    if header.pixel_offset is None:
+        if rows or columns:
+            raise DicomError("its pixels are missing")
+        return []
+    num_frames = int((elements.numbers(dicom_file.NUM_FRAMES) or (1,))[0])
+    bits, samples = elements.integer(dicom_file.BITS_ALLOCATED), elements.integer(dicom_file.SAMPLES) or 1
+    if not (rows and columns and bits and num_frames > 0):
+        raise DicomError(f"it says that it has {rows} rows and {columns} columns of {bits} bits in {num_frames} frames")
+    num_bytes = rows * columns * num_frames * samples * bits // 8
+    if header.pixel_bytes is not None and header.pixel_bytes < num_bytes:
+        raise DicomError(f"it says {rows} x {columns} pixels, which are {num_bytes} bytes, and holds {header.pixel_bytes}")
+    frame_groups = elements.sequences.get(dicom_file.FRAME_GROUPS, [])
+    is_enhanced = bool(frame_groups or dicom_file.SHARED_GROUPS in elements.sequences)
+    if is_enhanced and len(frame_groups) not in (0, num_frames):
+        raise DicomError(f"it has {num_frames} frames, and the places of {len(frame_groups)}")
+    if num_frames > 1 and not is_enhanced:
+        return [_slice(path, frame, header, Elements({}, {}), Elements({}, {})) for frame in range(num_frames)]
+    shared = elements.first(dicom_file.SHARED_GROUPS)
+    return [_slice(path, frame, header, frame_groups[frame] if frame_groups else Elements({}, {}), shared) for frame in range(num_frames)]
+
+
+def _slice(path: Path, frame: int, header: DicomHeader, own: Elements, shared: Elements) -> DicomSlice:
+    """One slice: what its frame says, else what all frames share, else what the object says at its top."""
+    top = header.elements
+    is_single = not (top.numbers(dicom_file.NUM_FRAMES) or (1,))[0] > 1
+
+    def numbers(group: int, tag: int, count: int) -> np.ndarray | None:
+        for elements in (own.first(group), shared.first(group), *([top] if is_single or tag != dicom_file.POSITION else [])):
+            if elements.text(tag):
+                found = elements.numbers(tag)
+                if len(found) != count or not np.isfinite(found).all():
+                    raise DicomError(f"its element {tag >> 16:04x},{tag & 0xFFFF:04x} is '{elements.text(tag)}'")
+                return np.array(found)
         return None
-    tags = {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
-    if tags.get("0008|0060") in _DERIVED_MODALITIES or not (tags.get("0020|0032") or reader.GetSize()[2] > 1):
-        return None
+
+    axes = numbers(dicom_file.PLANE_ORIENTATION, dicom_file.ORIENTATION, 6)
+    spacing = numbers(dicom_file.PIXEL_MEASURES, dicom_file.PIXEL_SPACING, 2)
+    slope, intercept = (numbers(dicom_file.VALUE_TRANSFORMATION, tag, 1) for tag in (dicom_file.SLOPE, dicom_file.INTERCEPT))
     return DicomSlice(
         path=path,
-        series_uid=tags.get("0020|000e", ""),
-        description=tags.get("0008|103e", "without description"),
-        size=reader.GetSize(),
-        # SimpleITK gives the direction as a 3 x 3 matrix with the axes in its columns.
-        axes=np.array(reader.GetDirection()).reshape(3, 3)[:, :2].T,
-        position_mm=np.array(reader.GetOrigin()),
-        is_localizer="LOCALIZER" in tags.get("0008|0008", ""),
+        frame=frame,
+        header=header,
+        size=(top.integer(dicom_file.ROWS), top.integer(dicom_file.COLUMNS)),
+        axes=None if axes is None else axes.reshape(2, 3),
+        position_mm=numbers(dicom_file.PLANE_POSITION, dicom_file.POSITION, 3),
+        spacing_mm=None if spacing is None else (float(spacing[0]), float(spacing[1])),
+        rescale=(1.0 if slope is None else float(slope[0]), 0.0 if intercept is None else float(intercept[0])),
     )
 
 
-def _has_pixels(path: Path) -> bool:
-    """Whether an unreadable file is a DICOM file with pixel data (7FE0,0010): an image that was meant to be read."""
-    data = path.read_bytes()
-    return data[128:132] == b"DICM" and b"\xe0\x7f\x10\x00" in data
+def _description(slices: list[DicomSlice]) -> str:
+    """The name of a series for a person."""
+    return slices[0].header.elements.text(dicom_file.SERIES_DESCRIPTION) or "without description"
 
 
-def _num_slices(files: list[DicomSlice]) -> int:
-    """Slices of a series over all its files."""
-    return sum(found.num_frames for found in files)
+def _uid(slices: list[DicomSlice]) -> str:
+    """The Series Instance UID of a series."""
+    return slices[0].header.elements.text(dicom_file.SERIES_UID)
 
 
 def _listing(volumes: list[list[DicomSlice]], *, with_uid: bool = True) -> str:
     """Series for a sentence: 'Thorax 1.0' (310 slices, UID 1.2.3), 'Liver 3.0' (90 slices, UID 1.2.4)."""
-    return ", ".join(f"'{files[0].description}' ({_num_slices(files)} slices{f', UID {files[0].series_uid}' if with_uid else ''})" for files in volumes)
+    return ", ".join(f"'{_description(slices)}' ({len(slices)} slices{f', UID {_uid(slices)}' if with_uid else ''})" for slices in volumes)
 
 
 def _raise_no_series(folder: Path, series: list[list[DicomSlice]]) -> None:
@@ -152,46 +267,82 @@ def _raise_no_series(folder: Path, series: list[list[DicomSlice]]) -> None:
     )
 
 
-def _ordered(files: list[DicomSlice]) -> list[Path]:
-    """Files by position along the normal of the slices, after all checks."""
-    if len(files) == 1:
-        return [files[0].path]
-    first = files[0]
-    if any(found.size != first.size or not np.allclose(found.axes, first.axes, atol=1e-3) for found in files):
-        raise UserError(f"The slices of series '{first.description}' differ in size or direction, so they are no volume. Export only the slices of one stack.")
+def _ordered(slices: list[DicomSlice]) -> DicomSeries:
+    """Slices by position along their normal, after all checks."""
+    name = _description(slices)
+    first = _checked_slices(slices, name)
     normal = np.cross(*first.axes)
-    files = sorted(files, key=lambda found: float(found.position_mm @ normal))
-    positions = np.stack([found.position_mm for found in files])  # (slices, 3)
-    _check_gaps(positions @ normal, first.description)
+    slices = sorted(slices, key=lambda found: float(found.position_mm @ normal))
+    positions = np.stack([found.position_mm for found in slices])  # (slices, 3)
+    _check_gaps(positions @ normal, name)
     path_mm = positions[-1] - positions[0]
     drift_mm = float(np.linalg.norm(path_mm - (path_mm @ normal) * normal))
     if drift_mm > _DRIFT_MM:
         raise UserError(
-            f"The slices of series '{first.description}' are shifted sideways by {drift_mm:.1f} mm from first to last (gantry tilt). "
+            f"The slices of series '{name}' are shifted sideways by {drift_mm:.1f} mm from first to last (gantry tilt). "
             "Load it in 3D Slicer, whose DICOM module corrects the tilt, and save the volume as NRRD."
         )
-    return [found.path for found in files]
+    return DicomSeries(slices=tuple(slices), spacing_k_mm=float(path_mm @ normal) / (len(slices) - 1))
 
 
-def _check_gaps(distances_mm: np.ndarray, description: str) -> None:
+def _checked_slices(slices: list[DicomSlice], name: str) -> DicomSlice:
+    """The first slice, if every slice says what a volume needs and all say the same."""
+    missing = {
+        "position (Image Position)": [found.position_mm is None for found in slices],
+        "direction (Image Orientation)": [found.axes is None for found in slices],
+        "pixel size (Pixel Spacing)": [found.spacing_mm is None for found in slices],
+    }
+    for what, is_missing in missing.items():
+        if any(is_missing):
+            raise UserError(f"{sum(is_missing)} of {len(slices)} slices of series '{name}' have no {what}. {_EXPORT_AGAIN}")
+    for found in slices:
+        if not np.abs(found.axes @ found.axes.T - np.eye(2)).max() < _AXES_TOLERANCE:
+            raise UserError(
+                f"The directions of rows and columns in '{found.path}' are not at right angles or not of length 1 (Image Orientation "
+                f"{_numbers(found.axes.ravel())}). {_EXPORT_AGAIN}"
+            )
+        if not min(found.spacing_mm) > 0:
+            raise UserError(f"The pixels in '{found.path}' have the size {_numbers(found.spacing_mm)} mm (Pixel Spacing). {_EXPORT_AGAIN}")
+        if found.rescale[0] == 0:
+            raise UserError(f"The intensities in '{found.path}' are multiplied by 0 (Rescale Slope). {_EXPORT_AGAIN}")
+    samples = max(found.header.elements.integer(dicom_file.SAMPLES) or 1 for found in slices)
+    photometric = {found.header.elements.text(dicom_file.PHOTOMETRIC) for found in slices}
+    if samples > 1 or photometric & {"PALETTE COLOR", "RGB"}:
+        raise UserError(f"Series '{name}' is in color ({samples} values per voxel). Give a series with one value per voxel.")
+    if "MONOCHROME1" in photometric:
+        raise UserError(f"Series '{name}' is stored as a negative (MONOCHROME1), so it is unknown whether dark means little or much. Export it as MONOCHROME2.")
+    first = slices[0]
+    if any(found.size != first.size or not np.allclose(found.axes, first.axes, atol=1e-3) for found in slices):
+        raise UserError(f"The slices of series '{name}' differ in size or direction, so they are no volume. Export only the slices of one stack.")
+    sizes_mm = Counter(found.spacing_mm for found in slices)
+    if not np.allclose([*sizes_mm], first.spacing_mm, rtol=1e-3, atol=0):
+        usual, other = (size for size, _ in (sizes_mm.most_common(1)[0], sizes_mm.most_common()[-1]))
+        raise UserError(f"The slices of series '{name}' have pixels of several sizes: {_numbers(usual)} mm and {_numbers(other)} mm. {_EXPORT_AGAIN}")
+    return first
+
+
+def _check_gaps(distances_mm: np.ndarray, name: str) -> None:
     """Raise UserError unless the slices, sorted by distance along their normal, are evenly spaced."""
     gaps = np.diff(distances_mm)
     usual = float(np.median(gaps))
     if gaps.min() < 1e-3:
         num_repeated = int((gaps < 1e-3).sum())
-        raise UserError(
-            f"Series '{description}' has {num_repeated} slices at places where it already has one (phases or copies). Export one phase, each slice once."
-        )
+        raise UserError(f"Series '{name}' has {num_repeated} slices at places where it already has one (phases or copies). Export one phase, each slice once.")
     if np.abs(gaps - usual).max() <= _GAP_TOLERANCE * usual:
         return
     widest = int(gaps.argmax())
     if gaps[widest] > 1.5 * usual:
         num_missing = int(np.maximum(np.rint(gaps / usual) - 1, 0).sum())
         raise UserError(
-            f"Series '{description}' misses about {num_missing} of its slices: after slice {widest + 1} of {len(gaps) + 1} comes a gap of "
+            f"Series '{name}' misses about {num_missing} of its slices: after slice {widest + 1} of {len(gaps) + 1} comes a gap of "
             f"{gaps[widest]:.2f} mm instead of {usual:.2f} mm. Export the series again, completely."
         )
     raise UserError(
-        f"The slices of series '{description}' are unevenly spaced: {gaps.min():.2f} to {gaps.max():.2f} mm. Export a series with even spacing, "
+        f"The slices of series '{name}' are unevenly spaced: {gaps.min():.2f} to {gaps.max():.2f} mm. Export a series with even spacing, "
         "or load it in 3D Slicer, whose DICOM module resamples it, and save the volume as NRRD."
     )
+
+
+def _numbers(values) -> str:
+    """'0.7 x 0.9' for a sentence."""
+    return " x ".join(f"{value:g}" if math.isfinite(value) else str(value) for value in values)

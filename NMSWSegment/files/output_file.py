@@ -1,12 +1,23 @@
-"""Output files: checked before a long run, complete or not there at all after it."""
+"""Output files: checked before a long run, complete or not there at all after it.
+
+Everything that the program leaves for a person goes through `replaced_together`: written under a name that nobody can foresee, flushed to the
+disk, and only then put in place; what was there before returns if anything fails.
+"""
 
 import os
+import re
+import secrets
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from NMSWSegment.protocol import UserError
+
+_SHOWN_LETTERS = 300
+"""Of a path that is too long for the system."""
 
 
 def check_output_path(path: str | Path, endings: Sequence[str]) -> Path:
@@ -23,6 +34,7 @@ def check_output_path(path: str | Path, endings: Sequence[str]) -> Path:
         UserError: the ending is unknown, the path is a folder, or its folder is missing or not writable.
     """
     path = Path(path)
+    check_name(path)
     if path.is_dir():
         raise UserError(f"The output '{path}' is a folder. Give a file name that ends in {_either(endings)}.")
     if file_ending(path, endings) is None:
@@ -30,8 +42,11 @@ def check_output_path(path: str | Path, endings: Sequence[str]) -> Path:
     folder = path.parent
     if not folder.is_dir():
         raise UserError(f"The output folder '{folder}' does not exist. Create it, or choose another folder.")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise UserError(f"The output '{path}' exists and is write-protected. Remove the protection, or choose another name.")
+    if path.exists():
+        if not path.is_file():
+            raise UserError(f"The output '{path}' is no file, but a device, pipe or the like. Choose another name.")
+        if not os.access(path, os.W_OK):
+            raise UserError(f"The output '{path}' exists and is write-protected. Remove the protection, or choose another name.")
     try:
         # Only a real file tells: os.access knows neither Windows permissions nor read-only network shares.
         with tempfile.TemporaryFile(dir=folder):
@@ -48,30 +63,62 @@ def file_ending(path: str | Path, endings: Sequence[str]) -> str | None:
     return max(fitting, key=len, default=None)
 
 
+def check_name(path: Path) -> None:
+    """Make sure that a path can be followed, and that ITK, which takes UTF-8, can be given its name.
+
+    Raises:
+        UserError: the name is too long, is not UTF-8, or is a link that leads to itself.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = str(path).encode("utf-8", errors="backslashreplace").decode("utf-8")
+        raise UserError(f"The name '{shown}' has characters that are not UTF-8. Rename the file or folder.") from error
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shown = str(path) if len(str(path)) <= _SHOWN_LETTERS else f"{str(path)[:_SHOWN_LETTERS]}..."
+        raise UserError(f"'{shown}' cannot be used ({reason}). Choose another name or folder.") from error
+
+
 @contextmanager
 def replaced_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Temporary files that take the places of `paths` when the block ends well, all of them or none.
 
-    Each lies in the folder of its path, so that taking its place is one step of the file system, and keeps the whole name at its
-    end, because writers choose the format by it.
+    Each lies in the folder of its path, so that taking its place is one step of the file system, and ends as its path does, because
+    writers choose the format by it. A file that is replaced hands its mode on; until the last one is in place, all old ones are kept.
 
     Raises:
         UserError: a file could not be written or put in place.
     """
-    temporaries = [path.parent / f".{os.getpid()}-{index}-{path.name}" for index, path in enumerate(paths)]
-    placed = []
+    paths = [Path(path) for path in paths]
+    temporaries: list[Path] = []
+    placed: list[tuple[Path, bool, Path | None]] = []  # path, whether it was there, second name of what was there
     try:
+        for path in paths:
+            temporaries.append(_new_file(path))
         yield temporaries
         for temporary, path in zip(temporaries, paths):
+            _finish(temporary, path)
+        for temporary, path in zip(temporaries, paths):
+            was_there = path.is_file() or path.is_symlink()
+            placed.append((path, was_there, _second_name(path) if was_there and len(paths) > 1 else None))
             os.replace(temporary, path)
-            placed.append(path)
+        for folder in {path.parent for path in paths}:
+            _flush(folder)
     except BaseException as error:
         # BaseException: Ctrl-C must leave nothing behind either.
-        for path in [*temporaries, *placed]:
-            path.unlink(missing_ok=True)
+        _restore(placed, temporaries)
         if isinstance(error, OSError):
             raise UserError(f"The output could not be written ({error}). Check that the disk is not full and that the folder may be written to.") from error
         raise
+    for _, _, old in placed:
+        if old is not None:
+            with suppress(OSError):
+                old.unlink()
 
 
 @contextmanager
@@ -79,6 +126,62 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """One temporary file that takes the place of `path` when the block ends well."""
     with replaced_together([Path(path)]) as (temporary,):
         yield temporary
+
+
+def _new_file(path: Path) -> Path:
+    """A new empty file beside `path`, with a name that nobody can foresee and the ending of `path`.
+
+    O_EXCL follows no link, which somebody else may have laid into a shared folder.
+    """
+    ending = re.search(r"(\.[A-Za-z0-9]{1,8}){0,2}$", path.name)[0].lower()
+    temporary = path.parent / f".nmsw-{secrets.token_hex(8)}{ending}"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+    return temporary
+
+
+def _finish(temporary: Path, path: Path) -> None:
+    """Flush a written file to the disk; it takes over the mode of the one that it replaces."""
+    _flush(temporary)
+    with suppress(FileNotFoundError):
+        os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk; a folder only where the system can."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some network drives cannot flush a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def _second_name(path: Path) -> Path:
+    """Another name for a file that is about to be replaced; a copy where the file system has no second names."""
+    second = path.parent / f".nmsw-{secrets.token_hex(8)}.old"
+    try:
+        os.link(path, second, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(path, second)
+    return second
+
+
+def _restore(placed: Sequence[tuple[Path, bool, Path | None]], temporaries: Sequence[Path]) -> None:
+    """Put every old file back, and remove what was written."""
+    for path, was_there, old in placed:
+        with suppress(OSError):
+            if old is not None:
+                os.replace(old, path)
+                old.unlink(missing_ok=True)  # two names of one file stay two
+            elif not was_there:
+                path.unlink(missing_ok=True)
+    for temporary in temporaries:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _either(endings: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +11,41 @@ import numpy as np
 import SimpleITK as sitk
 
 from NMSWSegment.files.bundle import Label
+from NMSWSegment.files.compressed_voxels import is_intact
 from NMSWSegment.files.dicom_series import SeriesInfo, find_series, list_series
-from NMSWSegment.files.nifti_file import nonfinite_voxels
-from NMSWSegment.files.output_file import check_output_path, file_ending, replaced_file
+from NMSWSegment.files.dicom_voxels import read_voxels
+from NMSWSegment.files.nifti_file import NiftiHeader, holds_voxels, nonfinite_voxels, read_header
+from NMSWSegment.files.output_file import check_name, check_output_path, file_ending, replaced_file
+from NMSWSegment.files.volume_checks import (
+    RESAMPLE_HINT,
+    changed_error,
+    check_geometry,
+    check_header,
+    check_memory,
+    check_readable,
+    damaged_error,
+    nonfinite_error,
+    signature,
+)
 from NMSWSegment.protocol import UserError
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 LABELMAP_ENDINGS = (".nii.gz", ".nii", ".seg.nrrd")
 
+_IMAGE_IO = {
+    ".nii.gz": "NiftiImageIO",
+    ".nii": "NiftiImageIO",
+    ".nrrd": "NrrdImageIO",
+    ".nhdr": "NrrdImageIO",
+    ".mha": "MetaImageIO",
+    ".mhd": "MetaImageIO",
+}
+"""Named, because ITK otherwise looks at the contents, and hands a DICOM file that is called .nrrd to another reader."""
+
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-# Cosine between two voxel axes; 0.001 moves the far end of a 500 mm axis by half a millimetre.
-_SHEAR_TOLERANCE = 1e-3
-
-_RESAMPLE_HINT = "Resample it to a regular grid first, for example with 'Resample Scalar/Vector/DWI Volume' in 3D Slicer."
+_MOST_COMPRESSION = 1100
+"""No deflated stream holds more bytes for each of its own."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,35 @@ class Volume:
         return tuple(float(length) for length in lengths[::-1])
 
 
+@dataclass(frozen=True)
+class VolumeFile:
+    """A volume on disk: its header is read and checked, its voxels are not."""
+
+    path: Path
+    name: str
+    shape: tuple[int, int, int]
+    """Voxels, KJI."""
+    ijk_to_ras: np.ndarray
+    """4 x 4."""
+    bytes_per_voxel: int
+    modality: str
+    """CT, MR, PT, ... of a DICOM series; '' where the file does not say."""
+    read_array: Callable[[], np.ndarray]
+    """The voxels, (K, J, I)."""
+
+    def read(self) -> Volume:
+        """The volume.
+
+        Raises:
+            UserError: the voxels are damaged, are more than the memory holds, or nothing can be segmented in them.
+        """
+        check_memory(self.shape, self.path, bytes_per_voxel=self.bytes_per_voxel)
+        volume = Volume(array=self.read_array(), ijk_to_ras=self.ijk_to_ras, name=self.name)
+        if volume.shape != self.shape:
+            raise changed_error(self.path)
+        return _checked(volume, self.path)
+
+
 def read_volume(path: str | Path, *, series_uid: str | None = None) -> Volume:
     """Read a scalar 3-D volume in its own dtype.
 
@@ -61,20 +111,46 @@ def read_volume(path: str | Path, *, series_uid: str | None = None) -> Volume:
     Raises:
         UserError: there is no such file, it is damaged, or it holds something else than one regular 3-D scalar volume.
     """
+    return open_volume(path, series_uid=series_uid).read()
+
+
+def open_volume(path: str | Path, *, series_uid: str | None = None) -> VolumeFile:
+    """Read the header of a scalar 3-D volume; everything that it shows to be wrong is told before a voxel is read.
+
+    Args:
+        path, series_uid: as for read_volume.
+
+    Raises:
+        UserError: as read_volume.
+    """
     path = Path(path)
+    check_name(path)
     if not path.exists():
         raise UserError(f"There is no file or folder '{path}'. Check the spelling of the path.")
     if path.is_dir():
-        return _checked(_read_dicom(path, series_uid=series_uid), path)
+        return _open_dicom(path, series_uid=series_uid)
     if series_uid is not None:
         raise UserError(f"A series is chosen of a DICOM folder, but '{path.name}' is a file. Give the folder, or leave --series out.")
+    if not path.is_file():
+        raise UserError(f"'{path}' is no file, but a device, pipe or the like. Give a file on the disk.")
     ending = file_ending(path, VOLUME_ENDINGS)
     if ending is None:
         raise UserError(f"'{path.name}' has an ending that is not known. Give one of {', '.join(VOLUME_ENDINGS)}, or the folder of a DICOM series.")
-    image = _read_image(path)
-    if ending in (".nii", ".nii.gz"):
-        _check_nifti(path)
-    return _checked(_volume_from_image(image, name=path.name[: -len(ending)]), path)
+    return _open_file(path, ending)
+
+
+def series_files(folder: Path, *, series_uid: str | None = None) -> list[Path]:
+    """Files of a DICOM series in the order of the planes k of its volume; errors as in read_volume."""
+    return find_series(folder, series_uid=series_uid).paths
+
+
+def series_of_folder(folder: str | Path) -> list[SeriesInfo]:
+    """The image series of a DICOM folder, for a person to choose from.
+
+    Raises:
+        UserError: there is none.
+    """
+    return list_series(Path(folder))
 
 
 def write_volume(volume: Volume, path: str | Path) -> None:
@@ -111,111 +187,116 @@ def write_labelmap(labelmap: Volume, path: str | Path, *, labels: Sequence[Label
     _write_image(image, path)
 
 
-def _read_image(path: Path) -> sitk.Image:
-    """One file as a 3-D scalar image, after a look at its header."""
+def _open_file(path: Path, ending: str) -> VolumeFile:
+    """The header of one file."""
+    check_readable(path)
+    nifti = read_header(path) if ending in (".nii", ".nii.gz") else None
+    for matrix in (nifti.sform, nifti.qform) if nifti else ():
+        if matrix is not None:
+            check_geometry(matrix, path)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO(_IMAGE_IO[ending])
     reader.SetFileName(str(path))
+    with _explained(path, ending):
+        reader.ReadImageInformation()
+    check_header(reader, path)
+    # A fourth axis of one voxel is common and harmless; extracting size 0 removes it.
+    size = reader.GetSize()
+    reader.SetExtractSize([*size[:3], *([0] * (len(size) - 3))])
+    dimension = len(size)
+    direction = np.array(reader.GetDirection()).reshape(dimension, dimension)[:3, :3]
+    ijk_to_ras = _ijk_to_ras(direction, spacing_mm_ijk=reader.GetSpacing()[:3], origin_lps=reader.GetOrigin()[:3])
+    check_geometry(ijk_to_ras, path)
+    bytes_per_voxel = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    num_bytes = int(np.prod(size, dtype=float)) * bytes_per_voxel
+    if ending in (".nrrd", ".mha") and num_bytes > path.stat().st_size * _MOST_COMPRESSION:
+        raise damaged_error(path)
+    before = signature(path)
+
+    def read_array() -> np.ndarray:
+        with _explained(path, ending):
+            image = reader.Execute()
+        if nifti is not None:
+            _check_nifti_voxels(path, nifti)
+        if nifti is None and not is_intact(path):
+            raise damaged_error(path)
+        if signature(path) != before:
+            raise changed_error(path)
+        return sitk.GetArrayFromImage(image)
+
+    return VolumeFile(
+        path=path,
+        name=path.name[: -len(ending)],
+        shape=tuple(size[2::-1]),
+        ijk_to_ras=ijk_to_ras,
+        bytes_per_voxel=bytes_per_voxel,
+        modality="",
+        read_array=read_array,
+    )
+
+
+def _open_dicom(folder: Path, *, series_uid: str | None) -> VolumeFile:
+    """The header of a series of a DICOM folder."""
+    series = find_series(folder, series_uid=series_uid)
+    ijk_to_ras = _LPS_TO_RAS @ series.ijk_to_lps  # LPS (DICOM) -> RAS (Slicer)
+    check_geometry(ijk_to_ras, folder)
+    return VolumeFile(
+        path=folder,
+        name=folder.absolute().name,
+        shape=series.shape,
+        ijk_to_ras=ijk_to_ras,
+        bytes_per_voxel=series.bytes_per_voxel,
+        modality=series.modality,
+        read_array=lambda: read_voxels(series, quiet=_quiet_itk),
+    )
+
+
+@contextmanager
+def _explained(path: Path, ending: str) -> Iterator[None]:
+    """Turn what ITK says of a file into a sentence."""
     try:
         with _quiet_itk():
-            reader.ReadImageInformation()
-            _check_header(reader, path)
-            # A fourth axis of one voxel is common and harmless; extracting size 0 removes it.
-            reader.SetExtractSize([*reader.GetSize()[:3], *([0] * (reader.GetDimension() - 3))])
-            return reader.Execute()
+            yield
     except RuntimeError as error:
-        if "orthonormal" in str(error) or "determinant is 0" in str(error):
-            raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other. {_RESAMPLE_HINT}") from error
-        raise UserError(f"'{path.name}' cannot be read: it is damaged, incomplete or not of the format its ending says. Copy or export it again.") from error
+        text = str(error)
+        if "orthonormal" in text or "determinant is 0" in text:
+            raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other. {RESAMPLE_HINT}") from error
+        if not path.name.endswith(ending):
+            raise UserError(f"'{path.name}' cannot be read: the reader knows '{ending}' in small letters only. Rename the file.") from error
+        if "allocate" in text or "bad_alloc" in text:
+            raise UserError(f"'{path.name}' does not fit into the memory of this computer. Crop the volume, or close other programs.") from error
+        raise damaged_error(path) from error
 
 
-def _check_header(reader: sitk.ImageFileReader, path: Path) -> None:
-    """Raise UserError unless the header describes one 3-D scalar volume."""
-    size = reader.GetSize()
-    if reader.GetNumberOfComponents() != 1:
-        raise UserError(
-            f"'{path.name}' has {reader.GetNumberOfComponents()} values per voxel (color or vector), but one is needed. "
-            "Extract one component with 'Vector to Scalar Volume' in 3D Slicer."
-        )
-    if any(length > 1 for length in size[3:]):
-        raise UserError(
-            f"'{path.name}' is {len(size)}-D (size {_times(size)}): a sequence of volumes. Save one 3-D volume of it, for example one phase or time point."
-        )
-    if len(size) < 3 or min(size[:3]) == 1:
-        raise UserError(f"'{path.name}' is one slice (size {_times(size)}). Give the whole volume, with at least 2 voxels along each axis.")
-
-
-def _check_nifti(path: Path) -> None:
-    """Raise UserError for what ITK passes over in a NIfTI file."""
-    num_bad = nonfinite_voxels(path)
+def _check_nifti_voxels(path: Path, header: NiftiHeader) -> None:
+    """Raise UserError for what ITK passes over in the voxels of a NIfTI file."""
+    num_bad = nonfinite_voxels(path, header)
     if num_bad is None:
         raise UserError(f"'{path.name}' is damaged or incomplete: its voxels end early. Copy or export it again.")
     if num_bad:
-        raise _nonfinite_error(path, num_bad)
-
-
-def _nonfinite_error(path: Path, num_bad: int) -> UserError:
-    """The sentence for NaN and infinite voxels."""
-    return UserError(f"'{path.name}' has {num_bad} voxels that are no number (NaN or infinite). Replace them, for example by -1024 (air), and save it again.")
-
-
-def series_files(folder: Path, *, series_uid: str | None = None) -> list[Path]:
-    """Files of a DICOM series in the order of the planes k of its volume; errors as in read_volume."""
-    return find_series(folder, quiet=_quiet_itk, series_uid=series_uid)
-
-
-def series_of_folder(folder: str | Path) -> list[SeriesInfo]:
-    """The image series of a DICOM folder, for a person to choose from.
-
-    Raises:
-        UserError: there is none.
-    """
-    return list_series(Path(folder), quiet=_quiet_itk)
-
-
-def _read_dicom(folder: Path, *, series_uid: str | None) -> Volume:
-    """A series of a DICOM folder."""
-    paths = [str(path) for path in series_files(folder, series_uid=series_uid)]
-    if len(paths) == 1:
-        # Multi-frame object: one file is the whole volume.
-        return _volume_from_image(_read_image(Path(paths[0])), name=folder.name)
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(paths)
-    try:
-        with _quiet_itk():
-            image = reader.Execute()
-    except RuntimeError as error:
-        raise UserError(f"The DICOM series in '{folder}' cannot be read: a slice is damaged or unlike the others. Export the series again.") from error
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise UserError(
-            f"The DICOM series in '{folder}' is in color ({image.GetNumberOfComponentsPerPixel()} values per voxel). Give a series with one value per voxel."
-        )
-    return _volume_from_image(image, name=folder.name)
+        raise nonfinite_error(path, num_bad)
 
 
 def _checked(volume: Volume, path: Path) -> Volume:
     """The volume itself, if there is something to segment in it."""
-    axes = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
-    if not np.abs(axes.T @ axes - np.eye(3)).max() < _SHEAR_TOLERANCE:  # "not <" catches NaN
-        raise UserError(f"The voxel axes of '{path.name}' are not at right angles to each other. {_RESAMPLE_HINT}")
     low, high = volume.array.min(), volume.array.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise _nonfinite_error(path, int((~np.isfinite(volume.array)).sum()))
+        raise nonfinite_error(path, int((~np.isfinite(volume.array)).sum()))
     if low == high:
         raise UserError(f"All voxels of '{path.name}' are {low}: there is nothing to segment. Check that the right file was exported.")
     return volume
 
 
-def _volume_from_image(image: sitk.Image, *, name: str) -> Volume:
-    """A Volume from a 3-D scalar image."""
+def _ijk_to_ras(direction: np.ndarray, *, spacing_mm_ijk: Sequence[float], origin_lps: Sequence[float]) -> np.ndarray:
+    """4 x 4 from what SimpleITK says of an image; the axes are the columns of the direction."""
     ijk_to_lps = np.eye(4)
-    ijk_to_lps[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    ijk_to_lps[:3, 3] = image.GetOrigin()
-    # LPS (SimpleITK) -> RAS (Slicer)
-    return Volume(array=sitk.GetArrayFromImage(image), ijk_to_ras=_LPS_TO_RAS @ ijk_to_lps, name=name)
+    ijk_to_lps[:3, :3] = direction * np.array(spacing_mm_ijk)
+    ijk_to_lps[:3, 3] = origin_lps
+    return _LPS_TO_RAS @ ijk_to_lps  # LPS (SimpleITK) -> RAS (Slicer)
 
 
 def _image_from_volume(volume: Volume) -> sitk.Image:
-    """The inverse of `_volume_from_image`."""
+    """An image of SimpleITK; the inverse of `_ijk_to_ras` for its place."""
     # RAS (Slicer) -> LPS (SimpleITK); the flip is its own inverse.
     ijk_to_lps = _LPS_TO_RAS @ volume.ijk_to_ras
     spacing_mm_ijk = np.linalg.norm(ijk_to_lps[:3, :3], axis=0)
@@ -227,13 +308,29 @@ def _image_from_volume(volume: Volume) -> sitk.Image:
 
 
 def _write_image(image: sitk.Image, path: Path) -> None:
-    """Write an image atomically; SimpleITK chooses the format by the ending."""
+    """Write an image atomically, and read it back; the ending chooses the format."""
     with replaced_file(path) as temporary:
         try:
             with _quiet_itk():
-                sitk.WriteImage(image, str(temporary), useCompression=path.suffix != ".nii")
+                sitk.WriteImage(image, str(temporary), useCompression=temporary.suffix != ".nii")
+                _check_written(image, temporary)
         except RuntimeError as error:
-            raise UserError(f"'{path}' could not be written. Check that the disk is not full and that the folder may be written to.") from error
+            raise UserError(
+                f"The voxels could not be written to the folder '{path.parent}'. Check that the disk is not full and that the folder may be written to."
+            ) from error
+
+
+def _check_written(image: sitk.Image, path: Path) -> None:
+    """Raise RuntimeError unless a file holds an image: ITK's NIfTI writer does not tell of a full disk."""
+    array = sitk.GetArrayViewFromImage(image)
+    if file_ending(path, VOLUME_ENDINGS) in (".nii", ".nii.gz"):
+        is_same = holds_voxels(path, array)
+    else:
+        found = sitk.ReadImage(str(path))
+        # Bytes, not numbers: a voxel that is no number equals itself.
+        is_same = np.array_equal(sitk.GetArrayViewFromImage(found).view(np.uint8), array.view(np.uint8))
+    if not is_same:
+        raise RuntimeError("the file holds something else than was written")
 
 
 def _segmentation_fields(labels_kji: np.ndarray, labels: Sequence[Label]) -> dict[str, str]:
@@ -269,11 +366,6 @@ def _extent_ijk(is_inside: np.ndarray) -> str:
         hit = np.flatnonzero(is_inside.any(axis=others))
         bounds += [str(hit[0]), str(hit[-1])]
     return " ".join(bounds)
-
-
-def _times(size: Sequence[int]) -> str:
-    """'512 x 512 x 90' for a sentence."""
-    return " x ".join(str(length) for length in size)
 
 
 @contextmanager

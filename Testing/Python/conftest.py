@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hostile import Tally  # noqa: E402
 from torch import nn  # noqa: E402
 
 from NMSWSegment.files import phantoms  # noqa: E402
@@ -90,3 +91,18 @@ def a_phantom():
     """An upright phantom at 6 mm, anisotropic in shape: (volume, labels)."""
     shape = (54, 36, 52)
     return phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))
+
+
+TALLY = Tally()
+
+
+@pytest.fixture(scope="session")
+def tally() -> Tally:
+    """Counts hostile inputs over all files of tests."""
+    return TALLY
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """One line about the hostile inputs, where some were tried."""
+    if TALLY.ends:
+        terminalreporter.write_line(TALLY.line())

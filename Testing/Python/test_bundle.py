@@ -66,8 +66,8 @@ def test_manifest_counts_background_as_a_class(a_tiny_bundle):
         ({"spacing": [1, 1, 1]}, "Did you mean 'spacing_mm'"),
         ({"format_version": 2}, "Update NMSWSegment or export the bundle again"),
         ({"class_weights": [0.0, 0.0]}, "2 class weights for 4 classes. Export the bundle again"),
-        ({"intensity_points": [[0, 0, 1]]}, "incomplete or malformed.*Export the bundle again"),
-        ({"patch_size": 16}, "incomplete or malformed.*Export the bundle again"),
+        ({"intensity_points": [[0, 0, 1]]}, "'intensity_points' of the bundle manifest.*Export the bundle again"),
+        ({"patch_size": 16}, "'patch_size' of the bundle manifest is 16, but must be a list of 3 values. Export the bundle again"),
     ],
 )
 def test_manifest_with_a_bad_value_says_what_to_do(a_tiny_bundle, change, fix):
@@ -269,7 +269,7 @@ def test_install_name_that_differs_only_in_case_is_refused(a_copy, own_folder):
     ["../evil", "/tmp/evil", "a/b", "a\\b", "C:evil", "..", ".", ".hidden", "", "a?", "a*", "nul", "COM1.txt", "end.", "end ", "tab\t", "x" * 65, 7, None],
 )
 def test_install_name_that_is_no_file_name_is_refused(a_copy, own_folder, name):
-    with pytest.raises(UserError, match="no file name on every computer. Export it to a folder named with letters"):
+    with pytest.raises(UserError, match="no file name on every computer. Export it to a folder named with letters|'name' of the bundle manifest"):
         install_bundle(change_manifest(a_copy, name=name))
     assert not own_folder.exists() and sorted(path.name for path in a_copy.parent.iterdir()) == ["copy"]
 

@@ -74,6 +74,13 @@ def test_word_missing_label_says_what_to_do(tmp_path):
         read_cases(f"word:{folder}")
 
 
+def test_nnunet_missing_label_does_not_drop_its_case(tmp_path):
+    folder = write_nnunet(tmp_path, names=("a", "b"))
+    (folder / "labelsTr" / "b.nii.gz").unlink()
+    with pytest.raises(UserError, match="'labelsTr/b.nii.gz', which is not there. Put the file back"):
+        read_cases(f"nnunet:{folder}")
+
+
 def test_nnunet_ignore_label_is_unknown(tmp_path):
     cases = read_cases(f"nnunet:{write_nnunet(tmp_path / 'Dataset001_X', names=('b', 'a'), ignore=True)}")
     assert [files.name for files in cases.files] == ["a", "b"] and cases.label_names == ("liver", "spleen") and cases.unknown_value == 3

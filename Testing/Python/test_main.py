@@ -152,7 +152,7 @@ def test_segment_bad_volume_is_refused_without_output(a_case, a_tiny_bundle, cap
 
 def test_segment_preview_without_matplotlib_is_refused_before_the_run(a_case, a_tiny_bundle, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(command_line, "read_volume", lambda path: pytest.fail("the run began"))
+    monkeypatch.setattr(command_line, "open_volume", lambda path: pytest.fail("the run began"))
     assert main(arguments(a_case, a_tiny_bundle, "--preview", str(a_case / "p.png"))) == 2
     assert 'pip install "NMSWSegment[headless]"' in capsys.readouterr().err
 

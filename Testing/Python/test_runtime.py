@@ -1,6 +1,7 @@
 """Devices, archives, and what happens when a GPU runs out of memory; a meta tensor stands for one on a GPU."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ TORCHSCRIPT_MESSAGE = (
     "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript (most recent call last):\n"
     "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
 )
+
+TWO_CLASSES = SimpleNamespace(name="two classes", num_classes=2)
 
 
 class FullOffCpu(torch.nn.Module):
@@ -33,7 +36,7 @@ class FullOffCpu(torch.nn.Module):
 
 def nets_on_full_gpu(error: Exception) -> tuple[Nets, FullOffCpu]:
     local = FullOffCpu(error)
-    return Nets(manifest=None, coarse_net=torch.nn.Identity(), local_net=local, device=torch.device("meta")), local
+    return Nets(manifest=TWO_CLASSES, coarse_net=torch.nn.Identity(), local_net=local, device=torch.device("meta")), local
 
 
 @pytest.fixture
@@ -99,7 +102,7 @@ def test_out_of_memory_on_the_cpu_is_passed_on():
     def full(x):
         raise RuntimeError("DefaultCPUAllocator: not enough memory: out of memory")
 
-    nets = Nets(manifest=None, coarse_net=full, local_net=full, device=torch.device("cpu"))
+    nets = Nets(manifest=TWO_CLASSES, coarse_net=full, local_net=full, device=torch.device("cpu"))
     with pytest.raises(RuntimeError, match="not enough memory"):
         nets.local(torch.zeros(1, 2, 3, 4))
     assert nets.device_steps == []
@@ -134,7 +137,7 @@ class FitsOnly(torch.nn.Module):
 def nets_with_room(room: int, monkeypatch) -> tuple[Nets, FitsOnly, list[str]]:
     local, freed = FitsOnly(room), []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cuda"))
-    return NetsWithoutTransfer(manifest=None, coarse_net=torch.nn.Identity(), local_net=local, device=torch.device("cuda:0")), local, freed
+    return NetsWithoutTransfer(manifest=TWO_CLASSES, coarse_net=torch.nn.Identity(), local_net=local, device=torch.device("cuda:0")), local, freed
 
 
 @pytest.mark.parametrize(
@@ -171,7 +174,7 @@ def test_gpu_without_room_for_a_batch_gets_smaller_ones_and_every_patch_its_own_
 
 def test_batch_size_is_one_on_the_cpu_and_four_on_a_gpu():
     for device, batch_size in (("cpu", 1), ("cuda:1", 4), ("mps", 4)):
-        assert Nets(manifest=None, coarse_net=None, local_net=None, device=torch.device(device)).batch_size == batch_size
+        assert Nets(manifest=TWO_CLASSES, coarse_net=None, local_net=None, device=torch.device(device)).batch_size == batch_size
 
 
 @pytest.mark.parametrize(

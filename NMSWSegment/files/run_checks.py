@@ -1,0 +1,65 @@
+"""What a volume and a model have against each other, looked at before a run: modality, intensities, memory. Needs no torch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from NMSWSegment.files.bundle import BundleManifest
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.memory import available_memory_bytes, needed_memory_bytes
+from NMSWSegment.files.model_grid import model_grid_around
+from NMSWSegment.files.volume import Volume, VolumeFile
+from NMSWSegment.protocol import AUTO, SegmentOptions, UserError
+
+AIR_AND_LUNG_HU = (-1100.0, -200.0)
+"""Every CT has voxels here: air around or in the body, or at least lung or fat at their border. MR, stored values without rescaling and
+HU + 1024 have none, even with a padding of -2000 or -1024 outside of the field of view."""
+
+
+def check_modality(file: VolumeFile, manifest: BundleManifest) -> None:
+    """Raise UserError if a DICOM series is of another modality than the model's."""
+    if file.modality and file.modality != manifest.modality:
+        raise UserError(
+            f"'{file.name}' is {file.modality}, but model '{manifest.name}' was trained on {manifest.modality}. Choose another model (see 'nmsw models'), "
+            "or run it nevertheless with --force-modality."
+        )
+
+
+def check_intensities(volume: Volume, manifest: BundleManifest) -> None:
+    """Raise UserError if the model takes CT and the voxels are no Hounsfield units."""
+    low, high = AIR_AND_LUNG_HU
+    if manifest.modality != "CT" or any(((piece > low) & (piece < high)).any() for piece in volume.array):
+        return
+    raise UserError(
+        f"'{volume.name}' is hardly a CT in Hounsfield units, which model '{manifest.name}' was trained on: no voxel lies between {low:g} and {high:g} (air, "
+        f"lung); they go from {volume.array.min():g} to {volume.array.max():g}. Export it with its rescaling, or run it nevertheless with --force-modality."
+    )
+
+
+def check_memory(shape: Sequence[int], ijk_to_ras: np.ndarray, manifest: BundleManifest, *, options: SegmentOptions, bytes_per_voxel: int) -> None:
+    """Raise UserError if a run on the CPU may need more memory than is free, or the volume is too large for the model.
+
+    Args:
+        shape: voxels of the volume, KJI.
+        ijk_to_ras: 4 x 4 of the volume.
+    """
+    model_grid = model_grid_around(shape, ijk_to_ras, spacing_mm=manifest.spacing_mm)
+    grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
+    wanted = grid.num_candidates if options.num_patches in (None, AUTO) else options.num_patches
+    needed_bytes = needed_memory_bytes(
+        model_grid,
+        grid,
+        bytes_per_voxel=bytes_per_voxel,
+        num_classes=manifest.num_classes,
+        coarse_factor=manifest.coarse_factor,
+        num_patches=min(wanted, grid.num_candidates),
+        backbone=manifest.backbone,
+        preset=manifest.architecture.get("preset", ""),
+    )
+    available_bytes = available_memory_bytes()
+    if available_bytes is not None and needed_bytes > available_bytes:
+        size = " x ".join(str(length) for length in reversed(tuple(shape)))
+        raise UserError(
+            f"A run with {size} voxels may need {needed_bytes / 1e9:.1f} GB of memory, but {available_bytes / 1e9:.1f} GB are free. Close other programs, crop "
+            "the volume, or try it nevertheless with --force-memory."
+        )
