@@ -239,9 +239,8 @@ def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
         help="labelmap (.nii.gz, .nii), segmentation of 3D Slicer (.seg.nrrd), or of a DICOM series a DICOM segmentation (.dcm)",
     )
     parser.add_argument("--series", default=None, metavar="UID", help="DICOM series to segment, where the folder has several")
-    parser.add_argument("--force-modality", action="store_true", help="run although the volume is not what the model was trained on")
-    parser.add_argument("--force-memory", action="store_true", help="run although the memory that is free may not be enough")
     add_run_arguments(parser)
+    parser.add_argument("--force-memory", action="store_true", help="run although the memory that is free may not be enough")
     also = parser.add_argument_group("further output files")
     also.add_argument(
         "--statistics",
@@ -283,6 +282,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ML",
         help="remove parts of a structure that lie apart and are smaller than this (default: keep all)",
     )
+    parser.add_argument("--force-modality", action="store_true", help="run although the volume is not what the model was trained on")
     parser.add_argument("--threads", type=int, default=defaults.threads, metavar="N", help="CPU threads (default: all physical cores)")
     parser.add_argument(
         "--runtime",

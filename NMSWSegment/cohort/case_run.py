@@ -31,6 +31,8 @@ class CohortSettings:
     """Of the segmentation: .seg.nrrd, .nii.gz, .nii or .dcm."""
     with_pictures: bool
     """Whether a preview and a quality sheet are made."""
+    force_modality: bool = False
+    """Whether volumes are segmented that are not what the model was trained on."""
 
 
 def case_folder(output: Path, case: Case) -> Path:
@@ -90,7 +92,7 @@ def _run(case: Case, settings: CohortSettings, *, options: SegmentOptions, folde
         raise UserError(f"The model '{bundle.manifest.name}' is not the one the cohort was started with. Install the same model on every computer.")
     if settings.ending in DICOM_SEG_ENDINGS:
         check_dicom_export(case.input)
-    result = segment_with_options(case.input, bundle, options=options, series=case.series)
+    result = segment_with_options(case.input, bundle, options=options, series=case.series, force_modality=settings.force_modality)
     result.save(folder / f"segmentation{settings.ending}")
     rows = result.statistics()
     write_statistics(rows, folder / "statistics.csv")

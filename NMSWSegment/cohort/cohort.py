@@ -65,7 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     if Path(options.bundle).is_dir():
         options = replace(options, bundle=str(Path(options.bundle).absolute()))
     settings = CohortSettings(
-        output=arguments.output.absolute(), options=options, bundle_sha256=bundle.sha256, ending=arguments.format, with_pictures=not arguments.no_pictures
+        output=arguments.output.absolute(),
+        options=options,
+        bundle_sha256=bundle.sha256,
+        ending=arguments.format,
+        with_pictures=not arguments.no_pictures,
+        force_modality=arguments.force_modality,
     )
     with _locked(settings.output):
         _prepare(settings, restart=arguments.restart)

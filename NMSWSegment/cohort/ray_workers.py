@@ -71,7 +71,9 @@ def _connected(address: str, *, plan: WorkerPlan):
             ray.init(num_cpus=len(plan.devices) * plan.threads, include_dashboard=False, configure_logging=False, log_to_driver=False)
         else:
             ray.init(address=address, configure_logging=False, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises plain exceptions where its own processes do not start
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if address == LOCAL:
+            raise UserError(f"Ray could not be started here ({reason}) Close other programs, or leave --ray out.") from error
         raise UserError(f"There is no Ray cluster at '{address}' ({reason}). Start one with 'ray start --head', or use --ray local.") from error
     return ray

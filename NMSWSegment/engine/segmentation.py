@@ -10,8 +10,9 @@ from NMSWSegment.engine.segment import RunCache, segment_volume, structure_value
 from NMSWSegment.files.bundle import Bundle, Label, load_bundle
 from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, Algorithm, export_dicom_seg
 from NMSWSegment.files.output_file import file_ending
+from NMSWSegment.files.run_checks import check_intensities, check_modality
 from NMSWSegment.files.statistics import StructureStatistics, structure_statistics
-from NMSWSegment.files.volume import Volume, read_volume, write_labelmap
+from NMSWSegment.files.volume import Volume, open_volume, write_labelmap
 from NMSWSegment.protocol import OnProgress, PatchBox, SegmentOptions, UserError, ignore_progress
 
 
@@ -64,6 +65,7 @@ def segment(
     min_island_ml: float = SegmentOptions.min_island_ml,
     threads: int | None = None,
     series: str | None = None,
+    force_modality: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> Segmentation:
     """Segment a CT volume.
@@ -78,6 +80,7 @@ def segment(
         min_island_ml: parts of a structure that lie apart and are smaller are removed; 0 keeps all.
         threads: CPU threads; None leaves one core free.
         series: Series Instance UID, where a DICOM folder has several series.
+        force_modality: run although the volume is not what the model was trained on.
         on_progress: called with a Progress before every stage and after every patch; may raise Cancelled.
 
     Raises:
@@ -92,17 +95,28 @@ def segment(
         min_island_ml=min_island_ml,
         threads=threads,
     )
-    return segment_with_options(volume, load_bundle(options.bundle), options=options, series=series, on_progress=on_progress)
+    return segment_with_options(volume, load_bundle(options.bundle), options=options, series=series, force_modality=force_modality, on_progress=on_progress)
 
 
 def segment_with_options(
-    volume: str | Path | Volume, bundle: Bundle, *, options: SegmentOptions, series: str | None = None, on_progress: OnProgress = ignore_progress
+    volume: str | Path | Volume,
+    bundle: Bundle,
+    *,
+    options: SegmentOptions,
+    series: str | None = None,
+    force_modality: bool = False,
+    on_progress: OnProgress = ignore_progress,
 ) -> Segmentation:
     """As `segment`, with a model that is already checked. The networks of the last model stay in memory for the next call."""
     kept_values = structure_values(bundle.manifest, options.structures)
     source = None if isinstance(volume, Volume) else Path(volume)
     if source is not None:
-        volume = read_volume(source, series_uid=series)
+        file = open_volume(source, series_uid=series)
+        if not force_modality:
+            check_modality(file, bundle.manifest)
+        volume = file.read()
+    if not force_modality:
+        check_intensities(volume, bundle.manifest)
     nets = _open_nets(bundle.folder, bundle.sha256, options.device)
     result = segment_volume(volume, bundle, options=options, on_progress=on_progress, run_cache=RunCache(nets=nets))
     if nets.device_steps:  # another volume may fit where this one did not

@@ -296,14 +296,30 @@ def test_sheet_and_page_are_whole_in_themselves_and_list_warnings_first(tmp_path
 def test_cohort_on_two_local_ray_workers_gives_what_local_processes_give(tmp_path, a_tiny_bundle, capfd):
     pytest.importorskip("ray", reason="the extra ray is not installed")
     write_cases(tmp_path / "in", count=3)
-    assert main(words(tmp_path / "in", tmp_path / "ray", a_tiny_bundle, "--workers", "2", "--ray", "local")) == 2
-    assert "2 of 3 cases done" in capfd.readouterr().out
+    code = main(words(tmp_path / "in", tmp_path / "ray", a_tiny_bundle, "--workers", "2", "--ray", "local"))
+    output, errors = capfd.readouterr()
+    if "Ray could not be started here" in errors:
+        pytest.skip("this computer is too busy for Ray, which gives its processes 30 s to start")
+    assert code == 2 and "2 of 3 cases done" in output
     assert [row["status"] for row in rows_of(tmp_path / "ray" / "cohort.csv")] == ["done", "done", "failed"]
     settings = settings_for(tmp_path / "here", a_tiny_bundle)
     for case in find_cases(tmp_path / "in")[:2]:
         run_case(case, settings, device="cpu", threads=1)
         arrays = [read_volume(case_folder(tmp_path / place, case) / "segmentation.nii.gz").array for place in ("ray", "here")]
         np.testing.assert_array_equal(*arrays)
+
+
+def test_ray_that_cannot_be_reached_or_started_is_one_sentence(tmp_path, a_tiny_bundle, capfd, monkeypatch):
+    class Ray:
+        @staticmethod
+        def init(**options):
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setitem(sys.modules, "ray", Ray)
+    write_cases(tmp_path / "in", count=1, broken=0)
+    for place, fix in (("local", "leave --ray out"), ("10.0.0.1:6379", "There is no Ray cluster at '10.0.0.1:6379'")):
+        assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle, "--ray", place)) == 2
+        assert fix in capfd.readouterr().err
 
 
 def test_missing_ray_names_the_extra(tmp_path, a_tiny_bundle, capfd, monkeypatch):

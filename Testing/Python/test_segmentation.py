@@ -9,7 +9,7 @@ import pytest
 import NMSWSegment
 from NMSWSegment.__main__ import main
 from NMSWSegment.files import phantoms
-from NMSWSegment.files.volume import read_volume, write_volume
+from NMSWSegment.files.volume import Volume, read_volume, write_volume
 from NMSWSegment.protocol import Cancelled, UserError
 
 
@@ -45,6 +45,13 @@ def test_volume_object_structures_all_patches_and_progress(a_phantom, a_tiny_bun
         NMSWSegment.segment(a_phantom[0], model=a_tiny_bundle, device="cpu", on_progress=stop)
     with pytest.raises(UserError, match="Did you mean 'spleen'"):
         NMSWSegment.segment(a_phantom[0], model=a_tiny_bundle, structures=["spleeen"])
+
+
+def test_values_that_are_no_hounsfield_units_are_refused_unless_forced(a_phantom, a_tiny_bundle):
+    shifted = Volume(a_phantom[0].array + 1024, a_phantom[0].ijk_to_ras)
+    with pytest.raises(UserError, match="hardly a CT in Hounsfield units"):
+        NMSWSegment.segment(shifted, model=a_tiny_bundle, device="cpu", threads=1)
+    assert NMSWSegment.segment(shifted, model=a_tiny_bundle, k=0, device="cpu", threads=1, force_modality=True).patches == ()
 
 
 def test_second_call_finds_the_networks_loaded(a_phantom, a_tiny_bundle):
