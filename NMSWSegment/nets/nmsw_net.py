@@ -89,6 +89,7 @@ class ImportanceHead(nn.Module):
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
         """Features (B, F, d, h, w) and log-probabilities (B, C, d, h, w) -> importance map (B, 1, d, h, w)."""
+        logits = logits.detach()  # the coarse answer is no means to move the importance
         probabilities = logits.exp()
         entropy = -(probabilities * logits).sum(1, keepdim=True)
         return torch.log(entropy + self.LEAST_ENTROPY) + self.perceptron(torch.cat([features, probabilities.to(features.dtype)], dim=1)).float()

@@ -20,7 +20,7 @@ from NMSWSegment.protocol import UserError
 from NMSWSegment.training.model_card import PICTURE_NAME, model_card
 from NMSWSegment.training.monai_metadata import INFERENCE_PATH, METADATA_PATH, monai_inference, monai_metadata
 from NMSWSegment.training.options import TrainOptions
-from NMSWSegment.training.run_folder import load_checkpoint, load_run_options, trained_weights
+from NMSWSegment.training.run_folder import load_checkpoint, load_run_options, load_weights, trained_weights
 
 PARITY_TOLERANCE = 1e-3  # logits; tracing changes no operator, so that only the order of sums may differ
 PARITY_SEED = 0
@@ -56,7 +56,7 @@ def export_bundle(
         raise UserError(f"There is no picture '{picture}'. Check the path, or leave --picture out.")
     options, checkpoint = load_run_options(run), load_checkpoint(run)
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
-    net.load_state_dict({key: value.half().float() for key, value in trained_weights(checkpoint).items()})
+    load_weights(net, {key: value.half().float() for key, value in trained_weights(checkpoint).items()}, run=run)
     net.eval().slice_fusion()
     examples = parity_inputs(options, coarse_multiple=net.architecture.coarse_multiple)
     notes = [_read_object(path, advice="Write a JSON object with trained_on and attributions.") for path in data_notes]

@@ -93,7 +93,7 @@ def restore_checkpoint(output: Path, state: TrainingState) -> None:
     if not (output / CHECKPOINT_NAME).is_file():
         return
     checkpoint = load_checkpoint(output)
-    state.net.load_state_dict(checkpoint["net"])
+    load_weights(state.net, checkpoint["net"], run=output)
     if state.average:
         state.average.load_state_dict(checkpoint["average"])
     state.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -111,7 +111,7 @@ def load_initial_weights(state: TrainingState, options: TrainOptions) -> None:
     """
     if options.initial_run:
         checkpoint = _fitting_checkpoint("initial_run", options.initial_run, state.net.architecture)
-        state.net.load_state_dict(trained_weights(checkpoint))
+        load_weights(state.net, trained_weights(checkpoint), run=options.initial_run)
         if state.sparsity and checkpoint["sparsity"]:
             if (sparsity := load_run_options(options.initial_run).sparsity) != options.sparsity:
                 raise UserError(
@@ -120,7 +120,8 @@ def load_initial_weights(state: TrainingState, options: TrainOptions) -> None:
             state.sparsity.load_state_dict(checkpoint["sparsity"])
     if options.coarse_run:
         weights = trained_weights(_fitting_checkpoint("coarse_run", options.coarse_run, state.net.architecture))
-        state.net.coarse.load_state_dict({key.removeprefix(COARSE_PREFIX): value for key, value in weights.items() if key.startswith(COARSE_PREFIX)})
+        weights = {key.removeprefix(COARSE_PREFIX): value for key, value in weights.items() if key.startswith(COARSE_PREFIX)}
+        load_weights(state.net.coarse, weights, run=options.coarse_run)
     if state.average:
         state.average.module.load_state_dict(state.net.state_dict())
 
@@ -140,6 +141,21 @@ def load_checkpoint(run: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"'{path}' cannot be read: it is damaged or no checkpoint. Start the run again, or give another one.") from error
+
+
+def load_weights(net: torch.nn.Module, weights: dict, *, run: Path | str) -> None:
+    """Give a net the weights of a run.
+
+    Raises:
+        UserError: they are those of other nets, as of an earlier version.
+    """
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"The weights of the run '{run}' are not those of this version's nets ({reason}). Train it again, or use the version that made it."
+        ) from error
 
 
 def trained_weights(checkpoint: dict) -> dict:

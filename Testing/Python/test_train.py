@@ -273,15 +273,16 @@ def test_scale_darkens_the_drawn_patches_and_not_the_random_one():
     torch.testing.assert_close(crops["scale"][0], crops["gate"][0] * shares[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["gate", "scale"])
+@pytest.mark.parametrize("estimator", ["gain", "gate", "scale"])
 def test_coarse_answer_is_not_trained_by_the_loss_on_y_high(spied_step, estimator):
     net = a_net()
     losses, seen = spied_step(net, step_options(estimator=estimator))
     assert not seen["coarse_logits"].requires_grad
     head = net.coarse.head.weight
-    (from_high,) = torch.autograd.grad(losses.high, head, retain_graph=True, allow_unused=True)
+    others = losses.high + losses.patch + losses.ranking + losses.entropy
+    (from_others,) = torch.autograd.grad(others, head, retain_graph=True, allow_unused=True)
     (from_coarse,) = torch.autograd.grad(losses.coarse, head)
-    assert from_high is None and float(from_coarse.abs().max()) > 0
+    assert from_others is None and float(from_coarse.abs().max()) > 0
 
 
 def test_loss_on_one_sample_falls():
@@ -310,7 +311,7 @@ def test_train_writes_options_checkpoint_and_tensorboard(a_run, data):
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
     net.load_state_dict(checkpoint["net"])
     assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
-    assert sorted(path.name.split(".")[0] for path in a_run.iterdir()) == ["cache", "checkpoint", "curve", "curve", "events", "options"]
+    assert sorted(path.name.split(".")[0] for path in a_run.iterdir()) == ["cache", "checkpoint", "curve", "events", "options"]
 
 
 def test_stopped_and_resumed_run_equals_one_that_was_not_stopped(a_run, data, tmp_path, monkeypatch):
@@ -485,6 +486,25 @@ def test_average_of_a_sparse_net_is_as_sparse_as_the_net():
     average = {"n_averaged": torch.tensor(3)} | {f"module.{key}": torch.ones(2) for key in net}
     found = run_folder.trained_weights({"net": net, "average": average, "sparsity": {"masks": {}}})
     assert found["local.backbone.nodes.a.weight"].tolist() == [0, 1] and found["local.head.weight"].tolist() == [1, 1]
+
+
+def test_weights_of_an_earlier_version_are_refused_with_one_sentence(a_run, data, tmp_path):
+    checkpoint = load_checkpoint(a_run)
+    for part in ("weight", "bias"):  # the importance head was one convolution
+        checkpoint["net"][f"coarse.importance_head.{part}"] = checkpoint["net"].pop(f"coarse.importance_head.perceptron.0.{part}")
+    (tmp_path / "old").mkdir()
+    torch.save(checkpoint, tmp_path / "old" / "checkpoint.pt")
+    (tmp_path / "old" / "options.json").write_bytes((a_run / "options.json").read_bytes())
+    expected = "^The weights of the run '.*old' are not those of this version's nets .*Train it again, or use the version that made it.$"
+    starts = [
+        lambda: train(tiny_options(data), output=tmp_path / "old", num_workers=0, resume=True),
+        lambda: train(tiny_options(data, initial_run=str(tmp_path / "old")), output=tmp_path / "run", num_workers=0),
+        lambda: train(tiny_options(data, train="patches", coarse_run=str(tmp_path / "old")), output=tmp_path / "run", num_workers=0),
+        lambda: export_bundle(tmp_path / "old", tmp_path / "bundle"),
+    ]
+    for start in starts:
+        with pytest.raises(UserError, match=expected):
+            start()
 
 
 def test_bf16_on_a_cpu_is_refused_before_anything_is_written(data, tmp_path):
