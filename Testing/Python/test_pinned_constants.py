@@ -7,7 +7,7 @@ from NMSWSegment.engine.aggregation import aggregate, mixing_weights, patch_wind
 from NMSWSegment.engine.selection import greedy_coverage, select, shows_foreground
 from NMSWSegment.files.grid import CandidateGrid
 
-SIDE_BY_SIDE = CandidateGrid.covering((8, 8, 24), patch_size=(8, 8, 8), overlap=0.0)
+SIDE_BY_SIDE = CandidateGrid.covering((8, 8, 24), patch_size=(8, 8, 8), overlap=0.0, coarse_factor=(2, 2, 2))
 """Three candidates."""
 
 
@@ -15,7 +15,7 @@ def test_a_class_that_is_never_trusted_to_the_patch_still_gets_sigmoid_of_minus_
     # The clamp of Eq. 6 at -1: a patch always keeps 0.2689 of a say.
     weights = mixing_weights(torch.tensor([-50.0, -1.0, 0.0, 50.0]))
     torch.testing.assert_close(weights, torch.tensor([0.26894143, 0.26894143, 0.5, 0.9999546]))
-    grid = CandidateGrid.covering((8, 8, 8), patch_size=(8, 8, 8), overlap=0.0)
+    grid = CandidateGrid.covering((8, 8, 8), patch_size=(8, 8, 8), overlap=0.0, coarse_factor=(2, 2, 2))
     mixed, _ = aggregate(torch.zeros(1, 4, 4, 4), [torch.ones(1, 8, 8, 8)], indices=[0], grid=grid, class_weights=torch.tensor([-50.0]))
     torch.testing.assert_close(mixed, torch.full((1, 8, 8, 8), 0.26894143))
 
