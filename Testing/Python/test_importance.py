@@ -12,6 +12,7 @@ from torch import Tensor, nn
 pytest.importorskip("monai")
 
 from NMSWSegment.data.training_sample import TrainingSample  # noqa: E402
+from NMSWSegment.engine.resampling import coarse_input  # noqa: E402
 from NMSWSegment.engine.selection import candidate_importance, pool_mean, shows_foreground  # noqa: E402
 from NMSWSegment.nets.backbones import NUM_FEATURES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
@@ -99,7 +100,7 @@ def area_under_curve(net: NMSWNet, *, seeds: range) -> float:
     wins = pairs = 0.0
     for seed in seeds:
         x, labels, grid = prepare(a_sample(seed), options("gain"))
-        logits, importance_map = _run_coarse(net, x, options("gain"))
+        logits, importance_map = _run_coarse(net, coarse_input(x, grid=grid), options("gain"))
         importance = candidate_importance(importance_map[0, 0], grid=grid)
         shown = shows_foreground(1 - logits[0].exp()[0], grid=grid)
         has_stripes = pool_mean((labels == STRIPED).float(), grid=grid) > 0

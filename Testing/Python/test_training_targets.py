@@ -56,7 +56,7 @@ def targets(monkeypatch) -> list[torch.Tensor]:
 def test_coarse_targets_are_not_shifted(targets, factors):
     labels = asymmetric_labels()
     options = step_options(coarse_factor=factors, patch_size=(24, 12, 12), overlap=0.0, train="coarse")
-    grid = CandidateGrid.covering(SHAPE, patch_size=options.patch_size, overlap=0.0)
+    grid = CandidateGrid.covering(SHAPE, patch_size=options.patch_size, overlap=0.0, coarse_factor=factors)
     coarse_losses(a_net(), [TrainingVolume(torch.rand(1, 1, *SHAPE), labels, grid, torch.Generator())], options=options)
     (shares,) = targets
     assert tuple(shares.shape[2:]) == tuple(size // factor for size, factor in zip(SHAPE, factors))
@@ -116,7 +116,7 @@ def drawn(monkeypatch):
 
     def run(seed: int, **changes) -> list[int]:
         options = step_options(patch_size=(16, 16, 16), overlap=0.0, coarse_factor=(2, 2, 2), estimator="gain", **changes)
-        grid = CandidateGrid.covering((16, 16, 64), patch_size=(16, 16, 16), overlap=0.0)
+        grid = CandidateGrid.covering((16, 16, 64), patch_size=(16, 16, 16), overlap=0.0, coarse_factor=(2, 2, 2))
         x = torch.arange(4.0).repeat_interleave(16).expand(1, 1, 16, 16, 64)  # every voxel knows its candidate
         logits, importance_map, taken = torch.zeros(1, 4, 8, 8, 32), torch.zeros(1, 1, 8, 8, 32), []
         logits[:, 0, ..., :16], logits[:, 1, ..., 16:] = 20, 20
