@@ -13,7 +13,7 @@ pytest.importorskip("monai")
 
 from NMSWSegment.data.training_sample import TrainingSample  # noqa: E402
 from NMSWSegment.engine.resampling import coarse_input  # noqa: E402
-from NMSWSegment.engine.selection import candidate_importance, pool_mean, shows_foreground  # noqa: E402
+from NMSWSegment.engine.selection import candidate_importance, shows_foreground  # noqa: E402
 from NMSWSegment.nets.backbones import NUM_FEATURES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
 from NMSWSegment.training.options import TrainOptions  # noqa: E402
@@ -103,7 +103,7 @@ def area_under_curve(net: NMSWNet, *, seeds: range) -> float:
         logits, importance_map = _run_coarse(net, coarse_input(x, grid=grid), options("gain"))
         importance = candidate_importance(importance_map[0, 0], grid=grid)
         shown = shows_foreground(1 - logits[0].exp()[0], grid=grid)
-        has_stripes = pool_mean((labels == STRIPED).float(), grid=grid) > 0
+        has_stripes = torch.tensor([bool((labels[grid.slices(index)] == STRIPED).any()) for index in range(grid.num_candidates)])
         with_stripes, without = importance[shown & has_stripes], importance[shown & ~has_stripes]
         difference = with_stripes[:, None] - without[None]
         wins += float((difference > 0).float().sum() + (difference == 0).float().sum() / 2)
