@@ -51,7 +51,7 @@ def test_training_resamples_as_inference_does(geometry):
     for value in (1, 2, 3):
         place, own = ((where == value).nonzero() for where in (found_labels, torch.from_numpy(labels)))
         center = [(grid @ [*index.double().mean(0).numpy()[::-1], 1.0])[:3] for grid, index in ((model_grid.ijk_to_ras, place), (volume.ijk_to_ras, own))]
-        np.testing.assert_allclose(*center, atol=1.0)
+        np.testing.assert_allclose(*center, atol=2.0)  # of two voxels that are equally near, nearest takes the lower: half a fine voxel
 
 
 @pytest.mark.parametrize("geometry", ["axis-aligned", "oblique"])

@@ -113,6 +113,7 @@ def test_patches_of_the_local_net_show_small_classes_as_often_as_large_ones():
 @pytest.fixture
 def drawn(monkeypatch):
     """Run a step whose coarse net shows foreground in the last two of four candidates, and is most drawn to the first; the candidates it took."""
+    net = a_net()
 
     def run(seed: int, **changes) -> list[int]:
         options = step_options(patch_size=(16, 16, 16), overlap=0.0, coarse_factor=(2, 2, 2), estimator="gain", **changes)
@@ -129,7 +130,7 @@ def drawn(monkeypatch):
         monkeypatch.setattr(step_module, "_run_coarse", lambda *_, **__: (logits, importance_map))
         monkeypatch.setattr(step_module, "_run_local", local)
         labels = torch.ones(16, 16, 64, dtype=torch.uint8)
-        losses = training_losses(a_net(), x, labels, grid=grid, options=options, tau=1.0, generator=torch.Generator().manual_seed(seed))
+        losses = training_losses(net, x, labels, grid=grid, options=options, tau=1.0, generator=torch.Generator().manual_seed(seed))
         assert torch.isfinite(losses.total) and float(losses.entropy) <= np.log(2) + 1e-5
         return taken
 
