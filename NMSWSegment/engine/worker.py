@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 PROGRESS_INTERVAL_S = 0.05
 """Progress inside one stage is sent at most this often."""
+MOST_NICENESS = 5
+"""The windows of the desktop, at 0, still come first."""
 DONE, NO_TORCH = 0, 2
 
 Send = Callable[[dict], None]
@@ -74,6 +76,7 @@ def serve(*, folder: Path | None = None) -> int:
     """
     requests, events = _taken_standard_streams()
     send = _event_writer(events)
+    raise_low_priority()
     send({"event": "ready", "pid": os.getpid(), "version": __version__})
     inbox = Inbox()
     threading.Thread(target=_read_requests, args=(requests, inbox, send, folder), daemon=True).start()
@@ -154,6 +157,7 @@ class Server:
     def _segment(self, number: int, request: dict) -> None:
         """Run a segmentation and leave its labelmap in the folder of the request."""
         from NMSWSegment.files.bundle import load_bundle
+        from NMSWSegment.files.label_content import label_content
 
         folder, run_id = Path(request["folder"]), request["id"]
         on_progress = progress_events(self._send, run_id=run_id, is_cancelled=lambda: self._inbox.is_cancelled(number))
@@ -168,7 +172,9 @@ class Server:
         coarse_ready = (lambda coarse: self._send(_coarse_event(coarse, folder=folder, run_id=run_id))) if request["coarse_first"] else None
         result = self._session.run(key, volume, bundle=bundle, options=options, on_progress=on_progress, coarse_ready=coarse_ready)
         _write_array(folder, "labels.npy", result.labelmap.array)
-        self._send({"event": "done", "id": run_id, "labelmap": "labels.npy", "run_info": result.run_info, "holds": request["volume"]["key"]})
+        content = asdict(label_content(result.labelmap.array, labels=bundle.manifest.labels))  # here, where no window waits for it
+        done = {"event": "done", "id": run_id, "labelmap": "labels.npy", "content": content, "run_info": result.run_info, "holds": request["volume"]["key"]}
+        self._send(done)
 
     def _measure(self, request: dict) -> None:
         """Open the nets and measure how fast they are."""
@@ -177,6 +183,27 @@ class Server:
         bundle = load_bundle(request["bundle"])
         device, rate = self._session.measure(bundle, device=request["device"], threads=request["threads"])
         self._send({"event": "rate", "bundle": bundle.manifest.name, "device": device, "rate": asdict(rate)})
+
+
+def raise_low_priority() -> None:
+    """Undo the lowest priority, which Slicer gives its child processes on Linux: a computer with other work would hardly run the nets.
+
+    Before any thread is started, because a priority belongs to a thread there and new threads inherit it.
+    """
+    if not hasattr(os, "setpriority"):  # Windows
+        return
+    found = os.getpriority(os.PRIO_PROCESS, 0)
+    if found <= MOST_NICENESS:
+        return
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, MOST_NICENESS)
+    except OSError:  # only an administrator, or a limit of the computer, allows it
+        print(
+            f"The process runs at the low priority that Slicer gave it (niceness {found}), so it is slow while other programs are busy. To change that, set the "
+            "environment variable SLICER_BACKGROUND_THREAD_PRIORITY to 0 before starting Slicer.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _taken_standard_streams() -> tuple[BinaryIO, BinaryIO]:
