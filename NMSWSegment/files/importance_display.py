@@ -27,7 +27,9 @@ def importance_for_display(importance: Volume, volume: Volume) -> Volume:
     image = sitk.GetImageFromArray(np.where(is_body, importance.array, 0).astype(np.float32))
     smooth = sitk.GetArrayFromImage(sitk.DiscreteGaussian(image, variance=SMOOTHING_SIGMA_VOXELS**2, useImageSpacing=False))
     # What the Gaussian takes over the skin is lost; dividing by its share of the body brings the edge back.
-    share = sitk.GetArrayFromImage(sitk.DiscreteGaussian(sitk.GetImageFromArray(is_body.astype(np.float32)), variance=SMOOTHING_SIGMA_VOXELS**2, useImageSpacing=False))
+    share = sitk.GetArrayFromImage(
+        sitk.DiscreteGaussian(sitk.GetImageFromArray(is_body.astype(np.float32)), variance=SMOOTHING_SIGMA_VOXELS**2, useImageSpacing=False)
+    )
     smooth = np.where(is_body, smooth / np.maximum(share, 1e-3), 0).astype(np.float32)
     return Volume(array=smooth / (smooth.max() or 1), ijk_to_ras=importance.ijk_to_ras, name=importance.name)
 

@@ -55,9 +55,13 @@ def check_message(check: InputCheck) -> str:
         CheckKind.NO_VOLUME: _("Choose an input volume, or click 'Load sample CT'."),
         CheckKind.NOT_A_VOLUME: _("The input is a labelmap, not an image. Choose the CT volume that it was created from."),
         CheckKind.EMPTY_VOLUME: _("The input volume is empty. Load the image file again or choose another volume."),
-        CheckKind.COLOR_VOLUME: _("The input volume is a color image with {components} components. Extract a single component with the Vector to Scalar Volume module."),
+        CheckKind.COLOR_VOLUME: _(
+            "The input volume is a color image with {components} components. Extract a single component with the Vector to Scalar Volume module."
+        ),
         CheckKind.ONE_SLICE: _("The input volume has a single slice. Choose a volume with several slices."),
-        CheckKind.NONLINEAR_TRANSFORM: _("The input volume is under a non-linear transform. Harden the transform in the Transforms module or remove the volume from it."),
+        CheckKind.NONLINEAR_TRANSFORM: _(
+            "The input volume is under a non-linear transform. Harden the transform in the Transforms module or remove the volume from it."
+        ),
         CheckKind.BROKEN_GEOMETRY: _(
             "The geometry of the input volume is invalid: its axes lie in one plane or contain invalid numbers. Correct it in the Volumes module."
         ),
@@ -122,18 +126,24 @@ def structures_title(*, chosen: int, total: int) -> str:
 
 def torch_missing_message() -> str:
     """The way to torch, with and without internet."""
-    return _(
-        "PyTorch, which runs the models, is not installed, and neither is the PyTorch extension that installs it.\n\n"
-        "Online: install the PyTorch extension in the Extensions Manager, restart the application, and click Segment again.\n\n"
-    ) + _offline_message()
+    return (
+        _(
+            "PyTorch, which runs the models, is not installed, and neither is the PyTorch extension that installs it.\n\n"
+            "Online: install the PyTorch extension in the Extensions Manager, restart the application, and click Segment again.\n\n"
+        )
+        + _offline_message()
+    )
 
 
 def torch_not_installed_message() -> str:
     """After an installation of torch that failed or was declined."""
-    return _(
-        "PyTorch, which runs the models, was not installed.\n\n"
-        "Online: check the internet connection and the proxy settings (environment variable HTTPS_PROXY), and click Segment to try again.\n\n"
-    ) + _offline_message()
+    return (
+        _(
+            "PyTorch, which runs the models, was not installed.\n\n"
+            "Online: check the internet connection and the proxy settings (environment variable HTTPS_PROXY), and click Segment to try again.\n\n"
+        )
+        + _offline_message()
+    )
 
 
 def _offline_message() -> str:

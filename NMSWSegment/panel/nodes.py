@@ -88,7 +88,9 @@ def import_labelmap(
     """
     check_same_grid(labelmap, reference_node)
     content = label_content(labelmap.array, labels=labels)
-    run_to_end(import_steps(segmentation_node, labelmap, labels=[label for label in labels if label.name in content.voxels_by_name], reference_node=reference_node))
+    run_to_end(
+        import_steps(segmentation_node, labelmap, labels=[label for label in labels if label.name in content.voxels_by_name], reference_node=reference_node)
+    )
     return content.voxels_by_name
 
 
