@@ -233,7 +233,11 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.initializeParameterNode()
 
     def onSceneEndImport(self, caller=None, event=None) -> None:
-        """Show the settings of a scene that was loaded."""
+        """Show the settings of a scene that was loaded, and remove what a run left in one that was saved meanwhile."""
+        from NMSWSegment.panel.overlays import remove_traces_of_run
+
+        if not self.segmenter.is_running:
+            remove_traces_of_run(slicer.mrmlScene)
         if self.parent.isEntered:
             self.initializeParameterNode()
 

@@ -43,5 +43,17 @@ def body_mask(shape: tuple[int, int, int], *, ijk_to_ras: np.ndarray, volume: Vo
     is_dense = np.zeros(i.shape, dtype=bool)
     is_dense[is_inside] = volume.array[ijk[2, is_inside], ijk[1, is_inside], ijk[0, is_inside]] > BODY_HU
     parts = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.GetImageFromArray(is_dense.reshape(shape).astype(np.uint8))))
-    largest = sitk.GetArrayFromImage(parts) == 1
-    return np.stack([sitk.GetArrayFromImage(sitk.BinaryFillhole(sitk.GetImageFromArray(plane.astype(np.uint8)))) > 0 for plane in largest])
+    return _filled(sitk.GetArrayFromImage(parts) == 1)
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """A mask (d, h, w) with what it encloses in each plane."""
+    # A full plane between every two keeps the planes apart, so that one search does for all of them.
+    apart = np.zeros((2 * len(mask), *mask.shape[1:]), dtype=np.uint8)
+    apart[::2] = ~mask
+    holes = sitk.GetArrayFromImage(sitk.ConnectedComponent(sitk.GetImageFromArray(apart)))[::2]
+    edges = np.concatenate([holes[:, 0].ravel(), holes[:, -1].ravel(), holes[:, :, 0].ravel(), holes[:, :, -1].ravel()])
+    is_outside = np.zeros(holes.max() + 1, dtype=bool)
+    is_outside[edges] = True
+    is_outside[0] = False  # the mask itself, where it reaches the edge
+    return ~is_outside[holes]

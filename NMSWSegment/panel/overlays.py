@@ -4,6 +4,7 @@ All of it can be drawn again, so it goes away without asking; the user's own nod
 the segment selectors of the slice views turn to another segmentation and switch segments of it off (seen in Slicer 5.13).
 """
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +34,8 @@ LEAST_SHOWN_IMPORTANCE = 0.15
 COARSE_RESULT_NAME = "NMSW coarse result"
 COARSE_RESULT_ATTRIBUTE = "NMSW.CoarseResult"
 COARSE_RESULT_OPACITY = 0.5
+HIDDEN_ATTRIBUTE = "NMSW.HiddenDuringRun"
+"""Node attribute of a segmentation in whose place the coarse result is shown: ids of the segments that were hidden before, JSON."""
 
 
 def show_patches(
@@ -162,6 +165,42 @@ def hide_coarse_result(scene: "slicer.vtkMRMLScene") -> None:
         remove_node(node)
     for node in _own_nodes(scene, "vtkMRMLColorTableNode", COARSE_RESULT_ATTRIBUTE):
         scene.RemoveNode(node)
+
+
+def hide_previous_result(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> None:
+    """Hide a segmentation while the coarse result is shown in its place; the node remembers which segments were hidden before."""
+    if segmentation_node.GetDisplayVisibility():
+        segmentation_node.SetAttribute(HIDDEN_ATTRIBUTE, json.dumps(sorted(hidden_segments(segmentation_node))))
+        segmentation_node.SetDisplayVisibility(False)
+
+
+def remove_traces_of_run(scene: "slicer.vtkMRMLScene") -> None:
+    """Remove the coarse result and show again what was hidden for it, segment by segment: the segment selectors of the views may have changed some.
+
+    At the end of a run; also in a scene that was saved during one and loaded, which needs nothing but what its nodes say.
+    """
+    hide_coarse_result(scene)
+    for node in _own_nodes(scene, "vtkMRMLSegmentationNode", HIDDEN_ATTRIBUTE):
+        node.SetDisplayVisibility(True)
+        set_hidden_segments(node, set(json.loads(node.GetAttribute(HIDDEN_ATTRIBUTE))))
+        node.RemoveAttribute(HIDDEN_ATTRIBUTE)
+
+
+def hidden_segments(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> set[str]:
+    """Ids of the segments that are not shown."""
+    display = segmentation_node.GetDisplayNode()
+    if display is None:
+        return set()
+    return {segment_id for segment_id in segmentation_node.GetSegmentation().GetSegmentIDs() if not display.GetSegmentVisibility(segment_id)}
+
+
+def set_hidden_segments(segmentation_node: "slicer.vtkMRMLSegmentationNode", hidden: set[str]) -> None:
+    """Show all segments but these."""
+    display = segmentation_node.GetDisplayNode()
+    if display is None:
+        return
+    for segment_id in segmentation_node.GetSegmentation().GetSegmentIDs():
+        display.SetSegmentVisibility(segment_id, segment_id not in hidden)
 
 
 def remove_node(node: "slicer.vtkMRMLNode") -> None:

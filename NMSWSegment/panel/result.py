@@ -13,7 +13,7 @@ from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.label_content import LabelContent, voxels_fingerprint
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.panel.nodes import LABELMAP_REPRESENTATION, check_same_grid, import_steps, write_volumes_table
-from NMSWSegment.panel.overlays import show_patches
+from NMSWSegment.panel.overlays import hidden_segments, set_hidden_segments, show_patches
 from NMSWSegment.panel.stepped_task import Steps
 from NMSWSegment.panel.surfaces import has_surfaces, surface_of
 from NMSWSegment.protocol import PatchBox, UserError
@@ -77,23 +77,6 @@ def result_steps(
     seconds = time.perf_counter() - started
     _store_provenance(segmentation_node, run_info, seconds=seconds)
     return segmentation_node, seconds
-
-
-def hidden_segments(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> set[str]:
-    """Ids of the segments that are not shown."""
-    display = segmentation_node.GetDisplayNode()
-    if display is None:
-        return set()
-    return {segment_id for segment_id in segmentation_node.GetSegmentation().GetSegmentIDs() if not display.GetSegmentVisibility(segment_id)}
-
-
-def set_hidden_segments(segmentation_node: "slicer.vtkMRMLSegmentationNode", hidden: set[str]) -> None:
-    """Show all segments but these."""
-    display = segmentation_node.GetDisplayNode()
-    if display is None:
-        return
-    for segment_id in segmentation_node.GetSegmentation().GetSegmentIDs():
-        display.SetSegmentVisibility(segment_id, segment_id not in hidden)
 
 
 def new_segmentation_node(volume_node: "slicer.vtkMRMLScalarVolumeNode", *, name: str) -> "slicer.vtkMRMLSegmentationNode":

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import qt
 import slicer
 import vtk
 
@@ -23,14 +24,14 @@ from NMSWSegment.files.label_content import LabelContent
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.panel.application import _
 from NMSWSegment.panel.nodes import node_to_world_matrix, volume_from_node
-from NMSWSegment.panel.overlays import hide_coarse_result, show_coarse_result
-from NMSWSegment.panel.result import hidden_segments, is_as_made, result_steps, segments_state, set_hidden_segments
+from NMSWSegment.panel.overlays import hide_previous_result, remove_traces_of_run, show_coarse_result
+from NMSWSegment.panel.result import is_as_made, result_steps, segments_state
 from NMSWSegment.panel.stepped_task import SteppedTask
 from NMSWSegment.panel.worker_client import Worker
 from NMSWSegment.protocol import SegmentOptions, UserError
 
-ENDINGS = ("done", "cancelled", "error", "died", "stopped")
-"""Events after which a run is over."""
+ENDINGS = ("done", "cancelled", "error", "died")
+"""Events of the worker after which a run is over."""
 
 _logger = logging.getLogger(__name__)
 
@@ -51,11 +52,7 @@ class _ActiveRun:
     keep_visibility: bool
     """Of the segments that a user has hidden."""
     scene: "slicer.vtkMRMLScene"
-    observations: tuple[int, ...] = ()
-    hidden_node: "slicer.vtkMRMLSegmentationNode | None" = None
-    """The previous result, hidden while the coarse one is shown."""
-    hidden_segments: frozenset[str] = frozenset()
-    """Those that were hidden before."""
+    observation: int = 0
     finishing: SteppedTask | None = None
     """The result on its way into the scene."""
 
@@ -221,18 +218,8 @@ class Segmenter:
         self._importance = active.volume_node.GetID(), Volume(array=np.load(active.folder / importance["file"]), ijk_to_ras=ijk_to_node)
         labelmap = Volume(array=np.load(active.folder / event["labelmap"]), ijk_to_ras=active.ijk_to_ras)
         show_coarse_result(labelmap, labels=active.bundle.manifest.labels, reference_node=active.volume_node)
-        output = active.segmentation_node
-        if output is not None and output.GetDisplayVisibility():
-            active.hidden_node, active.hidden_segments = output, frozenset(hidden_segments(output))
-            output.SetDisplayVisibility(False)
-
-    def _hide_coarse(self, active: _ActiveRun) -> None:
-        """Show the slice views as before the coarse result, segment by segment: the views' selectors may have changed some."""
-        hide_coarse_result(active.scene)
-        if active.hidden_node is not None and active.hidden_node.GetScene() is not None:
-            active.hidden_node.SetDisplayVisibility(True)
-            set_hidden_segments(active.hidden_node, set(active.hidden_segments))
-        active.hidden_node = None
+        if active.segmentation_node is not None:
+            hide_previous_result(active.segmentation_node)
 
     def _start_finishing(self, event: dict) -> None:
         """Bring the result into the scene, step by step; the event "done" comes after the last one."""
@@ -240,7 +227,7 @@ class Segmenter:
         labelmap = Volume(array=np.load(active.folder / event["labelmap"]), ijk_to_ras=active.ijk_to_ras)
 
         def steps():
-            self._hide_coarse(active)
+            remove_traces_of_run(active.scene)
             yield
             return (
                 yield from result_steps(
@@ -263,18 +250,14 @@ class Segmenter:
             self._active.finishing.finish()
 
     def _observe_scene(self, active: _ActiveRun) -> None:
-        """Stop the run when one of its nodes is deleted; keep the coarse result out of a scene that is saved."""
+        """Stop the run when one of its nodes is deleted."""
 
         @vtk.calldata_type(vtk.VTK_OBJECT)
         def on_node_removed(caller, event, node) -> None:
             if node is active.volume_node or (node is not None and node is active.segmentation_node):
                 self._stop_without(node, active)
 
-        def on_save(caller, event) -> None:
-            self._hide_coarse(active)
-
-        scene = active.scene
-        active.observations = (scene.AddObserver(scene.NodeAboutToBeRemovedEvent, on_node_removed), scene.AddObserver(scene.StartSaveEvent, on_save))
+        active.observation = active.scene.AddObserver(active.scene.NodeAboutToBeRemovedEvent, on_node_removed)
 
     def _stop_without(self, node: "slicer.vtkMRMLNode", active: _ActiveRun) -> None:
         """Stop the run because a node of it is about to be deleted."""
@@ -287,7 +270,9 @@ class Segmenter:
         else:
             message = _("The output segmentation was deleted, so the run was stopped.")
         self._worker.cancel()
-        self._pass_on({"event": "stopped", "id": active.run_id, "message": message})
+        self._end_run()
+        event = {"event": "stopped", "id": active.run_id, "message": message}
+        qt.QTimer.singleShot(0, lambda: self._on_event(event))  # once the node is gone
 
     def _end_run(self) -> None:
         """Drop what only the run needed."""
@@ -296,9 +281,8 @@ class Segmenter:
             return
         if active.finishing is not None:
             active.finishing.stop()
-        for observation in active.observations:
-            active.scene.RemoveObserver(observation)
-        self._hide_coarse(active)
+        active.scene.RemoveObserver(active.observation)
+        remove_traces_of_run(active.scene)
         shutil.rmtree(active.folder, ignore_errors=True)
 
 

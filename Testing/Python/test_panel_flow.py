@@ -358,14 +358,14 @@ def test_quitting_in_a_run_leaves_no_process_and_no_file(app, own_folder, tmp_pa
 
 @pytest.mark.parametrize("deleted", ["volume", "segmentation"])
 def test_node_deleted_in_a_run_stops_it_at_once_with_one_sentence(app, own_folder, tmp_path, monkeypatch, deleted):
-    slow_down(monkeypatch, tmp_path, 0.3)
+    slow_down(monkeypatch, tmp_path, 1)
     add_phantom(app.scene)
     widget = app.open_panel("NMSWSegment")
     node = widget.logic.getParameterNode()
     node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 8
     node.outputSegmentation = app.scene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Output")
     widget.ui.segmentButton.click()
-    app.wait_until(lambda: "Patch 1" in widget.ui.statusLabel.text, TIMEOUT_S)
+    app.wait_until(lambda: app.scene.GetFirstNodeByName("NMSW coarse result"), TIMEOUT_S)
 
     app.scene.RemoveNode(node.inputVolume if deleted == "volume" else node.outputSegmentation)
 
@@ -380,18 +380,31 @@ def test_node_deleted_in_a_run_stops_it_at_once_with_one_sentence(app, own_folde
     assert node_names(app.scene, "vtkMRMLSegmentationNode") == (["Output"] if deleted == "volume" else [])
 
 
-def test_scene_saved_in_a_run_holds_nothing_of_the_coarse_result(app, own_folder, tmp_path, monkeypatch):
-    slow_down(monkeypatch, tmp_path, 0.3)
+def test_scene_saved_in_a_run_is_in_order_when_it_is_loaded(app, own_folder, tmp_path, monkeypatch):
+    slow_down(monkeypatch, tmp_path, 1)
     composite = app.scene.AddNewNodeByClass("vtkMRMLSliceCompositeNode")
-    widget = start_first_run(app)
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 0
+    segment(app, widget)
+    result_of(widget).GetDisplayNode().SetSegmentVisibility("spleen", False)
+    node.liveUpdate, node.numPatches = False, 8
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: app.scene.GetFirstNodeByName("NMSW coarse result"), TIMEOUT_S)
     assert app.scene.GetNodeByID(composite.GetLabelVolumeID()).GetName() == "NMSW coarse result"
+    assert not result_of(widget).GetDisplayVisibility()
 
     scene_file = app.save_scene(tmp_path / "saved")
+    app.load_scene(scene_file)
 
-    assert "coarse result" not in scene_file.read_text()
+    assert "<LabelMapVolume" not in scene_file.read_text()
+    composite = app.scene.GetFirstNodeByClass("vtkMRMLSliceCompositeNode")
     assert composite.GetLabelVolumeID() is None
-    app.wait_until(lambda: not widget.segmenter.is_running, TIMEOUT_S)
-    assert len(segment_ids(result_of(widget))) == 3
+    assert composite.GetLabelOpacity() == 1
+    assert app.scene.GetFirstNodeByName("NMSW coarse result") is None
+    assert visible_segments(result_of(widget)) == {"liver": True, "spleen": False, "vertebrae": True}
+    assert widget.segmenter.is_untouched(result_of(widget))
 
 
 def test_live_update_keeps_hidden_segments_hidden_and_segment_shows_all(app, widget):
