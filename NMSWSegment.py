@@ -31,6 +31,7 @@ from NMSWSegment.panel.application import (
     WithinRange,
     _,
     parameterNodeWrapper,
+    translate,
 )
 from NMSWSegment.panel.messages import (
     check_message,
@@ -41,6 +42,7 @@ from NMSWSegment.panel.messages import (
     progress_message,
     structures_title,
     torch_missing_message,
+    torch_not_installed_message,
 )
 from NMSWSegment.panel.run_state import Run
 from NMSWSegment.panel.self_test import NMSWSegmentTest
@@ -62,6 +64,7 @@ LIVE_UPDATE_MS = 250
 IDLE_MS = 10 * 60 * 1000
 """A worker that was not used for so long gives its memory back."""
 RATES_KEY = "NMSWSegment/Rates"
+TUTORIAL_URL = "https://github.com/NMSWSegment/NMSWSegment/blob/main/docs/tutorial.md"
 
 
 class NMSWSegment(ScriptedLoadableModule):
@@ -70,15 +73,15 @@ class NMSWSegment(ScriptedLoadableModule):
     def __init__(self, parent) -> None:
         super().__init__(parent)
         parent.title = _("NMSW Segment")
-        parent.categories = [_("Segmentation")]
+        parent.categories = [translate("qSlicerAbstractCoreModule", "Segmentation")]
         parent.dependencies = []
         parent.contributors = ["NMSWSegment contributors"]
         parent.helpText = _(
-            "<p>Segments a CT volume on an ordinary computer: a coarse net looks at the whole volume, chooses the few patches where "
-            "looking closer pays most, and a second net segments those at full resolution.</p>"
+            "<p>Segments a CT volume on an ordinary computer: a coarse network segments the whole volume and selects the patches where "
+            "full resolution matters most; only those go through the full-resolution network.</p>"
             "<p>Choose an input volume and the number of patches, then click Segment. The outlines show which patches were run.</p>"
-            "<p>Not for clinical use.</p>"
-        )
+            '<p>See the <a href="{url}">tutorial</a> for more information. Not for clinical use.</p>'
+        ).format(url=TUTORIAL_URL)
         parent.acknowledgementText = _(
             'The method is described in "No More Sliding Window: Efficient 3D Medical Image Segmentation with Differentiable Top-k '
             'Patch Sampling", MICCAI 2025, <a href="https://arxiv.org/abs/2501.10814">arXiv:2501.10814</a>.'
@@ -93,7 +96,7 @@ def registerSampleData() -> None:
     SampleData.SampleDataLogic.registerCustomSampleDataSource(
         category="NMSWSegment",
         sampleName=SAMPLE_NAME,
-        thumbnailFileName=str(resources_folder() / "Icons" / "NMSWSegment.png"),
+        thumbnailFileName=str(resources_folder() / "Icons" / f"{SAMPLE_NAME}.png"),
         uris=SAMPLE_PATH.as_uri(),
         fileNames=SAMPLE_PATH.name,
         nodeNames=SAMPLE_NAME,
@@ -103,7 +106,7 @@ def registerSampleData() -> None:
 
 
 def ensureTorch() -> bool:
-    """Whether torch is there; where it is not, offer to install it with the PyTorch extension."""
+    """Whether PyTorch is there; where it is not, offer to install it with the PyTorch extension."""
     if importlib.util.find_spec("torch"):
         return True
     try:
@@ -111,8 +114,16 @@ def ensureTorch() -> bool:
     except ModuleNotFoundError:
         slicer.util.errorDisplay(torch_missing_message().format(python=sys.version.split()[0]))
         return False
-    torch = PyTorchUtils.PyTorchUtilsLogic().installTorch(askConfirmation=True, torchVersionRequirement=TORCH_REQUIREMENT)
-    return torch is not None
+    details = ""
+    try:
+        PyTorchUtils.PyTorchUtilsLogic().installTorch(askConfirmation=True, torchVersionRequirement=TORCH_REQUIREMENT)
+    except Exception as error:  # it imports torch at its end, also where the user declined or the download failed
+        details = f"{type(error).__name__}: {error}"
+    importlib.invalidate_caches()
+    if importlib.util.find_spec("torch"):
+        return True
+    slicer.util.errorDisplay(torch_not_installed_message().format(python=sys.version.split()[0]), detailedText=details)
+    return False
 
 
 @parameterNodeWrapper
@@ -153,6 +164,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._availableBytes = None
         self._observedNodes = ()
         self._isCancelledByUser = False
+        self._surfacesTask = None
+        self._shownIn3D = set()
 
     # Life of the panel
 
@@ -181,10 +194,11 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self) -> None:
         """End the worker and let go of the scene when the application closes or the module is reloaded."""
-        for timer in self._timers:
-            timer.stop()
         if self.segmenter:
             self.segmenter.close()
+        self._stopSurfaces()
+        for timer in self._timers:
+            timer.stop()
         self._setParameterNode(None)
         self.removeObservers()
 
@@ -206,6 +220,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onSceneStartClose(self, caller=None, event=None) -> None:
         """Give up a run whose nodes go away, and let go of the parameter node."""
         self._liveTimer.stop()
+        self._stopSurfaces()
+        self._shownIn3D.clear()
         self.segmenter.abandon()
         self._run = Run()
         self._setParameterNode(None)
@@ -217,7 +233,11 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.initializeParameterNode()
 
     def onSceneEndImport(self, caller=None, event=None) -> None:
-        """Show the settings of a scene that was loaded."""
+        """Show the settings of a scene that was loaded, and remove what a run left in one that was saved meanwhile."""
+        from NMSWSegment.panel.overlays import remove_traces_of_run
+
+        if not self.segmenter.is_running:
+            remove_traces_of_run(slicer.mrmlScene)
         if self.parent.isEntered:
             self.initializeParameterNode()
 
@@ -270,7 +290,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.sampleButton.connect("clicked(bool)", self.onSampleButton)
         ui.showPatchesCheckBox.connect("clicked(bool)", self._showOverlays)
         ui.showImportanceCheckBox.connect("clicked(bool)", self._showOverlays)
-        ui.show3DCheckBox.connect("clicked(bool)", self._showSurfaces)
+        ui.show3DCheckBox.connect("clicked(bool)", self.onShow3D)
 
     def onModelOrDeviceChosen(self) -> None:
         """Show what the choice means for the run."""
@@ -302,8 +322,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if segmentation is None or self.segmenter.is_untouched(segmentation):
             return segmentation
         question = _(
-            "'{name}' holds segments that were edited, or not made by this panel. Replace them?\n\n"
-            "Yes replaces them. No keeps them and puts the result into a new segmentation."
+            "'{name}' contains segments that were edited or were not created by this module. Replace them?\n\n"
+            "Yes: replace the segments. No: keep them and create a new segmentation for the result."
         ).format(name=segmentation.GetName())
         return segmentation if slicer.util.confirmYesNoDisplay(question) else None
 
@@ -322,6 +342,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             slicer.util.errorDisplay(str(error))
             return
         self._idleTimer.stop()
+        self._stopSurfaces()
         self._isCancelledByUser = False
         self._run.start(runId, num_patches=options.num_patches, is_live=isLive)
         self._showRunState(_("Starting..."))
@@ -388,29 +409,31 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if rate is not None:
             self._rates.learn(event["run_info"]["bundle"]["name"], event["run_info"]["device"], rate)
             qt.QSettings().setValue(RATES_KEY, self._rates.to_json())
-        if node.show3D:
-            self._showSurfaces(True)
         self._run.done(event["id"], signature=self._signature())
         self._endRun(done_message(event["run_info"], device=self._models.device_title(event["run_info"]["device"]), seconds=event["seconds"]))
 
     def _on_cancelled(self, event: dict) -> None:
         if self._run.cancelled(event["id"], by_user=self._isCancelledByUser):
-            self._endRun(_("Cancelled. The result before it stands."))
+            self._endRun(_("Cancelled. The previous result is kept."))
 
     def _on_error(self, event: dict) -> None:
         self._log(event["details"] or event["message"])
         if event["id"] is None or not self._run.failed(event["id"]):
             return
-        self._endRun(_("The run failed. The result before it stands."))
+        self._endRun(_("The run failed. The previous result is kept."))
         if event["kind"] == "user":
             slicer.util.errorDisplay(event["message"])
         else:
             slicer.util.errorDisplay(_("The segmentation failed. Please report this with the details."), detailedText=event["details"] or event["message"])
 
+    def _on_stopped(self, event: dict) -> None:
+        if self._run.cancelled(event["id"], by_user=False):
+            self._endRun(event["message"])
+
     def _on_died(self, event: dict) -> None:
-        self._log(_("The worker ended: {reason}").format(reason=event["message"]))
+        self._log(_("The segmentation process ended: {reason}").format(reason=event["message"]))
         if self._run.worker_died():
-            self._endRun(_("The run stopped. The result before it stands."))
+            self._endRun(_("The run stopped. The previous result is kept."))
             slicer.util.errorDisplay(died_message(event["message"]), detailedText=event["details"])
 
     def _endRun(self, status: str) -> None:
@@ -418,6 +441,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._idleTimer.start()
         self._showRunState(status)
         self._showOverlays()
+        self._showSurfacesOfResult()
         self._liveTimer.start()
 
     def _measure(self) -> None:
@@ -448,7 +472,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         blocking = [check_message(check) for check in inputChecks if check.severity is checks.Severity.ERROR]
         structures = self._models.structures()
         if structures and not any(structures.values()):
-            blocking.append(_("No structure is checked. Check at least one."))
+            blocking.append(_("No structure is selected. Select at least one."))
         advice = [check_message(check) for check in inputChecks if check.severity is checks.Severity.WARNING]
         lines = [*([] if blocking else [self._estimateMessage(inputs)]), *(f'<font color="red">{text}</font>' for text in advice)]
         self.ui.workLabel.text = "<br>".join(lines)
@@ -459,7 +483,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.volumesTable.setMRMLTableNode(table)
         self.ui.volumesTable.visible = table is not None
         self.ui.segmentButton.enabled = self._run.is_button_enabled(is_blocked=bool(blocking))
-        self.ui.segmentButton.toolTip = blocking[0] if blocking else _("Segment the input volume. What is there stays until the result is complete.")
+        self.ui.segmentButton.toolTip = blocking[0] if blocking else _("Segment the input volume. The previous result is kept until the new one is complete.")
         if not self.segmenter.is_running:
             self.ui.statusLabel.text = blocking[0] if blocking else self._status
 
@@ -485,7 +509,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         isRunning = self.segmenter.is_running
         self.ui.progressBar.value = 0
         self.ui.progressBar.visible = isRunning
-        for widget in (self.ui.volumeSection, self.ui.modelSection, self.ui.deviceComboBox, self.ui.advancedSection):
+        for widget in (self.ui.volumeSection, self.ui.modelSection, self.ui.advancedSection):
             widget.enabled = self._run.are_settings_enabled or self._run.is_live
         self.ui.segmentButton.text = _("Cancel") if isRunning else _("Segment")
         self.ui.statusLabel.text = status
@@ -503,23 +527,56 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         node = self._parameterNode
         if node is None or node.inputVolume is None:
             return
+        from NMSWSegment.panel.nodes import volume_in_node
         from NMSWSegment.panel.overlays import hide_importance, set_patches_visible, show_importance
 
         set_patches_visible(slicer.mrmlScene, node.showPatches)
         importance = self.segmenter.importance_of(node.inputVolume)
         if node.showImportance and importance is not None:
-            show_importance(importance, parent_node=node.inputVolume)
+            show_importance(importance, parent_node=node.inputVolume, volume=volume_in_node(node.inputVolume))
         else:
             hide_importance(slicer.mrmlScene)
 
-    def _showSurfaces(self, isShown: bool) -> None:
-        """Show the result in the 3D views, or take it out."""
-        from NMSWSegment.panel.overlays import show_surfaces
+    def onShow3D(self, isShown: bool) -> None:
+        """Show the result in the 3D views, or remove it from them."""
+        from NMSWSegment.panel.surfaces import hide_surfaces
+
+        self._stopSurfaces()
+        node = self._parameterNode
+        if isShown:
+            self._showSurfacesOfResult()
+        elif node.outputSegmentation:
+            hide_surfaces(node.outputSegmentation)
+
+    def _showSurfacesOfResult(self) -> None:
+        """Show the result in the 3D views if the box says so; the end of a run does it for what changes meanwhile."""
+        from NMSWSegment.panel.stepped_task import SteppedTask
+        from NMSWSegment.panel.surfaces import has_surfaces, show_surfaces_steps
 
         node = self._parameterNode or self.logic.getParameterNode()
-        if node.outputSegmentation:
-            with slicer.util.WaitCursor():
-                show_surfaces(node.outputSegmentation, isShown)
+        segmentation = node.outputSegmentation
+        if not node.show3D or not segmentation or self.segmenter.is_running:
+            return
+
+        def onDone(isShown: bool) -> None:
+            if isShown and segmentation.GetID() not in self._shownIn3D:
+                self._shownIn3D.add(segmentation.GetID())
+                resetThreeDViews()
+
+        def onError(error: Exception) -> None:
+            self._log(_("The 3D surfaces could not be created: {error}").format(error=error))
+
+        self._stopSurfaces()
+        if has_surfaces(segmentation):
+            onDone(True)
+        else:
+            self._surfacesTask = SteppedTask(show_surfaces_steps(segmentation), on_done=onDone, on_error=onError)
+
+    def _stopSurfaces(self) -> None:
+        """Give up surfaces that are being made."""
+        if self._surfacesTask is not None:
+            self._surfacesTask.stop()
+            self._surfacesTask = None
 
     def _log(self, text: str) -> None:
         """One more line of the log."""
@@ -612,9 +669,11 @@ class NMSWSegmentLogic(ScriptedLoadableModuleLogic):
             UserError: the volume, the options or the bundle do not fit; the text says what to do.
         """
         from NMSWSegment.engine.segment import segment_volume
+        from NMSWSegment.files.label_content import label_content
         from NMSWSegment.files.statistics import structure_statistics
         from NMSWSegment.panel.nodes import volume_from_node
-        from NMSWSegment.panel.result import apply_result
+        from NMSWSegment.panel.result import result_steps
+        from NMSWSegment.panel.stepped_task import run_to_end
 
         started = time.perf_counter()
         options = options or SegmentOptions()
@@ -625,16 +684,25 @@ class NMSWSegmentLogic(ScriptedLoadableModuleLogic):
         result = segment_volume(volume, bundle, options=options, on_progress=on_progress)
         labels = bundle.manifest.labels
         statistics = [row.to_dict() for row in structure_statistics(result.labelmap, volume, labels=labels, patches=result.patches)]
-        apply_result(
+        content = label_content(result.labelmap.array, labels=labels)
+        steps = result_steps(
             result.labelmap,
             result.run_info,
+            content,
             labels=labels,
             statistics=statistics,
             volume_node=inputVolume,
             segmentation_node=outputSegmentation,
             started=started,
         )
+        run_to_end(steps)
         return result
+
+
+def resetThreeDViews() -> None:
+    """Fit the 3D views to what they show."""
+    if slicer.app.layoutManager() is not None:  # None without a main window
+        slicer.util.resetThreeDViews()
 
 
 def _timer(milliseconds: int, callback) -> "qt.QTimer":

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 PROGRESS_INTERVAL_S = 0.05
 """Progress inside one stage is sent at most this often."""
+NICENESS = 5
+"""The windows of the desktop, at 0, come first: the nets take every core."""
 DONE, NO_TORCH = 0, 2
 _SHOWN_BYTES = 1000
 """Of a line that is no request."""
@@ -75,7 +77,7 @@ def serve(*, folder: Path | None = None) -> int:
         folder: removed at the end, for the case that the panel died and cannot do so itself.
     """
     requests, events = _taken_standard_streams()
-    _lower_priority()
+    set_priority()
     send = _event_writer(events)
     send({"event": "ready", "pid": os.getpid(), "version": __version__})
     inbox = Inbox()
@@ -157,6 +159,7 @@ class Server:
     def _segment(self, number: int, request: dict) -> None:
         """Run a segmentation and leave its labelmap in the folder of the request."""
         from NMSWSegment.files.bundle import load_bundle
+        from NMSWSegment.files.label_content import label_content
         from NMSWSegment.files.statistics import structure_statistics
 
         folder, run_id = Path(request["folder"]), request["id"]
@@ -173,8 +176,16 @@ class Server:
         result = self._session.run(key, volume, bundle=bundle, options=options, on_progress=on_progress, coarse_ready=coarse_ready)
         rows = structure_statistics(result.labelmap, self._session.volume, labels=bundle.manifest.labels, patches=result.patches)
         _write_array(folder, "labels.npy", result.labelmap.array)
-        facts = {"labelmap": "labels.npy", "run_info": result.run_info, "statistics": [row.to_dict() for row in rows], "holds": request["volume"]["key"]}
-        self._send({"event": "done", "id": run_id} | facts)
+        done = {
+            "event": "done",
+            "id": run_id,
+            "labelmap": "labels.npy",
+            "content": asdict(label_content(result.labelmap.array, labels=bundle.manifest.labels)),  # here, where no window waits for it
+            "statistics": [row.to_dict() for row in rows],
+            "run_info": result.run_info,
+            "holds": request["volume"]["key"],
+        }
+        self._send(done)
 
     def _measure(self, request: dict) -> None:
         """Open the nets and measure how fast they are."""
@@ -183,6 +194,31 @@ class Server:
         bundle = load_bundle(request["bundle"])
         device, rate = self._session.measure(bundle, device=request["device"], threads=request["threads"], runtime=request.get("runtime", EXACT))
         self._send({"event": "rate", "bundle": bundle.manifest.name, "device": device, "rate": asdict(rate)})
+
+
+def set_priority() -> None:
+    """Let the application, and all else on the computer, go first, but not by far.
+
+    Slicer gives its child processes the lowest priority on Linux, with which a computer that has other work would hardly run the nets. Before any
+    thread is started, because a priority belongs to a thread there and new threads inherit it.
+    """
+    try:
+        if sys.platform == "win32":
+            import ctypes
+
+            below_normal = 0x4000  # BELOW_NORMAL_PRIORITY_CLASS
+            kernel = ctypes.WinDLL("kernel32")
+            kernel.GetCurrentProcess.restype = ctypes.c_void_p
+            kernel.SetPriorityClass(ctypes.c_void_p(kernel.GetCurrentProcess()), below_normal)
+        else:
+            os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    except OSError:  # only an administrator, or a limit of the computer, allows a higher priority
+        print(
+            f"The process runs at the low priority that Slicer gave it (niceness {os.getpriority(os.PRIO_PROCESS, 0)}), so it is slow while other programs are "
+            "busy. To change that, set the environment variable SLICER_BACKGROUND_THREAD_PRIORITY to 0 before starting Slicer.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _taken_standard_streams() -> tuple[BinaryIO, BinaryIO]:
@@ -194,22 +230,6 @@ def _taken_standard_streams() -> tuple[BinaryIO, BinaryIO]:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     return requests, events
-
-
-def _lower_priority() -> None:
-    """Let the application, and all else on the computer, go first: the nets take every core."""
-    try:
-        if sys.platform == "win32":
-            import ctypes
-
-            below_normal = 0x4000  # BELOW_NORMAL_PRIORITY_CLASS
-            kernel = ctypes.WinDLL("kernel32")
-            kernel.GetCurrentProcess.restype = ctypes.c_void_p
-            kernel.SetPriorityClass(ctypes.c_void_p(kernel.GetCurrentProcess()), below_normal)
-        else:
-            os.nice(5)
-    except OSError as error:  # a system that forbids it; the run is the same
-        print(f"The priority of the worker stays as it is ({error}).", file=sys.stderr)
 
 
 def _event_writer(stream: BinaryIO) -> Send:

@@ -4,6 +4,7 @@ import slicer
 
 if hasattr(slicer, "app"):
     from slicer.i18n import tr as _
+    from slicer.i18n import translate
     from slicer.parameterNodeWrapper import Choice, WithinRange, parameterNodeWrapper
     from slicer.ScriptedLoadableModule import (
         ScriptedLoadableModule,
@@ -20,6 +21,10 @@ else:
 
     def _(text: str) -> str:
         """The text itself: translations come from the application."""
+        return text
+
+    def translate(context: str, text: str) -> str:
+        """The text itself."""
         return text
 
     def WithinRange(minimum: float, maximum: float) -> tuple[float, float]:

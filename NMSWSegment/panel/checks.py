@@ -179,15 +179,11 @@ def estimate_run(
     )
 
 
-def estimate_seconds(estimate: RunEstimate, rate: Rate, *, reused: int = 0) -> float | None:
-    """How long a run will take; None while the number of patches is unknown.
-
-    Args:
-        reused: patches that the worker still has.
-    """
+def estimate_seconds(estimate: RunEstimate, rate: Rate) -> float | None:
+    """How long a run will take; None while the number of patches is unknown."""
     if estimate.patches is None:
         return None
-    return max(0, estimate.patches - reused) * rate.patch_s + estimate.model_voxels * rate.voxel_s + estimate.source_voxels * rate.source_voxel_s
+    return estimate.patches * rate.patch_s + estimate.model_voxels * rate.voxel_s + estimate.source_voxels * rate.source_voxel_s
 
 
 def _volume_checks(inputs: Inputs, geometry: Geometry) -> list[InputCheck]:

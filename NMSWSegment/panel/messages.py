@@ -7,17 +7,17 @@ from NMSWSegment.panel.checks import CheckKind, InputCheck, RunEstimate
 
 def progress_message(event: dict) -> str:
     """What a run is doing, from its event "progress"."""
-    if event["stage"] == "patches" and event["total"]:
+    if event["stage"] == "patches" and event["done"]:
         return _("Patch {done} of {total}").format(done=event["done"], total=event["total"])
     texts = {
         "start": _("Starting..."),
         "load": _("Loading the model..."),
-        "canonical": _("Bringing the volume to the spacing of the model..."),
-        "coarse": _("Looking at the whole volume..."),
-        "preview": _("Showing the coarse result..."),
-        "patches": _("Choosing patches..."),
-        "restore": _("Bringing the segments to the volume..."),
-        "done": _("Showing the result..."),
+        "canonical": _("Resampling the volume to the spacing of the model..."),
+        "coarse": _("Running the coarse network..."),
+        "preview": _("Displaying the coarse result..."),
+        "patches": _("Selecting patches..."),
+        "restore": _("Resampling the segments to the input volume..."),
+        "done": _("Displaying the result..."),
     }
     return texts.get(event["stage"], event["message"])
 
@@ -28,7 +28,7 @@ def done_message(run_info: dict, *, device: str, seconds: float) -> str:
         seconds=seconds, patches=len(run_info["patches"]), candidates=run_info["candidates"], device=device
     )
     if run_info.get("patches_reused"):
-        text += " " + _("{count} of them were known from before.").format(count=run_info["patches_reused"])
+        text += " " + _("{count} of them were reused from the previous run.").format(count=run_info["patches_reused"])
     if run_info["device_steps"]:
         text += " " + _("Note: {steps}.").format(steps="; ".join(run_info["device_steps"]))
     return text
@@ -37,11 +37,11 @@ def done_message(run_info: dict, *, device: str, seconds: float) -> str:
 def estimate_message(estimate: RunEstimate, *, seconds: float | None) -> str:
     """The line under the slider."""
     if estimate.patches is None:
-        text = _("As many of {candidates} patches as pay").format(candidates=estimate.candidates)
+        text = _("Automatic: up to {candidates} patches").format(candidates=estimate.candidates)
     elif estimate.patches == 0:
-        text = _("No patch: the coarse result alone")
+        text = _("No patches: coarse result only")
     else:
-        text = _("{patches} of {candidates} patches, {share:.0f} % of the work of a sliding window").format(
+        text = _("{patches} of {candidates} patches, {share:.0f}% of the work of a full sliding window").format(
             patches=estimate.patches, candidates=estimate.candidates, share=100 * estimate.share
         )
     if seconds is not None:
@@ -53,24 +53,28 @@ def check_message(check: InputCheck) -> str:
     """What stops a run, or what to know before it, and the way out."""
     texts = {
         CheckKind.NO_VOLUME: _("Choose an input volume, or click 'Load sample CT'."),
-        CheckKind.NOT_A_VOLUME: _("The input holds labels, not intensities. Choose the CT volume that it was made from."),
-        CheckKind.EMPTY_VOLUME: _("The input volume has no voxels. Load its image file again, or choose another volume."),
-        CheckKind.COLOR_VOLUME: _("The input volume has {components} components (color), but one is needed. Extract one with Vector to Scalar Volume."),
-        CheckKind.ONE_SLICE: _("The input volume is one voxel thick. Choose a volume of several slices."),
-        CheckKind.NONLINEAR_TRANSFORM: _("The input volume is under a non-linear transform. Harden it in the Transforms module, or take the volume out of it."),
-        CheckKind.BROKEN_GEOMETRY: _(
-            "The place of the input volume in space is broken: its axes lie in one plane or are no numbers. Correct it in the Volumes module."
+        CheckKind.NOT_A_VOLUME: _("The input is a labelmap, not an image. Choose the CT volume that it was created from."),
+        CheckKind.EMPTY_VOLUME: _("The input volume is empty. Load the image file again or choose another volume."),
+        CheckKind.COLOR_VOLUME: _(
+            "The input volume is a color image with {components} components. Extract a single component with the Vector to Scalar Volume module."
         ),
-        CheckKind.UNIFORM_VOLUME: _("All voxels of the input volume are {intensity:g}: there is nothing to segment. Choose another volume."),
-        CheckKind.NO_MODEL: _("No model is installed. Install the extension again, or add a model under Advanced."),
+        CheckKind.ONE_SLICE: _("The input volume has a single slice. Choose a volume with several slices."),
+        CheckKind.NONLINEAR_TRANSFORM: _(
+            "The input volume is under a non-linear transform. Harden the transform in the Transforms module or remove the volume from it."
+        ),
+        CheckKind.BROKEN_GEOMETRY: _(
+            "The geometry of the input volume is invalid: its axes lie in one plane or contain invalid numbers. Correct it in the Volumes module."
+        ),
+        CheckKind.UNIFORM_VOLUME: _("All voxels of the input volume have the value {intensity:g}, so there is nothing to segment. Choose another volume."),
+        CheckKind.NO_MODEL: _("No model is installed. Reinstall the extension or add a model in the Advanced section."),
         CheckKind.VOLUME_TOO_LARGE: "{message}",
-        CheckKind.ROI_EMPTY: _("The region of interest is empty. Place it with two clicks in the slice views, or choose 'Whole volume'."),
-        CheckKind.ROI_OUTSIDE: _("The region of interest lies outside the volume. Drag it onto the volume, or choose 'Whole volume'."),
+        CheckKind.ROI_EMPTY: _("The region of interest is empty. Place it with two clicks in the slice views or choose 'Whole volume'."),
+        CheckKind.ROI_OUTSIDE: _("The region of interest is outside the volume. Move it onto the volume or choose 'Whole volume'."),
         CheckKind.MEMORY_SHORT: _(
-            "The run may need {needed_gb:.1f} GB of memory, but {available_gb:.1f} GB are free. Close other programs, or crop the volume (module Crop Volume) first."
+            "There may not be enough memory: the run may need {needed_gb:.1f} GB, and {available_gb:.1f} GB are available. Close other programs or crop the volume with the Crop Volume module."
         ),
         CheckKind.UNLIKE_CT: _(
-            "The lowest voxel is {lowest:g}, so this hardly is a CT volume in Hounsfield units, which the model was trained on. Check the result with care."
+            "The lowest intensity is {lowest:g}, so this does not appear to be a CT volume in Hounsfield units, which the model was trained on. Review the result carefully."
         ),
     }
     gigabytes = {name.replace("_bytes", "_gb"): value / 1e9 for name, value in check.values.items() if name.endswith("_bytes")}
@@ -80,22 +84,22 @@ def check_message(check: InputCheck) -> str:
 def died_message(reason: str) -> str:
     """The worker is gone in the middle of a run."""
     return _(
-        "The segmentation stopped because its process ended ({reason}). Nothing was changed.\n\nOften the memory was not enough: close other programs, or crop the volume "
-        "(module Crop Volume). Click Segment to try again; if it happens again, please report it with the details."
+        "The segmentation process ended unexpectedly ({reason}). The previous result is kept.\n\nThe most common cause is insufficient memory: close other programs or crop the "
+        "volume with the Crop Volume module. Click Segment to try again; if the problem persists, please report it with the details."
     ).format(reason=reason)
 
 
 def model_summary(manifest: BundleManifest) -> str:
     """One line about a model; its scores are those of the most patches, so that models can be compared."""
     scores = [list(by_k.values())[-1]["mean"] for by_k in manifest.scores.values()]
-    text = _("{count} structures on {modality}, {spacing} mm, backbone {backbone}.").format(
+    text = _("{count} structures, {modality}, {spacing} mm, {backbone} backbone.").format(
         count=len(manifest.labels),
         modality=manifest.modality,
         spacing=" x ".join(f"{length:g}" for length in sorted(set(manifest.spacing_mm))),
         backbone=manifest.backbone,
     )
     if scores:
-        text += " " + _("Mean Dice on volumes it never saw: {low:.2f} to {high:.2f}.").format(low=min(scores), high=max(scores))
+        text += " " + _("Mean Dice on held-out volumes: {low:.2f} to {high:.2f}.").format(low=min(scores), high=max(scores))
     return text + " " + _("Research model, not for clinical use.")
 
 
@@ -122,10 +126,30 @@ def structures_title(*, chosen: int, total: int) -> str:
 
 def torch_missing_message() -> str:
     """The way to torch, with and without internet."""
+    return (
+        _(
+            "PyTorch, which runs the models, is not installed, and neither is the PyTorch extension that installs it.\n\n"
+            "Online: install the PyTorch extension in the Extensions Manager, restart the application, and click Segment again.\n\n"
+        )
+        + _offline_message()
+    )
+
+
+def torch_not_installed_message() -> str:
+    """After an installation of torch that failed or was declined."""
+    return (
+        _(
+            "PyTorch, which runs the models, was not installed.\n\n"
+            "Online: check the internet connection and the proxy settings (environment variable HTTPS_PROXY), and click Segment to try again.\n\n"
+        )
+        + _offline_message()
+    )
+
+
+def _offline_message() -> str:
+    """The way to torch without internet."""
     return _(
-        "PyTorch, which runs the models, is not installed, and the extension 'PyTorch' that installs it is not there either.\n\n"
-        "With internet: install 'PyTorch' in the Extensions Manager, restart the application and click Segment again.\n\n"
-        "Without internet: on another computer with the same operating system, download torch with its dependencies for this Python ({python}) into a folder "
-        "('pip download torch'), bring the folder here, and run in the Python console:\n"
+        "Offline: on another computer with the same operating system, download PyTorch and its dependencies for Python {python} into a folder "
+        "('pip download torch'), copy the folder to this computer, and run in the Python console:\n"
         "slicer.util.pip_install('--no-index --find-links FOLDER torch')"
     )

@@ -184,7 +184,9 @@ class ModelSection:
 
     def _on_add_model(self, checked: bool = False) -> None:
         """Copy a bundle into the model folder."""
-        folder = qt.QFileDialog.getExistingDirectory(slicer.util.mainWindow(), _("Choose the folder of a model that you trust: a model is a program"))
+        folder = qt.QFileDialog.getExistingDirectory(
+            slicer.util.mainWindow(), _("Models contain executable code: choose the folder of a model from a source you trust")
+        )
         if folder:
             self._change_models(lambda: install_bundle(folder).manifest.name)
 

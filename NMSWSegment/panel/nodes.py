@@ -4,8 +4,9 @@ It works in the application and with slicer-core, where there is no
 slicer.app and no slicer.mrmlScene: a scene always comes from a node or an argument.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import slicer
@@ -14,14 +15,16 @@ from vtk.util.numpy_support import numpy_to_vtk, vtk_to_numpy
 
 from NMSWSegment.files.boxes import voxel_corners
 from NMSWSegment.files.bundle import Label
-from NMSWSegment.files.labels import MAX_LABELS
+from NMSWSegment.files.label_content import label_content
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.panel.checks import Geometry, Inputs
+from NMSWSegment.panel.stepped_task import Steps, run_to_end
 from NMSWSegment.protocol import UserError
 
 VOLUMES_ROLE = "NMSW.Volumes"
 """Node reference from a segmentation to its table of statistics."""
 LABELMAP_REPRESENTATION = "Binary labelmap"
+SURFACE_REPRESENTATION = "Closed surface"
 SAME_GRID_ATOL_MM = 1e-3
 """How far a voxel center may be off before two grids are different; a hundredth of the finest CT voxel."""
 
@@ -56,6 +59,11 @@ def volume_from_node(node: "slicer.vtkMRMLScalarVolumeNode") -> Volume:
     return Volume(array=array, ijk_to_ras=node_to_world_matrix(node) @ ijk_to_node_matrix(node), name=node.GetName() or "")
 
 
+def volume_in_node(node: "slicer.vtkMRMLScalarVolumeNode") -> Volume:
+    """The same in the node's own coordinates, without its parent transform."""
+    return dataclasses.replace(volume_from_node(node), ijk_to_ras=ijk_to_node_matrix(node))
+
+
 def volume_inputs(node: "slicer.vtkMRMLScalarVolumeNode | None") -> Inputs:
     """What the panel has to know about a volume node, whatever it is, without copying a voxel; all else of Inputs is left open."""
     if node is None:
@@ -82,45 +90,80 @@ def import_labelmap(
     labels: Sequence[Label],
     reference_node: "slicer.vtkMRMLScalarVolumeNode",
 ) -> dict[str, int]:
-    """Replace the content of a segmentation node by a labelmap.
-
-    The segment ids are the label names. An absent class gives no segment. The node moves under the parent transform of the
-    reference volume and beside it in the subject hierarchy, and takes its geometry. All that can fail happens before the
-    node is touched, so that an exception leaves it as it was.
-
-    Args:
-        labelmap: integers (K, J, I) on the grid of the reference volume, 0 is background.
-        labels: what the integers mean.
+    """Replace the content of a segmentation node by a labelmap, in one go.
 
     Returns:
         Voxels of every segment by segment id, in label order.
 
     Raises:
-        ValueError: the labelmap is not on the grid of the reference volume, or holds a value that is no label.
+        ValueError: the labelmap is not on the grid of the reference volume, or holds a value that is no label; the node is as it was.
     """
-    _check_same_grid(labelmap, reference_node)
-    voxels_by_name = _voxels_by_name(labelmap, labels=labels)
+    check_same_grid(labelmap, reference_node)
+    content = label_content(labelmap.array, labels=labels)
+    run_to_end(
+        import_steps(segmentation_node, labelmap, labels=[label for label in labels if label.name in content.voxels_by_name], reference_node=reference_node)
+    )
+    return content.voxels_by_name
+
+
+def import_steps(
+    segmentation_node: "slicer.vtkMRMLSegmentationNode",
+    labelmap: Volume,
+    *,
+    labels: Sequence[Label],
+    reference_node: "slicer.vtkMRMLScalarVolumeNode",
+    surface_of: Callable[["slicer.vtkSegment", "slicer.vtkSegmentation"], "vtk.vtkPolyData | None"] | None = None,
+) -> Steps[None]:
+    """Replace the content of a segmentation node by a labelmap, one segment a step.
+
+    The segment ids are the label names. A segment of before stays until its successor takes its place, so that the views never go
+    empty. The node moves under the parent transform of the reference volume and beside it in the subject hierarchy, and takes its geometry.
+
+    Args:
+        labelmap: integers (K, J, I) on the grid of the reference volume, 0 is background; see check_same_grid.
+        labels: those that are in the labelmap.
+        surface_of: makes the closed surface of a new segment, where the node is to have them; else Slicer makes none.
+    """
     shared = _shared_labelmap(labelmap, ijk_to_node=ijk_to_node_matrix(reference_node))
-    segments = {label.name: _segment(label, shared) for label in labels if label.name in voxels_by_name}
+    yield
     segmentation_node.CreateDefaultDisplayNodes()
     segmentation = segmentation_node.GetSegmentation()
-    remove_segments(segmentation)
+    if segmentation.GetSourceRepresentationName() != LABELMAP_REPRESENTATION:
+        remove_segments(segmentation)
     segmentation.SetSourceRepresentationName(LABELMAP_REPRESENTATION)
-    for name, segment in segments.items():
-        segmentation.AddSegment(segment, name)
+    names = [label.name for label in labels]
+    for segment_id in segmentation.GetSegmentIDs():
+        if segment_id not in names:
+            _remove_segment(segmentation, segment_id)
+            yield
     # The segments are in the coordinates of the volume node, so the same parent transform puts both in the same place,
     # and keeps them there when a user moves it.
     segmentation_node.SetAndObserveTransformNodeID(reference_node.GetTransformNodeID())
     segmentation_node.SetReferenceImageGeometryParameterFromVolumeNode(reference_node)
     place_beside(segmentation_node, reference_node)
-    return voxels_by_name
+    for label in labels:
+        yield
+        segment = _segment(label, shared)
+        surface = surface_of(segment, segmentation) if surface_of else None
+        if surface is not None:
+            segment.AddRepresentation(SURFACE_REPRESENTATION, surface)
+        _remove_segment(segmentation, label.name)
+        segmentation.AddSegment(segment, label.name)
+    yield
 
 
 def remove_segments(segmentation: "slicer.vtkSegmentation") -> None:
-    """Remove all segments without erasing one after the other from the labelmap that they share, which takes seconds for a large volume."""
-    for index in range(segmentation.GetNumberOfSegments()):
-        segmentation.GetNthSegment(index).RemoveAllRepresentations()
-    segmentation.RemoveAllSegments()
+    """Remove all segments."""
+    for segment_id in segmentation.GetSegmentIDs():
+        _remove_segment(segmentation, segment_id)
+
+
+def _remove_segment(segmentation: "slicer.vtkSegmentation", segment_id: str) -> None:
+    """Remove a segment, if it is there, without erasing it from the labelmap that it shares, which takes a while for a large volume."""
+    segment = segmentation.GetSegment(segment_id)
+    if segment is not None:
+        segment.RemoveAllRepresentations()
+        segmentation.RemoveSegment(segment_id)
 
 
 def write_statistics_table(segmentation_node: "slicer.vtkMRMLSegmentationNode", statistics: Sequence[dict]) -> "slicer.vtkMRMLTableNode":
@@ -231,7 +274,7 @@ def _check_is_scalar_volume(node: "slicer.vtkMRMLNode | None") -> None:
         )
 
 
-def _check_same_grid(labelmap: Volume, node: "slicer.vtkMRMLScalarVolumeNode") -> None:
+def check_same_grid(labelmap: Volume, node: "slicer.vtkMRMLScalarVolumeNode") -> None:
     """Raise ValueError unless every voxel of the labelmap lies on the same voxel of the node."""
     shape = tuple(reversed(node.GetImageData().GetDimensions()))
     if labelmap.shape != shape:
@@ -240,16 +283,6 @@ def _check_same_grid(labelmap: Volume, node: "slicer.vtkMRMLScalarVolumeNode") -
     distance_mm = np.abs(voxel_corners(shape) @ (labelmap.ijk_to_ras - ijk_to_ras).T).max()
     if distance_mm > SAME_GRID_ATOL_MM:
         raise ValueError(f"the labelmap is up to {distance_mm:.3g} mm off the volume '{node.GetName()}'")
-
-
-def _voxels_by_name(labelmap: Volume, *, labels: Sequence[Label]) -> dict[str, int]:
-    """Voxels of the labels that are there, in label order; ValueError where a value is no label."""
-    # slice by slice: bincount turns its argument into int64, eight times the labelmap
-    counts = sum(np.bincount(plane.ravel(), minlength=MAX_LABELS + 1) for plane in labelmap.array)
-    unknown = set(np.flatnonzero(counts).tolist()) - {0} - {label.value for label in labels}
-    if unknown:
-        raise ValueError(f"the labelmap holds {sorted(unknown)}, which no label names")
-    return {label.name: int(counts[label.value]) for label in labels if counts[label.value]}
 
 
 def _shared_labelmap(labelmap: Volume, *, ijk_to_node: np.ndarray) -> "slicer.vtkOrientedImageData":

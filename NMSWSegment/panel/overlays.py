@@ -1,146 +1,206 @@
 """What is drawn over a volume: outlines of the patches, the importance map, the coarse result while a run goes on.
 
-All of it can be drawn again, so it goes away without asking; the user's own nodes stay.
+All of it can be drawn again, so it goes away without asking; the user's own nodes stay. None of it is a segmentation node: when one is removed,
+the segment selectors of the slice views turn to another segmentation and switch segments of it off (seen in Slicer 5.13).
 """
 
-import logging
+import json
 from collections.abc import Sequence
 
 import numpy as np
 import slicer
+import vtk
+from vtk.util.numpy_support import numpy_to_vtk
 
+from NMSWSegment.files.boxes import box_corners
 from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.colors import rank_color
+from NMSWSegment.files.importance_display import importance_for_display
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.panel.nodes import hierarchy_parent, image_data, import_labelmap, node_to_world_matrix, nodes_of_class, place_beside, remove_segments
+from NMSWSegment.panel.nodes import ijk_to_node_matrix, image_data, node_to_world_matrix, nodes_of_class, place_beside
 from NMSWSegment.protocol import PatchBox
 
-PATCH_FOLDER_NAME = "NMSW patches"
-PATCH_ATTRIBUTE = "NMSW.Patch"
-"""Node attribute of a patch outline, its rank; tells our outlines from the user's own regions of interest."""
-MAX_OUTLINES = 60
-"""Further patches are not outlined: each outline costs the views time, and that many hide the image."""
+PATCHES_NAME = "NMSW patches"
+PATCHES_ATTRIBUTE = "NMSW.Patches"
+"""Node attribute of the outlines, the number of patches; tells them from the user's own models."""
+OUTLINE_WIDTH = 2
+CUBE_FACES = ((0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5))
+"""Corners of each face, in the order of itertools.product((low, high), repeat=3)."""
 IMPORTANCE_NAME = "NMSW importance"
 IMPORTANCE_ATTRIBUTE = "NMSW.Importance"
 IMPORTANCE_OPACITY = 0.5
 IMPORTANCE_COLORS = "vtkMRMLColorTableNodeIron"
-LEAST_SHOWN_IMPORTANCE = 0.05
+LEAST_SHOWN_IMPORTANCE = 0.15
 COARSE_RESULT_NAME = "NMSW coarse result"
-
-_logger = logging.getLogger(__name__)
+COARSE_RESULT_ATTRIBUTE = "NMSW.CoarseResult"
+COARSE_RESULT_OPACITY = 0.5
+HIDDEN_ATTRIBUTE = "NMSW.HiddenDuringRun"
+"""Node attribute of a segmentation in whose place the coarse result is shown: ids of the segments that were hidden before, JSON."""
 
 
 def show_patches(
     scene: "slicer.vtkMRMLScene", patches: Sequence[PatchBox], *, parent_node: "slicer.vtkMRMLScalarVolumeNode"
-) -> list["slicer.vtkMRMLMarkupsROINode"]:
+) -> "slicer.vtkMRMLModelNode | None":
     """Outline the patches that went through the local net; the outlines of the previous run go away.
+
+    A model rather than regions of interest: nothing of it can be dragged, no handles or center glyphs are drawn, and any number of
+    patches costs the views one node.
 
     Args:
         patches: boxes along the world axes, best first; center in RAS and edge lengths in mm.
         parent_node: the volume that they belong to; the outlines follow its parent transform.
 
     Returns:
-        One locked, unfilled region-of-interest node for each of the first 60 patches, in one subject-hierarchy folder.
+        A wireframe in the colors of the ranks, whose points carry the arrays Color, Rank and Importance; None without patches.
     """
     remove_patches(scene)
     if not patches:
-        return []
-    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
-    folder = hierarchy.CreateFolderItem(hierarchy_parent(hierarchy, parent_node), PATCH_FOLDER_NAME)
-    hierarchy.SetItemExpanded(folder, False)
-    nodes = []
-    for patch in patches[:MAX_OUTLINES]:
-        node = _add_patch_node(scene, patch, num_patches=len(patches), parent_node=parent_node)
-        item = hierarchy.GetItemByDataNode(node) or hierarchy.CreateItem(folder, node)
-        hierarchy.SetItemParent(item, folder)
-        nodes.append(node)
-    return nodes
+        return None
+    node = slicer.vtkMRMLModelNode()
+    node.SetName(PATCHES_NAME)
+    node.SetAttribute(PATCHES_ATTRIBUTE, str(len(patches)))
+    node.SetSelectable(False)
+    node.SetAndObservePolyData(_boxes(patches, world_to_node=np.linalg.inv(node_to_world_matrix(parent_node))))
+    scene.AddNode(node)
+    node.SetAndObserveTransformNodeID(parent_node.GetTransformNodeID())
+    node.CreateDefaultDisplayNodes()
+    display = node.GetDisplayNode()
+    display.SetRepresentation(slicer.vtkMRMLDisplayNode.WireframeRepresentation)
+    display.SetVisibility2D(True)
+    display.SetSelectable(False)
+    display.SetLighting(False)
+    display.SetBackfaceCulling(False)
+    display.SetLineWidth(OUTLINE_WIDTH)
+    display.SetSliceIntersectionThickness(OUTLINE_WIDTH)
+    display.SetActiveScalar("Color", vtk.vtkAssignAttribute.POINT_DATA)
+    display.SetScalarRangeFlag(slicer.vtkMRMLDisplayNode.UseDirectMapping)
+    display.SetScalarVisibility(True)
+    place_beside(node, parent_node)
+    return node
 
 
 def set_patches_visible(scene: "slicer.vtkMRMLScene", is_visible: bool) -> None:
     """Show or hide the outlines."""
-    for node in _patch_nodes(scene):
+    for node in _own_nodes(scene, "vtkMRMLModelNode", PATCHES_ATTRIBUTE):
         node.SetDisplayVisibility(is_visible)
 
 
 def remove_patches(scene: "slicer.vtkMRMLScene") -> None:
-    """Remove the outlines of the previous run and their folder; the user's own nodes stay."""
-    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
-    folders = set()
-    for node in _patch_nodes(scene):
-        folders.add(hierarchy_parent(hierarchy, node))
+    """Remove the outlines of the previous run; the user's own nodes stay."""
+    for node in _own_nodes(scene, "vtkMRMLModelNode", PATCHES_ATTRIBUTE):
         remove_node(node)
-    for folder in folders:
-        if hierarchy.GetItemName(folder) == PATCH_FOLDER_NAME and hierarchy.GetNumberOfItemChildren(folder) == 0:
-            hierarchy.RemoveItem(folder)
 
 
-def show_importance(importance: Volume, *, parent_node: "slicer.vtkMRMLScalarVolumeNode") -> "slicer.vtkMRMLScalarVolumeNode":
-    """Lay the importance map over the slice views, in place of what is there.
+def show_importance(importance: Volume, *, parent_node: "slicer.vtkMRMLScalarVolumeNode", volume: Volume) -> "slicer.vtkMRMLScalarVolumeNode":
+    """Lay the importance map over the slice views, in place of what is there; smooth, transparent where it is low, and only over the body.
 
     Args:
         importance: 0 to 1 on coarse voxels, (d, h, w) float32, in the coordinates of the volume node.
         parent_node: the volume that it belongs to; the map follows its parent transform.
+        volume: its voxels, in its own coordinates.
     """
     scene = parent_node.GetScene()
     hide_importance(scene)
+    shown = importance_for_display(importance, volume)
     node = scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", IMPORTANCE_NAME)
     node.SetAttribute(IMPORTANCE_ATTRIBUTE, "1")
-    node.SetAndObserveImageData(image_data(importance.array))
-    node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(importance.ijk_to_ras))
+    node.SetAndObserveImageData(image_data(shown.array))
+    node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(shown.ijk_to_ras))
     node.SetAndObserveTransformNodeID(parent_node.GetTransformNodeID())
     node.CreateDefaultDisplayNodes()
     display = node.GetDisplayNode()
     display.SetAndObserveColorNodeID(IMPORTANCE_COLORS)
+    display.SetInterpolate(True)
     display.AutoWindowLevelOff()
     display.SetWindowLevelMinMax(0, 1)
     display.SetThreshold(LEAST_SHOWN_IMPORTANCE, 1)
     display.ApplyThresholdOn()
     place_beside(node, parent_node)
-    for composite in nodes_of_class(scene, "vtkMRMLSliceCompositeNode"):
-        composite.SetAttribute(f"{IMPORTANCE_ATTRIBUTE}.Before", f"{composite.GetForegroundOpacity()} {composite.GetForegroundVolumeID() or ''}")
-        composite.SetForegroundVolumeID(node.GetID())
-        composite.SetForegroundOpacity(IMPORTANCE_OPACITY)
+    _lay_over(node, layer="Foreground", attribute=IMPORTANCE_ATTRIBUTE, opacity=IMPORTANCE_OPACITY)
     return node
 
 
 def hide_importance(scene: "slicer.vtkMRMLScene") -> None:
     """Remove the importance map; the slice views show what they showed before it."""
-    for composite in nodes_of_class(scene, "vtkMRMLSliceCompositeNode"):
-        opacity, _, volume_id = (composite.GetAttribute(f"{IMPORTANCE_ATTRIBUTE}.Before") or "").partition(" ")
-        shown = scene.GetNodeByID(composite.GetForegroundVolumeID() or "")
-        if opacity and (shown is None or shown.GetAttribute(IMPORTANCE_ATTRIBUTE)):
-            composite.SetForegroundVolumeID(volume_id or None)
-            composite.SetForegroundOpacity(float(opacity))
-        composite.RemoveAttribute(f"{IMPORTANCE_ATTRIBUTE}.Before")
-    for node in nodes_of_class(scene, "vtkMRMLScalarVolumeNode"):
-        if node.GetAttribute(IMPORTANCE_ATTRIBUTE):
-            remove_node(node)
+    _take_off(scene, layer="Foreground", attribute=IMPORTANCE_ATTRIBUTE)
+    for node in _own_nodes(scene, "vtkMRMLScalarVolumeNode", IMPORTANCE_ATTRIBUTE):
+        remove_node(node)
 
 
-def show_coarse_result(labelmap: Volume, *, labels: Sequence[Label], reference_node: "slicer.vtkMRMLScalarVolumeNode") -> "slicer.vtkMRMLSegmentationNode":
-    """A segmentation node for the time of a run; nobody can choose it, and it is not saved with the scene."""
-    node = slicer.vtkMRMLSegmentationNode()
-    node.SetName(COARSE_RESULT_NAME)
-    node.SetHideFromEditors(True)
-    node.SetSaveWithScene(False)
-    reference_node.GetScene().AddNode(node)
-    import_labelmap(node, labelmap, labels=labels, reference_node=reference_node)
+def show_coarse_result(labelmap: Volume, *, labels: Sequence[Label], reference_node: "slicer.vtkMRMLScalarVolumeNode") -> "slicer.vtkMRMLLabelMapVolumeNode":
+    """Lay the coarse result over the slice views for the time of a run; it is not saved with the scene.
+
+    Args:
+        labelmap: integers (K, J, I) on the grid of the reference volume, 0 is background.
+    """
+    scene = reference_node.GetScene()
+    hide_coarse_result(scene)
+    colors, node = slicer.vtkMRMLColorTableNode(), slicer.vtkMRMLLabelMapVolumeNode()
+    colors.SetTypeToUser()
+    colors.SetNumberOfColors(max(label.value for label in labels) + 1)
+    colors.SetColor(0, "background", 0, 0, 0, 0)
+    for label in labels:
+        colors.SetColor(label.value, label.title, *(channel / 255 for channel in label.color), 1)
+    for new, name in ((colors, f"{COARSE_RESULT_NAME} colors"), (node, COARSE_RESULT_NAME)):
+        new.SetName(name)
+        new.SetAttribute(COARSE_RESULT_ATTRIBUTE, "1")
+        new.SetSaveWithScene(False)
+    node.SetAndObserveImageData(image_data(labelmap.array.astype(np.uint8, copy=False)))
+    node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(ijk_to_node_matrix(reference_node)))
+    scene.AddNode(colors)
+    scene.AddNode(node)
+    node.SetAndObserveTransformNodeID(reference_node.GetTransformNodeID())
+    node.CreateDefaultDisplayNodes()
+    node.GetDisplayNode().SetAndObserveColorNodeID(colors.GetID())
+    node.GetDisplayNode().SetSaveWithScene(False)
+    place_beside(node, reference_node)
+    _lay_over(node, layer="Label", attribute=COARSE_RESULT_ATTRIBUTE, opacity=COARSE_RESULT_OPACITY)
     return node
 
 
-def remove_coarse_result(node: "slicer.vtkMRMLSegmentationNode") -> None:
-    """Remove what show_coarse_result made."""
-    remove_segments(node.GetSegmentation())
-    remove_node(node)
+def hide_coarse_result(scene: "slicer.vtkMRMLScene") -> None:
+    """Remove the coarse result; the slice views show what they showed before it."""
+    _take_off(scene, layer="Label", attribute=COARSE_RESULT_ATTRIBUTE)
+    for node in _own_nodes(scene, "vtkMRMLLabelMapVolumeNode", COARSE_RESULT_ATTRIBUTE):
+        remove_node(node)
+    for node in _own_nodes(scene, "vtkMRMLColorTableNode", COARSE_RESULT_ATTRIBUTE):
+        scene.RemoveNode(node)
 
 
-def show_surfaces(segmentation_node: "slicer.vtkMRMLSegmentationNode", is_shown: bool) -> None:
-    """Show the segments in the 3D views, or take them out."""
-    if is_shown:
-        segmentation_node.CreateClosedSurfaceRepresentation()
-    else:
-        segmentation_node.RemoveClosedSurfaceRepresentation()
+def hide_previous_result(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> None:
+    """Hide a segmentation while the coarse result is shown in its place; the node remembers which segments were hidden before."""
+    if segmentation_node.GetDisplayVisibility():
+        segmentation_node.SetAttribute(HIDDEN_ATTRIBUTE, json.dumps(sorted(hidden_segments(segmentation_node))))
+        segmentation_node.SetDisplayVisibility(False)
+
+
+def remove_traces_of_run(scene: "slicer.vtkMRMLScene") -> None:
+    """Remove the coarse result and show again what was hidden for it, segment by segment: the segment selectors of the views may have changed some.
+
+    At the end of a run; also in a scene that was saved during one and loaded, which needs nothing but what its nodes say.
+    """
+    hide_coarse_result(scene)
+    for node in _own_nodes(scene, "vtkMRMLSegmentationNode", HIDDEN_ATTRIBUTE):
+        node.SetDisplayVisibility(True)
+        set_hidden_segments(node, set(json.loads(node.GetAttribute(HIDDEN_ATTRIBUTE))))
+        node.RemoveAttribute(HIDDEN_ATTRIBUTE)
+
+
+def hidden_segments(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> set[str]:
+    """Ids of the segments that are not shown."""
+    display = segmentation_node.GetDisplayNode()
+    if display is None:
+        return set()
+    return {segment_id for segment_id in segmentation_node.GetSegmentation().GetSegmentIDs() if not display.GetSegmentVisibility(segment_id)}
+
+
+def set_hidden_segments(segmentation_node: "slicer.vtkMRMLSegmentationNode", hidden: set[str]) -> None:
+    """Show all segments but these."""
+    display = segmentation_node.GetDisplayNode()
+    if display is None:
+        return
+    for segment_id in segmentation_node.GetSegmentation().GetSegmentIDs():
+        display.SetSegmentVisibility(segment_id, segment_id not in hidden)
 
 
 def remove_node(node: "slicer.vtkMRMLNode") -> None:
@@ -156,40 +216,50 @@ def remove_node(node: "slicer.vtkMRMLNode") -> None:
     scene.RemoveNode(node)
 
 
-def _patch_nodes(scene: "slicer.vtkMRMLScene") -> list["slicer.vtkMRMLMarkupsROINode"]:
-    """Our outlines, not the user's own regions of interest."""
-    return [node for node in nodes_of_class(scene, "vtkMRMLMarkupsROINode") if node.GetAttribute(PATCH_ATTRIBUTE)]
+def _own_nodes(scene: "slicer.vtkMRMLScene", class_name: str, attribute: str) -> list["slicer.vtkMRMLNode"]:
+    """The nodes of a class that this file made."""
+    return [node for node in nodes_of_class(scene, class_name) if node.GetAttribute(attribute)]
 
 
-def _add_patch_node(
-    scene: "slicer.vtkMRMLScene", patch: PatchBox, *, num_patches: int, parent_node: "slicer.vtkMRMLScalarVolumeNode"
-) -> "slicer.vtkMRMLMarkupsROINode":
-    """One outline under the parent transform of the volume, in the place where the patch was cut."""
-    node = scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", f"Patch {patch.rank} (importance {patch.importance:.2g})")
-    node.SetAttribute(PATCH_ATTRIBUTE, str(patch.rank))
-    node.SetAndObserveTransformNodeID(parent_node.GetTransformNodeID())
-    # world -> node: the box is along the world axes, the node lives below the transform
-    world_to_node = np.linalg.inv(node_to_world_matrix(parent_node))
-    object_to_node = np.eye(4)
-    object_to_node[:3, :3] = world_to_node[:3, :3] / np.linalg.norm(world_to_node[:3, :3], axis=0)
-    object_to_node[:3, 3] = (world_to_node @ [*patch.center_ras, 1])[:3]
-    node.SetAndObserveObjectToNodeMatrix(slicer.util.vtkMatrixFromArray(object_to_node))
-    node.SetSizeWorld(*patch.size_mm)
-    node.SetLocked(True)
-    _show_as_outline(node, color=rank_color(patch.rank, count=num_patches))
-    return node
+def _lay_over(node: "slicer.vtkMRMLVolumeNode", *, layer: str, attribute: str, opacity: float) -> None:
+    """Show a volume in a layer (Foreground, Label) of all slice views, which remember what they showed there."""
+    for composite in nodes_of_class(node.GetScene(), "vtkMRMLSliceCompositeNode"):
+        volume_id = getattr(composite, f"Get{layer}VolumeID")()
+        composite.SetAttribute(f"{attribute}.Before", f"{getattr(composite, f'Get{layer}Opacity')()} {volume_id or ''}")
+        getattr(composite, f"Set{layer}VolumeID")(node.GetID())
+        getattr(composite, f"Set{layer}Opacity")(opacity)
 
 
-def _show_as_outline(node: "slicer.vtkMRMLMarkupsROINode", *, color: tuple[float, float, float]) -> None:
-    """Draw the edges only: a filled box hides the image, handles invite to drag what is a fact."""
-    node.CreateDefaultDisplayNodes()
-    display = node.GetDisplayNode()
-    if display is None:
-        _logger.warning("The patch outline '%s' cannot be shown: the scene makes no markups display nodes.", node.GetName())
-        return
-    display.SetFillVisibility(False)
-    display.SetHandlesInteractive(False)
-    display.SetPropertiesLabelVisibility(False)
-    display.SetPointLabelsVisibility(False)
-    display.SetColor(*color)
-    display.SetSelectedColor(*color)
+def _take_off(scene: "slicer.vtkMRMLScene", *, layer: str, attribute: str) -> None:
+    """The opposite of _lay_over; a layer that a user changed meanwhile stays as it is."""
+    for composite in nodes_of_class(scene, "vtkMRMLSliceCompositeNode"):
+        opacity, _, volume_id = (composite.GetAttribute(f"{attribute}.Before") or "").partition(" ")
+        shown = scene.GetNodeByID(getattr(composite, f"Get{layer}VolumeID")() or "")
+        if opacity and (shown is None or shown.GetAttribute(attribute)):
+            getattr(composite, f"Set{layer}VolumeID")(volume_id or None)
+            getattr(composite, f"Set{layer}Opacity")(float(opacity))
+        composite.RemoveAttribute(f"{attribute}.Before")
+
+
+def _boxes(patches: Sequence[PatchBox], *, world_to_node: np.ndarray) -> "vtk.vtkPolyData":
+    """Six faces a patch; the best patch comes last, so that its color wins where edges meet."""
+    points, colors, ranks, importances = [], [], [], []
+    faces = vtk.vtkCellArray()
+    for patch in reversed(patches):
+        first = 8 * len(points)
+        center, half = np.array(patch.center_ras), np.array(patch.size_mm) / 2
+        points.append((box_corners(center - half, center + half) @ world_to_node.T)[:, :3])
+        for face in CUBE_FACES:
+            faces.InsertNextCell(4, [first + corner for corner in face])
+        colors += 8 * [[round(255 * channel) for channel in rank_color(patch.rank, count=len(patches))]]
+        ranks += 8 * [patch.rank]
+        importances += 8 * [patch.importance]
+    boxes, positions = vtk.vtkPolyData(), vtk.vtkPoints()
+    positions.SetData(numpy_to_vtk(np.concatenate(points).astype(np.float32), deep=True))
+    boxes.SetPoints(positions)
+    boxes.SetPolys(faces)
+    for name, values in (("Color", np.uint8(colors)), ("Rank", np.int32(ranks)), ("Importance", np.float32(importances))):
+        array = numpy_to_vtk(values, deep=True)
+        array.SetName(name)
+        boxes.GetPointData().AddArray(array)
+    return boxes

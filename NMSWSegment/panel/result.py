@@ -1,59 +1,117 @@
-"""From a finished run to the scene: segmentation, table of statistics, outlines, and how it was made."""
+"""From a finished run to the scene: segmentation, table of statistics, outlines, how it was made, and whether it still is what was made."""
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 
 import slicer
+from vtk.util.numpy_support import vtk_to_numpy
 
 from NMSWSegment.files.bundle import Label
+from NMSWSegment.files.label_content import LabelContent, voxels_fingerprint
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.panel.nodes import LABELMAP_REPRESENTATION, import_labelmap, write_statistics_table
-from NMSWSegment.panel.overlays import show_patches
+from NMSWSegment.panel.nodes import LABELMAP_REPRESENTATION, check_same_grid, import_steps, write_statistics_table
+from NMSWSegment.panel.overlays import hidden_segments, set_hidden_segments, show_patches
+from NMSWSegment.panel.stepped_task import Steps
+from NMSWSegment.panel.surfaces import has_surfaces, surface_of
 from NMSWSegment.protocol import PatchBox, UserError
 
+FINGERPRINT_ATTRIBUTE = "NMSW.Fingerprint"
 
-def apply_result(
+
+def result_steps(
     labelmap: Volume,
     run_info: dict,
+    content: LabelContent,
     *,
     labels: Sequence[Label],
     statistics: Sequence[dict],
     volume_node: "slicer.vtkMRMLScalarVolumeNode",
-    segmentation_node: "slicer.vtkMRMLSegmentationNode",
+    segmentation_node: "slicer.vtkMRMLSegmentationNode | None",
+    output_name: str = "",
     started: float,
-) -> float:
-    """Replace the content of a segmentation node by a result, with everything that belongs to it.
+    keep_visibility: bool = False,
+) -> Steps[tuple["slicer.vtkMRMLSegmentationNode", float]]:
+    """Replace the content of a segmentation node by a result, with everything that belongs to it, in steps of some milliseconds.
+
+    The value is the node and the seconds since the click: the whole run, as the user waited for it.
 
     Args:
         labelmap: labels on the grid of the volume, (K, J, I).
         run_info: of the engine.
+        content: of the labelmap.
+        labels: of the model.
         statistics: StructureStatistics.to_dict() of every label.
+        segmentation_node: None makes a new one, of the name output_name.
         started: time.perf_counter() at the click.
-
-    Returns:
-        Seconds since then: the whole run, as the user waited for it.
+        keep_visibility: segments that were hidden stay hidden; else the whole segmentation is shown.
 
     Raises:
-        UserError: a node was removed, or the volume is no longer the one that was segmented.
+        UserError: a node was removed, or the volume is no longer the one that was segmented; raised by the first step, which changes nothing.
     """
     # The application goes on during a run, so a user may have closed the scene or moved the volume meanwhile.
-    if volume_node.GetScene() is None or segmentation_node.GetScene() is None:
-        raise UserError("The input volume or the segmentation was removed during the run. Load the volume and segment it again.")
+    if volume_node.GetScene() is None or (segmentation_node is not None and segmentation_node.GetScene() is None):
+        raise UserError("The input volume or the output segmentation was deleted during the run. Load the volume and segment it again.")
     try:
-        import_labelmap(segmentation_node, labelmap, labels=labels, reference_node=volume_node)
+        check_same_grid(labelmap, volume_node)
     except ValueError as error:
         raise UserError(f"The volume '{volume_node.GetName()}' was moved or changed during the run ({error}). Segment it again.") from error
+    yield
+    if segmentation_node is None:
+        segmentation_node = new_segmentation_node(volume_node, name=output_name)
+        yield
+    hidden = hidden_segments(segmentation_node) if keep_visibility else set()
+    yield from import_steps(
+        segmentation_node, labelmap, labels=[label for label in labels if label.name in content.voxels_by_name], reference_node=volume_node,
+        surface_of=surface_of if has_surfaces(segmentation_node) else None,
+    )  # fmt: skip
     write_statistics_table(segmentation_node, statistics)
+    yield
     show_patches(volume_node.GetScene(), [PatchBox.from_dict(patch) for patch in run_info["patches"]], parent_node=volume_node)
+    yield
+    segmentation_node.SetAttribute(FINGERPRINT_ATTRIBUTE, _fingerprint(segmentation_node, voxels=content.fingerprint))
+    # Last of all: while nodes come and go, the segment selectors of the slice views switch segments off.
+    set_hidden_segments(segmentation_node, hidden)
+    if not keep_visibility:
+        segmentation_node.SetDisplayVisibility(True)
     seconds = time.perf_counter() - started
     _store_provenance(segmentation_node, run_info, seconds=seconds)
-    return seconds
+    return segmentation_node, seconds
 
 
 def new_segmentation_node(volume_node: "slicer.vtkMRMLScalarVolumeNode", *, name: str) -> "slicer.vtkMRMLSegmentationNode":
     """An empty segmentation node under a name that no other node has."""
     scene = volume_node.GetScene()
     return scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(name))
+
+
+def is_as_made(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> bool:
+    """Whether a segmentation is exactly as a run left it, maybe in another session: its voxels, segments, names and colors.
+
+    It reads all voxels, half a second for a large volume.
+    """
+    made = segmentation_node.GetAttribute(FINGERPRINT_ATTRIBUTE)
+    segmentation = segmentation_node.GetSegmentation()
+    if not made or segmentation.GetNumberOfLayers() != 1:  # segments that overlap are not ours
+        return False
+    scalars = segmentation.GetLayerDataObject(0, LABELMAP_REPRESENTATION).GetPointData().GetScalars()
+    if scalars is None:
+        return False
+    labelmap = segmentation.GetLayerDataObject(0, LABELMAP_REPRESENTATION)
+    array = vtk_to_numpy(scalars).reshape(tuple(reversed(labelmap.GetDimensions())))
+    values = [segmentation.GetNthSegment(index).GetLabelValue() for index in range(segmentation.GetNumberOfSegments())]
+    return made == _fingerprint(segmentation_node, voxels=voxels_fingerprint(array, values=values))
+
+
+def _fingerprint(segmentation_node: "slicer.vtkMRMLSegmentationNode", *, voxels: str) -> str:
+    """Hash of the segments and of their voxels; colors as bytes, because a file rounds them."""
+    segmentation = segmentation_node.GetSegmentation()
+    segments = []
+    for segment_id in segmentation.GetSegmentIDs():
+        segment = segmentation.GetSegment(segment_id)
+        segments.append([segment_id, segment.GetName(), [round(255 * channel) for channel in segment.GetColor()]])
+    return hashlib.blake2b(json.dumps([segments, voxels]).encode("utf-8"), digest_size=16).hexdigest()
 
 
 def segments_state(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> tuple:

@@ -76,7 +76,7 @@ class Run:
         return is_ours
 
     def cancelled(self, run_id: int, *, by_user: bool) -> bool:
-        """The run stopped; the result before it stands.
+        """The run stopped; the previous result is kept.
 
         Args:
             by_user: a user does not want this k, so that no live update tries it again until k changes.

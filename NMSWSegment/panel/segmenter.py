@@ -1,7 +1,8 @@
 """A segmentation from the click to the node, in the worker process, while the application stays alive.
 
-The input crosses as a file in the worker's temporary folder, the coarse result appears in a node of its own, and the
-output is touched only when everything is there: a run that is cancelled or fails leaves what the user had.
+The input crosses as a file in the worker's temporary folder, the coarse result is laid over the slice views, and the output is
+touched only when everything is there: a run that is cancelled or fails leaves what the user had. The result then enters the scene
+in short steps, so that Slicer stays responsive.
 """
 
 import logging
@@ -14,18 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import qt
 import slicer
+import vtk
 
 from NMSWSegment.files.bundle import Bundle, load_bundle
+from NMSWSegment.files.label_content import LabelContent
 from NMSWSegment.files.volume import Volume
+from NMSWSegment.panel.application import _
 from NMSWSegment.panel.nodes import node_to_world_matrix, volume_from_node
-from NMSWSegment.panel.overlays import remove_coarse_result, remove_node, show_coarse_result
-from NMSWSegment.panel.result import apply_result, new_segmentation_node, segments_state
+from NMSWSegment.panel.overlays import hide_previous_result, remove_traces_of_run, show_coarse_result
+from NMSWSegment.panel.result import is_as_made, result_steps, segments_state
+from NMSWSegment.panel.stepped_task import SteppedTask
 from NMSWSegment.panel.worker_client import Worker
 from NMSWSegment.protocol import SegmentOptions, UserError
 
 ENDINGS = ("done", "cancelled", "error", "died")
-"""Events after which a run is over."""
+"""Events of the worker after which a run is over."""
 
 _logger = logging.getLogger(__name__)
 
@@ -43,16 +49,19 @@ class _ActiveRun:
     ijk_to_ras: np.ndarray
     folder: Path
     started: float
-    coarse_node: "slicer.vtkMRMLSegmentationNode | None" = None
-    hidden_node: "slicer.vtkMRMLSegmentationNode | None" = None
-    """The previous result, hidden while the coarse one is shown."""
+    keep_visibility: bool
+    """Of the segments that a user has hidden."""
+    scene: "slicer.vtkMRMLScene"
+    observation: int = 0
+    finishing: SteppedTask | None = None
+    """The result on its way into the scene."""
 
 
 class Segmenter:
     """Starts runs, and turns the events of the worker into nodes before it passes them on.
 
-    At the end of a run exactly one of the events done, cancelled, error and died comes. "done" carries the node,
-    segmentation, and seconds.
+    At the end of a run exactly one of the events done, cancelled, error, died and stopped comes. "done" carries the node,
+    segmentation, and seconds; "stopped" says in its message that a node of the run was deleted.
     """
 
     def __init__(self, *, on_event: Callable[[dict], None], on_log: Callable[[str], None]) -> None:
@@ -92,7 +101,7 @@ class Segmenter:
         Args:
             segmentation_node: its content is replaced at the end; None makes a new one then.
             output_name: name of the new one.
-            coarse_first: show the coarse result as soon as it is there.
+            coarse_first: show the coarse result as soon as it is there, and all segments at the end; without it, segments that are hidden stay hidden.
 
         Raises:
             UserError: the volume, the bundle or the temporary folder will not do; nothing was started.
@@ -116,8 +125,10 @@ class Segmenter:
         }
         self._active = _ActiveRun(
             run_id=self._run_count, volume_node=volume_node, segmentation_node=segmentation_node, output_name=output_name, bundle=bundle,
-            request=request, ijk_to_ras=volume.ijk_to_ras, folder=folder, started=time.perf_counter(),
+            request=request, ijk_to_ras=volume.ijk_to_ras, folder=folder, started=time.perf_counter(), keep_visibility=not coarse_first,
+            scene=volume_node.GetScene(),
         )  # fmt: skip
+        self._observe_scene(self._active)
         try:
             self._send(volume, is_sent=self._worker.holds != volume_info["key"])
         except UserError:
@@ -145,14 +156,15 @@ class Segmenter:
         self._worker.send({"request": "measure", "bundle": bundle, "device": device, "threads": threads})
 
     def close(self) -> None:
-        """End the worker; nothing of it stays, no event follows."""
+        """End the worker; nothing of it stays. A result that has arrived still enters the scene; else no event follows."""
+        self._finish_now()
         self._worker.stop()
         self._end_run()
 
     def is_untouched(self, segmentation_node: "slicer.vtkMRMLSegmentationNode") -> bool:
-        """Whether a segmentation is empty or exactly as a run of this session left it, so that replacing it loses nothing."""
+        """Whether a segmentation is empty or exactly as a run left it, in this session or before the scene was saved, so that replacing it loses nothing."""
         state = segments_state(segmentation_node)
-        return not state or self._own_states.get(segmentation_node.GetID()) == state
+        return not state or self._own_states.get(segmentation_node.GetID()) == state or is_as_made(segmentation_node)
 
     def _send(self, volume: Volume, *, is_sent: bool) -> None:
         """Send the request of the run, with the voxels unless the worker has them."""
@@ -173,6 +185,9 @@ class Segmenter:
         kind = event["event"]
         if event.get("id") is not None and (active is None or event["id"] != active.run_id):
             return  # of a run that was given up
+        if kind == "died":
+            self._finish_now()  # the result was here before the worker went
+            active = self._active
         try:
             if kind == "unknown_volume":
                 self._send(volume_from_node(active.volume_node), is_sent=True)
@@ -180,61 +195,105 @@ class Segmenter:
             if kind == "coarse":
                 self._show_coarse(event)
             if kind == "done":
-                event = event | self._finish(event)
-        except UserError as error:
-            event = {"event": "error", "id": active.run_id, "kind": "user", "message": str(error), "details": ""}
+                self._start_finishing(event)
+                return
         except Exception as error:  # the boundary between Qt's event loop and us
-            _logger.exception("event %s", kind)
-            event = {"event": "error", "id": active.run_id, "kind": "bug", "message": str(error), "details": traceback.format_exc()}
+            event = _error_event(active, error)
+        if event["event"] in ENDINGS and kind not in ENDINGS:
+            self._worker.cancel()
+        self._pass_on(event)
+
+    def _pass_on(self, event: dict) -> None:
+        """End the run where the event ends it, then pass the event on."""
+        active = self._active
         if active is not None and event["event"] in ENDINGS and (event["id"] == active.run_id or event["event"] == "died"):
-            if kind not in ENDINGS:
-                self._worker.cancel()
             self._end_run()
         self._on_event(event)
 
     def _show_coarse(self, event: dict) -> None:
-        """The coarse result in a node of its own; the previous result is hidden meanwhile."""
+        """The coarse result over the slice views; the previous result is hidden meanwhile."""
         active = self._active
-        if active.volume_node.GetScene() is None:
-            return
         importance = event["importance"]
         ijk_to_node = np.linalg.inv(node_to_world_matrix(active.volume_node)) @ np.array(importance["ijk_to_ras"])  # world -> node
         self._importance = active.volume_node.GetID(), Volume(array=np.load(active.folder / importance["file"]), ijk_to_ras=ijk_to_node)
         labelmap = Volume(array=np.load(active.folder / event["labelmap"]), ijk_to_ras=active.ijk_to_ras)
-        active.coarse_node = show_coarse_result(labelmap, labels=active.bundle.manifest.labels, reference_node=active.volume_node)
-        if active.segmentation_node is not None and active.segmentation_node.GetDisplayVisibility():
-            active.segmentation_node.SetDisplayVisibility(False)
-            active.hidden_node = active.segmentation_node
+        show_coarse_result(labelmap, labels=active.bundle.manifest.labels, reference_node=active.volume_node)
+        if active.segmentation_node is not None:
+            hide_previous_result(active.segmentation_node)
 
-    def _finish(self, event: dict) -> dict:
-        """The result in its node; what the event says besides."""
+    def _start_finishing(self, event: dict) -> None:
+        """Bring the result into the scene, step by step; the event "done" comes after the last one."""
         active = self._active
         labelmap = Volume(array=np.load(active.folder / event["labelmap"]), ijk_to_ras=active.ijk_to_ras)
-        created = None
-        if active.segmentation_node is None and active.volume_node.GetScene() is not None:
-            created = active.segmentation_node = new_segmentation_node(active.volume_node, name=active.output_name)
-        try:
-            seconds = apply_result(
-                labelmap, event["run_info"], labels=active.bundle.manifest.labels, statistics=event["statistics"], volume_node=active.volume_node,
-                segmentation_node=active.segmentation_node, started=active.started,
+
+        def steps():
+            remove_traces_of_run(active.scene)
+            yield
+            return (
+                yield from result_steps(
+                    labelmap, event["run_info"], LabelContent(**event["content"]), labels=active.bundle.manifest.labels, statistics=event["statistics"],
+                    volume_node=active.volume_node, segmentation_node=active.segmentation_node, output_name=active.output_name, started=active.started,
+                    keep_visibility=active.keep_visibility,
+                )
             )  # fmt: skip
-        except BaseException:
-            if created is not None:
-                remove_node(created)
-            raise
-        self._own_states[active.segmentation_node.GetID()] = segments_state(active.segmentation_node)
-        return {"segmentation": active.segmentation_node, "seconds": seconds}
+
+        def on_done(value) -> None:
+            node, seconds = value
+            self._own_states[node.GetID()] = segments_state(node)
+            self._pass_on(event | {"segmentation": node, "seconds": seconds})
+
+        active.finishing = SteppedTask(steps(), on_done=on_done, on_error=lambda error: self._pass_on(_error_event(active, error)))
+
+    def _finish_now(self) -> None:
+        """Bring the rest of a result that has arrived into the scene at once."""
+        if self._active is not None and self._active.finishing is not None:
+            self._active.finishing.finish()
+
+    def _observe_scene(self, active: _ActiveRun) -> None:
+        """Stop the run when one of its nodes is deleted."""
+
+        @vtk.calldata_type(vtk.VTK_OBJECT)
+        def on_node_removed(caller, event, node) -> None:
+            if node is active.volume_node or (node is not None and node is active.segmentation_node):
+                self._stop_without(node, active)
+
+        active.observation = active.scene.AddObserver(active.scene.NodeAboutToBeRemovedEvent, on_node_removed)
+
+    def _stop_without(self, node: "slicer.vtkMRMLNode", active: _ActiveRun) -> None:
+        """Stop the run because a node of it is about to be deleted."""
+        if node is active.volume_node and active.finishing is not None:
+            self._finish_now()  # all that is missing is some steps, and the volume is still there
+        if self._active is not active:
+            return
+        if node is active.volume_node:
+            message = _("The input volume was deleted, so the run was stopped.")
+        else:
+            message = _("The output segmentation was deleted, so the run was stopped.")
+        self._worker.cancel()
+        self._end_run()
+        event = {"event": "stopped", "id": active.run_id, "message": message}
+        qt.QTimer.singleShot(0, lambda: self._on_event(event))  # once the node is gone
 
     def _end_run(self) -> None:
         """Drop what only the run needed."""
         active, self._active = self._active, None
         if active is None:
             return
-        if active.coarse_node is not None and active.coarse_node.GetScene() is not None:
-            remove_coarse_result(active.coarse_node)
-        if active.hidden_node is not None and active.hidden_node.GetScene() is not None:
-            active.hidden_node.SetDisplayVisibility(True)
+        if active.finishing is not None:
+            active.finishing.stop()
+        active.scene.RemoveObserver(active.observation)
+        remove_traces_of_run(active.scene)
         shutil.rmtree(active.folder, ignore_errors=True)
+
+
+def _error_event(active: _ActiveRun | None, error: Exception) -> dict:
+    """The event of an exception, while it is handled."""
+    run_id = active.run_id if active is not None else None
+    if isinstance(error, UserError):
+        return {"event": "error", "id": run_id, "kind": "user", "message": str(error), "details": ""}
+    _logger.error("a result or an event could not be handled", exc_info=error)
+    details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return {"event": "error", "id": run_id, "kind": "bug", "message": str(error), "details": details}
 
 
 def _volume_key(node: "slicer.vtkMRMLScalarVolumeNode", volume: Volume) -> str:

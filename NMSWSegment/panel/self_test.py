@@ -33,9 +33,14 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
             self.test_process_sample_givesSegmentsOnItsGrid,
             self.test_process_everyPackagedModel_showsATorso,
             self.test_panel_threeClicks_giveASegmentation,
+            self.test_panel_afterAClosedScene_everySegmentIsVisible,
             self.test_panel_kChange_runsOnlyNewPatches,
-            self.test_panel_cancel_keepsTheResultBefore,
+            self.test_panel_cancel_keepsThePreviousResult,
+            self.test_panel_volumeDeletedInARun_stopsAtOnce,
+            self.test_panel_3D_fitsTheCameraToTheResult,
+            self.test_panel_importanceMap_isClippedToTheBody,
             self.test_scene_savedAndLoaded_bringsSettingsBack,
+            self.test_scene_savedAndLoaded_knowsItsOwnResult,
         ):
             self.setUp()
             test()
@@ -57,6 +62,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         self.assertEqual(int((lung > 0).sum()), int((result.labelmap.array == labels["lung_left"]).sum()))
         self.assertEqual(segmentation.GetNodeReferenceID(segmentation.GetReferenceImageGeometryReferenceRole()), volume.GetID())
         self.assertEqual(self.numberOfOutlines(), 2)
+        self.assertEverySegmentIsVisible(segmentation)
         self.assertEqual(segmentation.GetAttribute("NMSW.NumPatches"), "2")
         self.assertEqual(fractions, sorted(fractions))
 
@@ -76,11 +82,13 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         widget = self.openPanel(numPatches=2)
         widget.ui.sampleButton.click()
         self.assertTrue(widget.ui.segmentButton.enabled)
-        addedNames = []
+        addedNames, addedSegmentations = [], []
 
         @vtk.calldata_type(vtk.VTK_OBJECT)
         def onNodeAdded(caller, event, node):
             addedNames.append(node.GetName())
+            if node.IsA("vtkMRMLSegmentationNode"):
+                addedSegmentations.append(node.GetName())
 
         observation = slicer.mrmlScene.AddObserver(slicer.mrmlScene.NodeAddedEvent, onNodeAdded)
         widget.ui.segmentButton.click()
@@ -88,14 +96,43 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         self.waitForRun(widget)
         slicer.mrmlScene.RemoveObserver(observation)
         self.assertIn("NMSW coarse result", addedNames)
+        self.assertEqual(addedSegmentations, [f"{SAMPLE_NAME} segmentation"])
 
         node = widget.logic.getParameterNode()
         self.assertSegmentsOfATorso(node.outputSegmentation)
         self.assertIsNone(slicer.mrmlScene.GetFirstNodeByName("NMSW coarse result"))
+        self.assertEqual(self.shownLabelVolumes(), {None})
+        self.assertEverySegmentIsVisible(node.outputSegmentation)
         self.assertEqual(self.numberOfOutlines(), 2)
+        self.assertOutlinesCannotBeDragged()
         table = node.outputSegmentation.GetNodeReference("NMSW.Volumes")
         self.assertEqual(table.GetNumberOfRows(), node.outputSegmentation.GetSegmentation().GetNumberOfSegments())
         self.assertEqual(len({self.hierarchyParent(item) for item in (node.inputVolume, node.outputSegmentation, table)}), 1)
+
+    def test_panel_afterAClosedScene_everySegmentIsVisible(self) -> None:
+        """A first run after a scene with another segmentation was closed shows every segment: the slice views' selectors must not hide any."""
+        self.delayDisplay("Closing a scene, then segmenting")
+        widget = self.openPanel(numPatches=1)
+        volume = slicer.util.loadVolume(str(SAMPLE_PATH), {"name": SAMPLE_NAME})
+        mine = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Mine")
+        _logic().process(volume, mine, SegmentOptions(num_patches=0, device="cpu"))
+        slicer.app.processEvents()
+        slicer.mrmlScene.Clear()
+        slicer.app.processEvents()
+        widget = self.openPanel(numPatches=1)
+        widget.ui.sampleButton.click()
+        other = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Other")
+        other.CreateDefaultDisplayNodes()
+        other.GetSegmentation().AddEmptySegment("mine", "mine")
+        widget.ui.segmentButton.click()
+        self.waitForRun(widget)
+        slicer.app.processEvents()
+
+        segmentation = widget.logic.getParameterNode().outputSegmentation
+        self.assertIsNot(segmentation, other)
+        self.assertSegmentsOfATorso(segmentation)
+        self.assertEverySegmentIsVisible(segmentation)
+        self.assertEverySegmentIsVisible(other)
 
     def test_panel_kChange_runsOnlyNewPatches(self) -> None:
         """Moving the slider after a run updates the result; the patches of before are not run again."""
@@ -112,7 +149,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
             self.assertEqual(self.numberOfOutlines(), numPatches)
             self.waitForRun(widget)
 
-    def test_panel_cancel_keepsTheResultBefore(self) -> None:
+    def test_panel_cancel_keepsThePreviousResult(self) -> None:
         """A run that is cancelled changes nothing, and answers within a second."""
         self.delayDisplay("Cancelling a run")
         widget = self.openPanel(numPatches=1)
@@ -135,6 +172,80 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         after = slicer.util.arrayFromSegmentBinaryLabelmap(node.outputSegmentation, "liver", node.inputVolume)
         self.assertTrue((after == before).all())
         self.assertEqual(node.outputSegmentation.GetAttribute("NMSW.NumPatches"), "1")
+        self.assertEverySegmentIsVisible(node.outputSegmentation)
+
+    def test_panel_volumeDeletedInARun_stopsAtOnce(self) -> None:
+        """A volume that is deleted while its segmentation runs ends the run, and nothing of it stays."""
+        self.delayDisplay("Deleting the volume during a run")
+        widget = self.openPanel(numPatches=36)
+        widget.ui.sampleButton.click()
+        volume = widget.logic.getParameterNode().inputVolume
+        widget.ui.segmentButton.click()
+        self.waitUntil(lambda: slicer.mrmlScene.GetFirstNodeByName("NMSW coarse result") is not None, "the coarse result is shown")
+        slicer.mrmlScene.RemoveNode(volume)
+
+        self.assertFalse(widget.segmenter.is_running)
+        self.assertIsNone(slicer.mrmlScene.GetFirstNodeByName("NMSW coarse result"))
+        self.assertEqual(slicer.util.getNodesByClass("vtkMRMLSegmentationNode"), [])
+        slicer.app.processEvents()
+        widget.ui.sampleButton.click()
+        self.assertTrue(widget.ui.segmentButton.enabled)
+
+    def test_panel_3D_fitsTheCameraToTheResult(self) -> None:
+        """The first 3D view of a result shows all of it, and no step of the way holds the application up."""
+        self.delayDisplay("Showing the result in 3D")
+        widget = self.openPanel(numPatches=1)
+        widget.ui.sampleButton.click()
+        widget.ui.show3DCheckBox.click()
+        widget.ui.segmentButton.click()
+        self.waitForRun(widget)
+        segmentation = widget.logic.getParameterNode().outputSegmentation
+        segments = segmentation.GetSegmentation()
+        self.waitUntil(lambda: segments.ContainsRepresentation("Closed surface"), "the surfaces are there")
+        slicer.app.processEvents()
+        try:
+            for index in range(segments.GetNumberOfSegments()):
+                self.assertGreater(segments.GetNthSegment(index).GetRepresentation("Closed surface").GetNumberOfPoints(), 0)
+            if slicer.app.layoutManager() and slicer.app.layoutManager().threeDViewCount:
+                self.assertCameraSeesAll(segmentation)
+        finally:
+            widget.ui.show3DCheckBox.click()
+        self.assertFalse(segments.ContainsRepresentation("Closed surface"))
+
+    def test_panel_importanceMap_isClippedToTheBody(self) -> None:
+        """The importance map covers the body alone, and the slice views are as before once it is gone."""
+        self.delayDisplay("Showing the importance map")
+        widget = self.openPanel(numPatches=1)
+        widget.ui.sampleButton.click()
+        widget.ui.segmentButton.click()
+        self.waitForRun(widget)
+        widget.ui.showImportanceCheckBox.click()
+        try:
+            shown = slicer.mrmlScene.GetFirstNodeByName("NMSW importance")
+            array = slicer.util.arrayFromVolume(shown)
+            self.assertEqual(array.max(), 1)
+            self.assertTrue((array[:, 0] == 0).all() and (array[:, :, 0] == 0).all(), "air at the edges of the volume is marked")
+        finally:
+            widget.ui.showImportanceCheckBox.click()
+        self.assertIsNone(slicer.mrmlScene.GetFirstNodeByName("NMSW importance"))
+
+    def test_scene_savedAndLoaded_knowsItsOwnResult(self) -> None:
+        """An untouched result of a loaded scene is replaced without a question; an edited one is not."""
+        self.delayDisplay("Saving and loading a result")
+        widget = self.openPanel(numPatches=1)
+        widget.ui.sampleButton.click()
+        widget.ui.segmentButton.click()
+        self.waitForRun(widget)
+        with tempfile.TemporaryDirectory() as folder:
+            slicer.util.saveScene(str(Path(folder) / "scene.mrb"))
+            slicer.mrmlScene.Clear()
+            slicer.util.loadScene(str(Path(folder) / "scene.mrb"))
+        widget.initializeParameterNode()
+        segmentation = widget.logic.getParameterNode().outputSegmentation
+        self.assertSegmentsOfATorso(segmentation)
+        self.assertTrue(widget.segmenter.is_untouched(segmentation))
+        segmentation.GetSegmentation().GetSegment("heart").SetColor(1, 0, 1)
+        self.assertFalse(widget.segmenter.is_untouched(segmentation))
 
     def test_scene_savedAndLoaded_bringsSettingsBack(self) -> None:
         """The settings of the panel are part of the scene."""
@@ -190,9 +301,44 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         return hierarchy.GetItemParent(item) if item else hierarchy.GetSceneItemID()
 
     def numberOfOutlines(self) -> int:
-        """Outlines of patches in the scene."""
-        nodes = slicer.util.getNodesByClass("vtkMRMLMarkupsROINode")
-        return len([node for node in nodes if node.GetAttribute("NMSW.Patch")])
+        """Outlines of patches in the scene, six faces each."""
+        return sum(node.GetPolyData().GetNumberOfCells() // 6 for node in self.outlines())
+
+    def outlines(self) -> list:
+        """The model nodes with outlines; one, or none."""
+        return [node for node in slicer.util.getNodesByClass("vtkMRMLModelNode") if node.GetAttribute("NMSW.Patches")]
+
+    def assertOutlinesCannotBeDragged(self) -> None:
+        """Whether the outlines are lines, in one node without handles."""
+        (node,) = self.outlines()
+        self.assertEqual(node.GetDisplayNode().GetRepresentation(), slicer.vtkMRMLDisplayNode.WireframeRepresentation)
+        self.assertFalse(node.GetDisplayNode().GetSelectable())
+        self.assertEqual([roi for roi in slicer.util.getNodesByClass("vtkMRMLMarkupsROINode") if roi.GetAttribute("NMSW.Patch")], [])
+
+    def assertEverySegmentIsVisible(self, segmentation: "slicer.vtkMRMLSegmentationNode") -> None:
+        """Whether slices and 3D views show all segments."""
+        self.assertTrue(segmentation.GetDisplayVisibility())
+        display = segmentation.GetDisplayNode()
+        hidden = [segmentId for segmentId in segmentation.GetSegmentation().GetSegmentIDs() if not display.GetSegmentVisibility(segmentId)]
+        self.assertEqual(hidden, [])
+
+    def assertCameraSeesAll(self, segmentation: "slicer.vtkMRMLSegmentationNode") -> None:
+        """Whether the first 3D view shows the whole bounding box of the segments."""
+        view = slicer.app.layoutManager().threeDWidget(0).threeDView()
+        renderer = view.renderWindow().GetRenderers().GetFirstRenderer()
+        bounds = [0.0] * 6
+        segmentation.GetRASBounds(bounds)
+        for x in bounds[:2]:
+            for y in bounds[2:4]:
+                for z in bounds[4:]:
+                    renderer.SetWorldPoint(x, y, z, 1)
+                    renderer.WorldToView()
+                    for value in renderer.GetViewPoint()[:2]:
+                        self.assertLess(abs(value), 1.05, f"a corner of the result lies outside the 3D view at {renderer.GetViewPoint()}")
+
+    def shownLabelVolumes(self) -> set:
+        """Ids of the volumes in the label layers of the slice views; {None} where there are none."""
+        return {composite.GetLabelVolumeID() for composite in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode")} or {None}
 
 
 def _logic() -> "NMSWSegmentLogic":

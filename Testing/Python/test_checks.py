@@ -161,8 +161,6 @@ def test_seconds_adds_patches_voxels_and_restoring():
     ten = RunEstimate(candidates=40, patches=10, model_voxels=1_000_000, source_voxels=8_000_000, memory_bytes=0)
     rate = Rate(patch_s=0.5, voxel_s=2e-6, source_voxel_s=1e-7)
     assert estimate_seconds(ten, rate) == pytest.approx(5 + 2 + 0.8)
-    assert estimate_seconds(ten, rate, reused=4) == pytest.approx(3 + 2 + 0.8)
-    assert estimate_seconds(ten, rate, reused=30) == pytest.approx(2.8)
     assert estimate_seconds(replace(ten, patches=None), rate) is None
 
 

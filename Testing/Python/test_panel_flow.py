@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,9 +125,19 @@ def segment_ids(node) -> list[str]:
     return list(node.GetSegmentation().GetSegmentIDs())
 
 
-def outlines(scene) -> list:
-    nodes = [scene.GetNthNodeByClass(index, "vtkMRMLMarkupsROINode") for index in range(scene.GetNumberOfNodesByClass("vtkMRMLMarkupsROINode"))]
-    return [node for node in nodes if node.GetAttribute("NMSW.Patch")]
+def outlines(scene):
+    """The model node with the outlines; None without patches."""
+    return scene.GetFirstNodeByName("NMSW patches")
+
+
+def number_of_outlines(scene) -> int:
+    return outlines(scene).GetPolyData().GetNumberOfCells() // 6
+
+
+def visible_segments(node) -> dict[str, bool]:
+    """What a user sees of a segmentation."""
+    display = node.GetDisplayNode()
+    return {name: bool(node.GetDisplayVisibility() and display.GetSegmentVisibility(name)) for name in segment_ids(node)}
 
 
 def node_names(scene, class_name: str) -> list[str]:
@@ -162,6 +173,9 @@ def test_segment_click_shows_the_coarse_result_first_and_then_replaces_it(app, w
 
     assert "NMSW coarse result" in seen
     assert node_names(app.scene, "vtkMRMLSegmentationNode") == ["Phantom segmentation"]
+    assert "Phantom segmentation" in seen
+    assert node_names(app.scene, "vtkMRMLLabelMapVolumeNode") == []
+    assert visible_segments(result_of(widget)) == {"liver": True, "spleen": True, "vertebrae": True}
     assert widget.ui.segmentButton.text == "Segment"
     assert widget.ui.volumeSection.enabled
     assert "2 of" in widget.ui.statusLabel.text
@@ -187,7 +201,7 @@ def test_result_lies_on_the_phantom_in_the_world_with_everything_that_belongs_to
     assert node.GetNodeReferenceID(node.GetReferenceImageGeometryReferenceRole()) == volume.GetID()
     assert node.GetAttribute("NMSW.Bundle") == "tiny"
     assert (node.GetAttribute("NMSW.NumPatches"), node.GetAttribute("NMSW.PatchesRun"), node.GetAttribute("NMSW.Device")) == ("2", "2", "cpu")
-    assert len(outlines(app.scene)) == 2
+    assert number_of_outlines(app.scene) == 2
     table = node.GetNodeReference("NMSW.Volumes")
     voxels = {table.GetCellText(row, 0): int(table.GetCellText(row, 2)) for row in range(table.GetNumberOfRows())}
     assert voxels["spleen"] == len(segment_points_ras(node, "spleen"))
@@ -202,7 +216,7 @@ def test_slider_after_a_run_updates_the_result_and_reuses_the_patches(app, widge
         widget.ui.numPatchesSlider.value = num_patches
         app.wait_until(lambda: node.GetAttribute("NMSW.NumPatches") == str(num_patches), TIMEOUT_S)
         assert node.GetAttribute("NMSW.PatchesReused") == reused
-        assert len(outlines(app.scene)) == num_patches
+        assert number_of_outlines(app.scene) == num_patches
         app.wait_until(lambda: not widget.segmenter.is_running)
     assert node_names(app.scene, "vtkMRMLSegmentationNode") == ["Phantom segmentation"]
 
@@ -257,10 +271,11 @@ def test_cancel_answers_within_a_second_and_keeps_the_result_before(app, own_fol
     node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 0
     segment(app, widget)
     before = segment_points_ras(result_of(widget), "liver")
+    result_of(widget).GetDisplayNode().SetSegmentVisibility("spleen", False)
     node.liveUpdate = False
     node.numPatches = 4
     widget.ui.segmentButton.click()
-    app.wait_until(lambda: node_names(app.scene, "vtkMRMLSegmentationNode").count("NMSW coarse result"), TIMEOUT_S)
+    app.wait_until(lambda: app.scene.GetFirstNodeByName("NMSW coarse result"), TIMEOUT_S)
     assert not result_of(widget).GetDisplayVisibility()
     pid = widget.segmenter.worker.pid
 
@@ -273,7 +288,7 @@ def test_cancel_answers_within_a_second_and_keeps_the_result_before(app, own_fol
     assert not is_alive(pid)
     assert temporary_files() == []
     assert node_names(app.scene, "vtkMRMLSegmentationNode") == ["Phantom segmentation"]
-    assert result_of(widget).GetDisplayVisibility()
+    assert visible_segments(result_of(widget)) == {"liver": True, "spleen": False, "vertebrae": True}
     np.testing.assert_array_equal(segment_points_ras(result_of(widget), "liver"), before)
     assert result_of(widget).GetAttribute("NMSW.NumPatches") == "0"
     assert app.dialogs == []
@@ -330,13 +345,79 @@ def test_closing_the_scene_in_a_run_gives_it_up(app, own_folder, tmp_path, monke
 def test_quitting_in_a_run_leaves_no_process_and_no_file(app, own_folder, tmp_path, monkeypatch):
     slow_down(monkeypatch, tmp_path, 5)
     widget = click_first_run(app)
-    app.wait_until(lambda: widget.segmenter.worker.pid is not None and "patches" in widget.ui.statusLabel.text.lower(), TIMEOUT_S)
+    app.wait_until(lambda: widget.ui.statusLabel.text == "Selecting patches...", TIMEOUT_S)
     pid = widget.segmenter.worker.pid
+    assert widget.segmenter.is_running
+    assert is_alive(pid)
 
     app.close()
 
     app.wait_until(lambda: not is_alive(pid), 10)
     assert temporary_files() == []
+
+
+@pytest.mark.parametrize("deleted", ["volume", "segmentation"])
+def test_node_deleted_in_a_run_stops_it_at_once_with_one_sentence(app, own_folder, tmp_path, monkeypatch, deleted):
+    slow_down(monkeypatch, tmp_path, 1)
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 8
+    node.outputSegmentation = app.scene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Output")
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: app.scene.GetFirstNodeByName("NMSW coarse result"), TIMEOUT_S)
+
+    app.scene.RemoveNode(node.inputVolume if deleted == "volume" else node.outputSegmentation)
+
+    assert not widget.segmenter.is_running
+    app.process_events(seconds=1)
+    assert app.scene.GetFirstNodeByName("NMSW coarse result") is None
+    assert app.dialogs == []
+    if deleted == "segmentation":
+        assert widget.ui.statusLabel.text == "The output segmentation was deleted, so the run was stopped."
+    else:
+        assert "Choose an input volume" in widget.ui.statusLabel.text or "deleted" in widget.ui.statusLabel.text
+    assert node_names(app.scene, "vtkMRMLSegmentationNode") == (["Output"] if deleted == "volume" else [])
+
+
+def test_scene_saved_in_a_run_is_in_order_when_it_is_loaded(app, own_folder, tmp_path, monkeypatch):
+    slow_down(monkeypatch, tmp_path, 1)
+    composite = app.scene.AddNewNodeByClass("vtkMRMLSliceCompositeNode")
+    add_phantom(app.scene)
+    widget = app.open_panel("NMSWSegment")
+    node = widget.logic.getParameterNode()
+    node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 0
+    segment(app, widget)
+    result_of(widget).GetDisplayNode().SetSegmentVisibility("spleen", False)
+    node.liveUpdate, node.numPatches = False, 8
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: app.scene.GetFirstNodeByName("NMSW coarse result"), TIMEOUT_S)
+    assert app.scene.GetNodeByID(composite.GetLabelVolumeID()).GetName() == "NMSW coarse result"
+    assert not result_of(widget).GetDisplayVisibility()
+
+    scene_file = app.save_scene(tmp_path / "saved")
+    app.load_scene(scene_file)
+
+    assert "<LabelMapVolume" not in scene_file.read_text()
+    composite = app.scene.GetFirstNodeByClass("vtkMRMLSliceCompositeNode")
+    assert composite.GetLabelVolumeID() is None
+    assert composite.GetLabelOpacity() == 1
+    assert app.scene.GetFirstNodeByName("NMSW coarse result") is None
+    assert visible_segments(result_of(widget)) == {"liver": True, "spleen": False, "vertebrae": True}
+    assert widget.segmenter.is_untouched(result_of(widget))
+
+
+def test_live_update_keeps_hidden_segments_hidden_and_segment_shows_all(app, widget):
+    segment(app, widget)
+    node = result_of(widget)
+    node.GetDisplayNode().SetSegmentVisibility("liver", False)
+    widget.ui.numPatchesSlider.value = 4
+    app.wait_until(lambda: node.GetAttribute("NMSW.NumPatches") == "4" and not widget.segmenter.is_running, TIMEOUT_S)
+    assert visible_segments(node) == {"liver": False, "spleen": True, "vertebrae": True}
+
+    segment(app, widget)
+
+    assert visible_segments(node) == {"liver": True, "spleen": True, "vertebrae": True}
 
 
 def test_scene_comes_back_with_the_settings_of_the_panel(app, widget, tmp_path):
@@ -355,14 +436,16 @@ def test_scene_comes_back_with_the_settings_of_the_panel(app, widget, tmp_path):
     assert (widget.ui.numPatchesSlider.value, widget.ui.policyComboBox.currentText, widget.ui.modelComboBox.currentData) == (7, "top_k", "tiny")
     assert widget.ui.structuresSection.text == "Structures: 2 of 3"
     assert node.outputSegmentation.GetAttribute("NMSW.Bundle") == "tiny"
-    assert not widget.segmenter.is_untouched(node.outputSegmentation), "segments of a loaded scene may have been edited: ask"
+    assert widget.segmenter.is_untouched(node.outputSegmentation), "its own result of another session, untouched"
+    node.outputSegmentation.GetSegmentation().GetSegment("liver").SetName("my liver")
+    assert not widget.segmenter.is_untouched(node.outputSegmentation)
 
 
 def test_structures_and_region_of_interest_limit_the_result(app, widget):
     node = widget.logic.getParameterNode()
     widget.ui.noStructuresButton.click()
     assert not widget.ui.segmentButton.enabled
-    assert "Check at least one" in widget.ui.statusLabel.text
+    assert "Select at least one" in widget.ui.statusLabel.text
     widget.ui.structuresSearchBox.text = "SPL"
     widget.ui.allStructuresButton.click()
     assert node.omittedStructures == ["liver", "vertebrae"]
@@ -465,6 +548,27 @@ def test_missing_torch_is_explained_with_and_without_internet(app, widget, monke
     assert not widget.segmenter.is_running
 
 
+def test_torch_that_was_not_installed_is_explained_in_a_sentence(app, widget, monkeypatch):
+    class Logic:
+        def installTorch(self, askConfirmation, torchVersionRequirement):
+            raise ModuleNotFoundError("No module named 'torch'")  # what the extension does where the user declines or the download fails
+
+    module = sys.modules["NMSWSegment"]
+    find_spec = module.importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    app.install_fake_module("PyTorchUtils", SimpleNamespace(PyTorchUtilsLogic=Logic))
+
+    widget.ui.segmentButton.click()
+
+    (dialog,) = app.dialogs
+    assert dialog.kind == "error"
+    assert dialog.text.startswith("PyTorch, which runs the models, was not installed.")
+    assert "proxy" in dialog.text
+    assert "pip_install" in dialog.text
+    assert dialog.detailedText == "ModuleNotFoundError: No module named 'torch'"
+    assert not widget.segmenter.is_running
+
+
 def test_own_model_can_be_added_chosen_and_removed(app, own_folder, a_tiny_bundle, tmp_path):
     from NMSWSegment.files.bundle import list_bundles, remove_bundle
 
@@ -489,9 +593,9 @@ def test_own_model_can_be_added_chosen_and_removed(app, own_folder, a_tiny_bundl
 
 def test_overlays_follow_their_boxes(app, widget):
     segment(app, widget)
-    assert all(node.GetDisplayVisibility() for node in outlines(app.scene))
+    assert outlines(app.scene).GetDisplayVisibility()
     widget.ui.showPatchesCheckBox.click()
-    assert not any(node.GetDisplayVisibility() for node in outlines(app.scene))
+    assert not outlines(app.scene).GetDisplayVisibility()
     widget.ui.showImportanceCheckBox.click()
     shown = volume_from_node(app.scene.GetFirstNodeByName("NMSW importance"))
     axes = shown.ijk_to_ras[:3, :3]
@@ -501,7 +605,9 @@ def test_overlays_follow_their_boxes(app, widget):
     assert node_names(app.scene, "vtkMRMLScalarVolumeNode") == ["Phantom"]
     surfaces = slicer.vtkSegmentationConverter.GetSegmentationClosedSurfaceRepresentationName()
     widget.ui.show3DCheckBox.click()
-    assert result_of(widget).GetSegmentation().ContainsRepresentation(surfaces)
+    app.wait_until(lambda: result_of(widget).GetSegmentation().ContainsRepresentation(surfaces), TIMEOUT_S)
+    segments = result_of(widget).GetSegmentation()
+    assert all(segments.GetNthSegment(index).GetRepresentation(surfaces).GetNumberOfPoints() > 0 for index in range(segments.GetNumberOfSegments()))
     widget.ui.show3DCheckBox.click()
     assert not result_of(widget).GetSegmentation().ContainsRepresentation(surfaces)
 

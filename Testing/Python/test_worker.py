@@ -14,7 +14,7 @@ import pytest
 from conftest import turned
 
 from NMSWSegment.engine.segment import segment_volume
-from NMSWSegment.engine.worker import Inbox, progress_events
+from NMSWSegment.engine.worker import NICENESS, Inbox, progress_events
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.protocol import Progress, SegmentOptions
@@ -263,6 +263,19 @@ def test_ready_comes_before_torch_and_its_absence_is_told(tmp_path):
     assert error["kind"] == "user" and error["id"] is None and "no torch here). Install it" in error["message"]
     assert client.process.wait(timeout=TIMEOUT_S) == 2
     client.process.stdin.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "setpriority"), reason="Windows has no niceness")
+@pytest.mark.parametrize("inherited", [0, 19])
+def test_low_priority_that_slicer_gives_is_undone_where_the_system_permits(inherited):
+    script = (
+        f"import os; os.setpriority(os.PRIO_PROCESS, 0, {inherited}); from NMSWSegment.engine.worker import set_priority; set_priority(); print(os.nice(0))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    if "SLICER_BACKGROUND_THREAD_PRIORITY" in ended.stderr:  # said where the system refuses
+        assert int(ended.stdout) == inherited == 19
+    else:
+        assert int(ended.stdout) == NICENESS
 
 
 def test_cancel_counts_for_all_that_was_asked_before_it_and_nothing_after():
