@@ -137,13 +137,17 @@ def test_process_outlines_the_patches_and_keeps_the_provenance(module, volume_no
 
     assert len(result.patches) == 2
     scene = volume_node.GetScene()
-    assert scene.GetNumberOfNodesByClass("vtkMRMLMarkupsROINode") == len(result.patches)
-    for index, patch in enumerate(result.patches):
-        node = scene.GetNthNodeByClass(index, "vtkMRMLMarkupsROINode")
-        size_mm = [0.0] * 3
-        node.GetSizeWorld(size_mm)
-        np.testing.assert_allclose(node.GetCenterWorld(), patch.center_ras, atol=1e-6)
-        np.testing.assert_allclose(size_mm, patch.size_mm, atol=1e-6)
+    from NMSWSegment.panel.overlays import PATCHES_ATTRIBUTE  # needs slicer-core
+
+    (node,) = [
+        node
+        for node in (scene.GetNthNodeByClass(index, "vtkMRMLModelNode") for index in range(scene.GetNumberOfNodesByClass("vtkMRMLModelNode")))
+        if node.GetAttribute(PATCHES_ATTRIBUTE)
+    ]
+    assert node.GetAttribute(PATCHES_ATTRIBUTE) == "2"
+    centers, halves = (np.array([getattr(patch, name) for patch in result.patches]) for name in ("center_ras", "size_mm"))
+    expected = [edge for axis in range(3) for edge in ((centers - halves / 2)[:, axis].min(), (centers + halves / 2)[:, axis].max())]
+    np.testing.assert_allclose(node.GetPolyData().GetBounds(), expected, atol=1e-4)
     bundle = load_bundle(a_tiny_bundle)
     assert segmentation_node.GetAttribute("NMSW.Bundle") == bundle.manifest.name
     assert segmentation_node.GetAttribute("NMSW.BundleSHA256") == bundle.sha256
