@@ -137,7 +137,10 @@ def test_process_outlines_the_patches_and_keeps_the_provenance(module, volume_no
 
     assert len(result.patches) == 2
     scene = volume_node.GetScene()
-    from NMSWSegment.panel.overlays import PATCHES_ATTRIBUTE  # needs slicer-core
+    from vtk.util.numpy_support import vtk_to_numpy
+
+    from NMSWSegment.panel.nodes import node_to_world_matrix  # needs slicer-core
+    from NMSWSegment.panel.overlays import PATCHES_ATTRIBUTE
 
     (node,) = [
         node
@@ -147,7 +150,8 @@ def test_process_outlines_the_patches_and_keeps_the_provenance(module, volume_no
     assert node.GetAttribute(PATCHES_ATTRIBUTE) == "2"
     centers, halves = (np.array([getattr(patch, name) for patch in result.patches]) for name in ("center_ras", "size_mm"))
     expected = [edge for axis in range(3) for edge in ((centers - halves / 2)[:, axis].min(), (centers + halves / 2)[:, axis].max())]
-    np.testing.assert_allclose(node.GetPolyData().GetBounds(), expected, atol=1e-4)
+    points = np.c_[vtk_to_numpy(node.GetPolyData().GetPoints().GetData()), np.ones(8 * len(result.patches))] @ node_to_world_matrix(node).T
+    np.testing.assert_allclose([edge for axis in range(3) for edge in (points[:, axis].min(), points[:, axis].max())], expected, atol=1e-3)
     bundle = load_bundle(a_tiny_bundle)
     assert segmentation_node.GetAttribute("NMSW.Bundle") == bundle.manifest.name
     assert segmentation_node.GetAttribute("NMSW.BundleSHA256") == bundle.sha256
