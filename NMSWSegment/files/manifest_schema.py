@@ -46,6 +46,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _boolean(value: object, key: str) -> None:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise _wrong(key, value, "true or false")
+
+
 def _number(low: float, high: float) -> Check:
     """A finite number in [low, high]."""
 
@@ -196,6 +202,7 @@ _REQUIRED: dict[str, Check] = {
     "architecture": _fields({}, {"preset": _text()}),
 }
 _OPTIONAL: dict[str, Check] = {
+    "importance_has_entropy": _boolean,
     "training": _object,
     "scores": _mapping(_mapping(_fields({"mean": _any_number}, {}))),
     "license": _text(),

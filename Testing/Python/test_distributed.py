@@ -57,7 +57,7 @@ def test_two_processes_give_losses_and_weights_of_one(data, tmp_path):
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
     found, expected = curves(tmp_path / "two"), curves(tmp_path / "one")
-    assert set(found) == {f"loss/{name}" for name in ("coarse", "high", "patch", "entropy", "total")} and len(found["loss/total"]) == 3
+    assert set(found) == {f"loss/{name}" for name in ("coarse", "high", "patch", "entropy", "ranking", "total")} and len(found["loss/total"]) == 3
     for name in expected:
         assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5)
     weights, wanted = (load_checkpoint(tmp_path / name)["net"] for name in ("two", "one"))

@@ -104,6 +104,7 @@ def test_every_key_of_a_wrong_type_is_refused_by_name(a_tiny_bundle, tally):
                     (key in TEXT_KEYS and isinstance(wrong, str))
                     or (key in ("training", "architecture", "sha256", "scores") and isinstance(wrong, dict))
                     or (key == "overlap" and wrong == 0)
+                    or (key == "importance_has_entropy" and wrong is True)
                     or (key == "attributions" and isinstance(wrong, list))
                     or (key == "format_version" and wrong is True)
                 ), (key, wrong)
@@ -111,7 +112,7 @@ def test_every_key_of_a_wrong_type_is_refused_by_name(a_tiny_bundle, tally):
 
 def test_every_missing_key_is_named(a_tiny_bundle, tally):
     values = values_of(a_tiny_bundle)
-    for key in set(values) - {"training", "scores", "license", "attributions", "format_version"}:
+    for key in set(values) - {"importance_has_entropy", "training", "scores", "license", "attributions", "format_version"}:
         error = tally(lambda key=key: BundleManifest.from_dict({name: value for name, value in values.items() if name != key}))
         assert f"'{key}'" in str(error)
 

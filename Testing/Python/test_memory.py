@@ -204,5 +204,5 @@ def test_needed_constants_are_those_of_the_stages():
 def test_averaged_source_is_as_large_as_in_the_engine():
     for shape, ijk_to_ras in (((13, 40, 31), upright(0.7, 0.9, 4.0)), ((20, 31, 17), turned((0.8, 1.1, 2.9), (20, 31, 17), permutation=(1, 2, 0)))):
         volume = resampling.Volume(array=np.zeros(shape, np.int16), ijk_to_ras=ijk_to_ras)
-        averaged, _ = resampling._averaged(volume, spacing_mm=(3.0, 2.0, 2.5))
+        averaged, _ = resampling.block_averaged(volume, spacing_mm=(3.0, 2.0, 2.5))
         assert memory._averaged_voxels(model_grid_around(shape, ijk_to_ras, spacing_mm=(3.0, 2.0, 2.5))) == averaged.numel()
