@@ -61,7 +61,6 @@ def a_tiny_bundle(tmp_path_factory) -> Path:
         "overlap": 0.5,
         "coarse_factor": (2, 2, 2),
         "coarse_multiple": 3,
-        "importance_has_entropy": True,
         "labels": coded_labels(list(phantoms.ORGANS)),
         "class_weights": (10.0,) * (len(phantoms.ORGANS) + 1),
         "architecture": {},

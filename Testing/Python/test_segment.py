@@ -225,7 +225,7 @@ def test_coarse_result_comes_first_and_is_that_of_no_patches(a_tiny_bundle, a_ph
 
 
 def test_importance_map_lies_where_the_coarse_net_found_it(a_tiny_bundle):
-    """The tiny net's importance is 4 x intensity: the map is largest in the brightest organ, the spine, and lies on it in the world."""
+    """The tiny net's importance is 4 x intensity, to which the log of the entropy is added; in the world the map is largest on the brightest organ, the spine."""
     shape = (60, 44, 50)
     volume, _ = phantoms.phantom(shape, ijk_to_ras=turned((5.0, 6.5, 7.0), shape, degrees=(15, -5, 10), mirror=(-1, 1, 1)))
     shown = []
@@ -233,9 +233,9 @@ def test_importance_map_lies_where_the_coarse_net_found_it(a_tiny_bundle):
     importance = shown[0].importance
     assert importance.array.dtype == np.float32 and importance.array.max() == 1 and importance.array.min() > 0
     np.testing.assert_allclose(importance.spacing_mm, (12.0, 12.0, 12.0))
-    bright = np.argwhere(importance.array > 0.95)[:, ::-1] @ importance.ijk_to_ras[:3, :3].T + importance.ijk_to_ras[:3, 3]
+    bright = np.argwhere(importance.array > 0.8)[:, ::-1] @ importance.ijk_to_ras[:3, :3].T + importance.ijk_to_ras[:3, 3]
     center, radii, _ = phantoms.ORGANS["vertebrae"]
-    assert len(bright) > 10
+    assert len(bright) >= 10
     assert (((bright - np.array(center)) / (np.array(radii) + 12)) ** 2).sum(1).max() < 1
     np.testing.assert_allclose(bright.mean(0), center, atol=8)
 
