@@ -13,10 +13,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from NMSWSegment.files.bundle import BundleManifest
-from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.memory import needed_memory_bytes
-from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.files.output_file import file_ending
+from NMSWSegment.files.run_checks import run_memory_bytes
 from NMSWSegment.files.volume import VOLUME_ENDINGS, series_files, series_of_folder
 from NMSWSegment.protocol import UserError, unknown_name
 
@@ -73,20 +71,9 @@ def case_memory_bytes(case: Case, manifest: BundleManifest, *, num_patches: int 
     """
     try:
         shape, ijk_to_ras, bytes_per_voxel = _geometry(case)
-        model_grid = model_grid_around(shape, ijk_to_ras, spacing_mm=manifest.spacing_mm)
-        grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
+        needed = run_memory_bytes(shape, ijk_to_ras, manifest, num_patches=num_patches, bytes_per_voxel=bytes_per_voxel)
     except (UserError, RuntimeError, OSError, ValueError):
         return None
-    needed = needed_memory_bytes(
-        model_grid,
-        grid,
-        bytes_per_voxel=bytes_per_voxel,
-        num_classes=manifest.num_classes,
-        coarse_factor=manifest.coarse_factor,
-        num_patches=grid.num_candidates if num_patches is None else min(num_patches, grid.num_candidates),
-        backbone=manifest.backbone,
-        preset=manifest.architecture.get("preset", ""),
-    )
     return needed + 2 * int(np.prod(shape))  # statistics and pictures
 
 

@@ -36,6 +36,31 @@ def check_intensities(volume: Volume, manifest: BundleManifest) -> None:
     )
 
 
+def run_memory_bytes(shape: Sequence[int], ijk_to_ras: np.ndarray, manifest: BundleManifest, *, num_patches: int | None, bytes_per_voxel: int) -> int:
+    """Upper bound of what a run on the CPU takes for a volume, from its header alone.
+
+    Args:
+        shape: voxels of the volume, KJI.
+        ijk_to_ras: 4 x 4 of the volume.
+        num_patches: None is all of them.
+
+    Raises:
+        UserError: the volume is too large for the model.
+    """
+    model_grid = model_grid_around(shape, ijk_to_ras, spacing_mm=manifest.spacing_mm)
+    grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
+    return needed_memory_bytes(
+        model_grid,
+        grid,
+        bytes_per_voxel=bytes_per_voxel,
+        num_classes=manifest.num_classes,
+        coarse_factor=manifest.coarse_factor,
+        num_patches=grid.num_candidates if num_patches is None else min(num_patches, grid.num_candidates),
+        backbone=manifest.backbone,
+        preset=manifest.architecture.get("preset", ""),
+    )
+
+
 def check_memory(shape: Sequence[int], ijk_to_ras: np.ndarray, manifest: BundleManifest, *, options: SegmentOptions, bytes_per_voxel: int) -> None:
     """Raise UserError if a run on the CPU may need more memory than is free, or the volume is too large for the model.
 
@@ -43,19 +68,8 @@ def check_memory(shape: Sequence[int], ijk_to_ras: np.ndarray, manifest: BundleM
         shape: voxels of the volume, KJI.
         ijk_to_ras: 4 x 4 of the volume.
     """
-    model_grid = model_grid_around(shape, ijk_to_ras, spacing_mm=manifest.spacing_mm)
-    grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap)
-    wanted = grid.num_candidates if options.num_patches in (None, AUTO) else options.num_patches
-    needed_bytes = needed_memory_bytes(
-        model_grid,
-        grid,
-        bytes_per_voxel=bytes_per_voxel,
-        num_classes=manifest.num_classes,
-        coarse_factor=manifest.coarse_factor,
-        num_patches=min(wanted, grid.num_candidates),
-        backbone=manifest.backbone,
-        preset=manifest.architecture.get("preset", ""),
-    )
+    num_patches = None if options.num_patches == AUTO else options.num_patches
+    needed_bytes = run_memory_bytes(shape, ijk_to_ras, manifest, num_patches=num_patches, bytes_per_voxel=bytes_per_voxel)
     available_bytes = available_memory_bytes()
     if available_bytes is not None and needed_bytes > available_bytes:
         size = " x ".join(str(length) for length in reversed(tuple(shape)))
