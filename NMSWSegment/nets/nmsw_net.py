@@ -60,8 +60,8 @@ class CoarseNet(nn.Module):
         return logits, self.importance_head(features, logits)
 
     def without_importance(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Like forward, with zeros for the importance map: a third less work where only the segmentation is trained."""
-        logits = torch.log_softmax(self.head(self.backbone(x)).float(), dim=1)
+        """Like forward, for a loss of the segmentation alone: logits before the log-softmax, which the loss takes itself, and zeros for the importance map."""
+        logits = self.head(self.backbone(x))
         return logits, torch.zeros_like(logits[:, :1])
 
 
@@ -112,10 +112,8 @@ class LocalNet(nn.Module):
         return torch.log_softmax(self.head(self.backbone(x)).float(), dim=1)
 
     def deep_logits(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Logits for deep supervision in training, those of forward first, then at 1/2, 1/4, ... where the backbone has such heads."""
-        if not isinstance(self.backbone, E2ENet):
-            return (self(x),)
-        return tuple(torch.log_softmax(logits.float(), dim=1) for logits in self.backbone.deep_logits(x))
+        """Logits for training, before the log-softmax, which a loss takes itself; for deep supervision also at 1/2, 1/4, ... where the backbone has such heads."""
+        return self.backbone.deep_logits(x) if isinstance(self.backbone, E2ENet) else (self.head(self.backbone(x)),)
 
 
 class NMSWNet(nn.Module):

@@ -36,12 +36,17 @@ class CaseSource:
 
     def draw(self, generator: torch.Generator, options: SynthesisOptions) -> TrainingSample:
         """A random sample; the same state of the generator gives the same one."""
-        loaded = self._memory.get(self, self._load)
         if self._augmentation:
-            whole, labels = resampled(loaded, whole_warp(loaded.case, spacing_mm=options.spacing_mm))
-            intensity, labels = self._augmentation(whole, labels, generator=generator)
+            whole = self.whole()
+            intensity, labels = self._augmentation(whole.intensity, whole.labels, generator=generator)
         else:
-            intensity, labels = _scan(loaded, options=options, generator=generator)
+            intensity, labels = _scan(self._memory.get(self, self._load), options=options, generator=generator)
+        return TrainingSample(name=self.name, intensity=intensity, labels=labels)
+
+    def whole(self) -> TrainingSample:
+        """The case as it is, on the model's grid."""
+        loaded = self._memory.get(self, self._load)
+        intensity, labels = resampled(loaded, whole_warp(loaded.case, spacing_mm=self._memory.spacing_mm))
         return TrainingSample(name=self.name, intensity=intensity, labels=labels)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from NMSWSegment.data.training_sample import UNKNOWN_LABEL
 DICE_WEIGHT = 0.8
 CROSS_ENTROPY_WEIGHT = 0.2
 DICE_SMOOTHING = 1e-5
+BLOCK_VOXELS = 2**13
+"""Voxels whose probabilities of some 25 classes stay in a core's cache."""
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -25,20 +28,11 @@ def segmentation_loss(logits: Tensor, labels: Tensor, *, mask: Tensor | None = N
         A scalar; 0 when no voxel is known. A class that is predicted but not present costs cross-entropy alone.
 
     Source: paper section 4. MONAI's DiceCELoss without unknown voxels (tested equal); written out because it cannot leave
-    voxels out of Dice, and to gather one probability per voxel instead of a one-hot volume of C channels.
+    voxels out of Dice, and because its passes over C channels cost a CPU more than a compact net does.
     """
-    is_known = labels != UNKNOWN_LABEL
     if mask is not None:
-        is_known = is_known & mask
-    known = is_known.float()
-    target = labels.long().masked_fill(~is_known, 0)
-    log_probability = torch.log_softmax(logits.float(), dim=1)
-    at_target = log_probability.gather(1, target[:, None])[:, 0]
-    predicted = _class_sums(log_probability.exp(), known)
-    is_class = target[:, None] == torch.arange(logits.shape[1], device=logits.device).reshape(-1, *[1] * (labels.dim() - 1))
-    overlap = _class_sums(is_class * at_target.exp()[:, None], known)
-    present = _class_sums(is_class, known)
-    return _dice_cross_entropy(predicted, overlap, present, cross_entropy=-(at_target * known).sum() / known.sum().clamp_min(1))
+        labels = labels.masked_fill(~mask, UNKNOWN_LABEL)
+    return _DiceCrossEntropy.apply(logits, _Labels(labels.flatten()))
 
 
 def soft_segmentation_loss(logits: Tensor, shares: Tensor) -> Tensor:
@@ -48,12 +42,7 @@ def soft_segmentation_loss(logits: Tensor, shares: Tensor) -> Tensor:
         logits: (B, C, ...).
         shares: known voxels of each class in every voxel as a share, (B, C, ...); their sum is below 1 where some are unknown.
     """
-    log_probability = torch.log_softmax(logits.float(), dim=1)
-    known = shares.sum(1, keepdim=True)
-    predicted, overlap, present = (
-        (values.transpose(0, 1).flatten(1)).sum(1) for values in (log_probability.exp() * known, log_probability.exp() * shares, shares)
-    )
-    return _dice_cross_entropy(predicted, overlap, present, cross_entropy=-(log_probability * shares).sum() / known.sum().clamp_min(1))
+    return _DiceCrossEntropy.apply(logits, _Shares(_rows(shares)))
 
 
 def class_shares(labels: Tensor, *, factor: Sequence[int], shape: Sequence[int], num_classes: int) -> Tensor:
@@ -97,14 +86,103 @@ def ranking_loss(importance: Tensor, gain: Tensor) -> Tensor:
     return -(share / total.clamp_min(1e-12) * torch.log_softmax(importance, dim=0)).sum()
 
 
-def _class_sums(values: Tensor, known: Tensor) -> Tensor:
-    """Sum of (B, C, ...) over everything but the classes, weighted by known (B, ...), (C,)."""
-    return torch.einsum("bcn,bn->c", values.flatten(2).to(known.dtype), known.flatten(1))
+class _DiceCrossEntropy(torch.autograd.Function):
+    """The loss with its gradient in two passes over blocks of voxels that stay in the processor's cache.
+
+    Pass 1 sums over all voxels what Dice needs; pass 2 knows the slopes of the loss by these sums and writes the gradient.
+    Autograd would keep a dozen volumes of C channels in memory and take five times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, logits: Tensor, target: "_Labels | _Shares") -> Tensor:
+        """Logits (B, C, ...) and the target of all their voxels -> the loss, a scalar."""
+        rows = _rows(logits)
+        precision = torch.promote_types(rows.dtype, torch.float32)
+        length = BLOCK_VOXELS if rows.device.type == "cpu" else max(len(rows), 1)
+        blocks = [slice(start, start + length) for start in range(0, len(rows), length)]
+        sums = [target.sums(torch.log_softmax(rows[block], dim=1, dtype=precision), block) for block in blocks]
+        predicted, overlap, present, log_likelihood = (torch.stack(values).sum(0) for values in zip(*sums))
+        size = predicted + present + DICE_SMOOTHING
+        dice = (2 * overlap + DICE_SMOOTHING) / size
+        counted = (present > 0).to(precision)
+        counted[0] = 0
+        dice_weight, entropy_weight = DICE_WEIGHT * counted / counted.sum().clamp_min(1), CROSS_ENTROPY_WEIGHT / present.sum().clamp_min(1)
+        if ctx.needs_input_grad[0]:
+            by_predicted, by_overlap = dice_weight * dice / size, -2 * dice_weight / size
+            gradient = torch.empty_like(rows)
+            for block in blocks:
+                probability = torch.softmax(rows[block], dim=1, dtype=precision)
+                gradient[block] = target.gradient(probability, block, by_predicted=by_predicted, by_overlap=by_overlap, entropy_weight=entropy_weight)
+            ctx.save_for_backward(gradient)
+            ctx.shape = logits.shape
+        return (dice_weight * (1 - dice)).sum() - entropy_weight * log_likelihood
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, output_gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the logits, as they were given."""
+        (gradient,) = ctx.saved_tensors
+        batch, num_classes, *lengths = ctx.shape
+        return (gradient * output_gradient.to(gradient.dtype)).reshape(batch, *lengths, num_classes).movedim(-1, 1), None
 
 
-def _dice_cross_entropy(predicted: Tensor, overlap: Tensor, present: Tensor, *, cross_entropy: Tensor) -> Tensor:
-    """The two terms from sums over voxels, (C,) each."""
-    dice = (2 * overlap + DICE_SMOOTHING) / (predicted + present + DICE_SMOOTHING)
-    is_present = (present > 0).float()[1:]
-    lost = ((1 - dice[1:]) * is_present).sum() / is_present.sum().clamp_min(1)
-    return DICE_WEIGHT * lost + CROSS_ENTROPY_WEIGHT * cross_entropy
+@dataclass(frozen=True)
+class _Labels:
+    """One class a voxel: it touches the probabilities of one class, the others follow from sums over classes."""
+
+    labels: Tensor
+    """(N,), 255 unknown."""
+
+    def sums(self, log_probability: Tensor, block: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of a block's known voxels (n, C): predicted, overlap and present, each (C,), and the log-likelihood."""
+        index, known = self._known(block, log_probability.dtype)
+        at_target = log_probability.gather(1, index[:, None])[:, 0]
+        nothing = known.new_zeros(log_probability.shape[1])
+        return (
+            known @ log_probability.exp(),
+            nothing.index_add(0, index, at_target.exp() * known),
+            nothing.index_add(0, index, known),
+            torch.dot(at_target, known),
+        )
+
+    def gradient(self, probability: Tensor, block: slice, *, by_predicted: Tensor, by_overlap: Tensor, entropy_weight: Tensor) -> Tensor:
+        """Of the loss by the logits of a block, (n, C), from the slopes by the sums; probability is overwritten."""
+        index, known = self._known(block, probability.dtype)
+        at_target = probability.gather(1, index[:, None])[:, 0] * by_overlap[index]
+        common = entropy_weight - at_target - probability @ by_predicted
+        probability *= by_predicted + common[:, None]
+        probability.scatter_add_(1, index[:, None], (at_target - entropy_weight)[:, None])
+        return probability.mul_(known[:, None])
+
+    def _known(self, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Class of every voxel (n,), 0 where it is unknown, and 1 where it is known (n,)."""
+        labels = self.labels[block]
+        is_known = labels != UNKNOWN_LABEL
+        return labels.masked_fill(~is_known, 0).long(), is_known.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Shares of all classes in every voxel."""
+
+    shares: Tensor
+    """(N, C)."""
+
+    def sums(self, log_probability: Tensor, block: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As _Labels.sums."""
+        shares = self.shares[block].to(log_probability.dtype)
+        probability = log_probability.exp()
+        return shares.sum(1) @ probability, (probability * shares).sum(0), shares.sum(0), (log_probability * shares).sum()
+
+    def gradient(self, probability: Tensor, block: slice, *, by_predicted: Tensor, by_overlap: Tensor, entropy_weight: Tensor) -> Tensor:
+        """As _Labels.gradient."""
+        shares = self.shares[block].to(probability.dtype)
+        known = shares.sum(1, keepdim=True)
+        slope = shares * by_overlap + known * by_predicted
+        slope += entropy_weight * known - (probability * slope).sum(1, keepdim=True)
+        return slope.mul_(probability).sub_(shares * entropy_weight)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(B, C, ...) as (N, C): a view where channels are last in memory."""
+    return values.movedim(1, -1).reshape(-1, values.shape[1])

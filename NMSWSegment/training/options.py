@@ -7,6 +7,7 @@ is not an option.
 import argparse
 from dataclasses import dataclass, fields
 
+from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.nets.backbones import known_preset
 from NMSWSegment.protocol import UserError, reject_unknown_keys, unknown_name
@@ -82,13 +83,15 @@ class TrainOptions:
     real_fraction: float = 0.35
     """Share of samples drawn from labelled CT where both kinds of data are given."""
     precision: str = "fp32"
-    """fp32, or bf16 (autocast, on GPUs)."""
+    """fp32, or bf16 (autocast; on GPUs, and on processors with AMX)."""
     ema: float = 0.0
     """Decay of the moving average of the weights that is exported; 0 exports the last weights."""
     seed: int = 0
     """Of weights, samples and patches."""
     initial_run: str = ""
     """Run folder whose weights to start from."""
+    initial_bundle: str = ""
+    """Bundle, by name or folder, whose weights to start from; its classes are matched by name, and its nets, spacing, intensity and patches are the defaults."""
     coarse_run: str = ""
     """Run folder whose coarse net train = patches uses; its local net may have another backbone."""
 
@@ -107,10 +110,12 @@ class TrainOptions:
             raise UserError(
                 f"train is '{self.train}' and coarse_run is '{self.coarse_run}'. Give --train patches together with --coarse-run RUN, the folder of a run that trained a coarse net, or neither."
             )
-        if self.train in ("importance", "weights") and not self.initial_run:
+        if self.train in ("importance", "weights") and not (self.initial_run or self.initial_bundle):
             raise UserError(
-                f"train is '{self.train}' without initial_run. Give --initial-run RUN, the folder of a run whose coarse and local nets are trained."
+                f"train is '{self.train}' without initial_run. Give --initial-run RUN, the folder of a run whose coarse and local nets are trained, or --initial-bundle."
             )
+        if self.initial_bundle and self.initial_run:
+            raise UserError(f"Both initial_bundle '{self.initial_bundle}' and initial_run '{self.initial_run}' are given. Start from one of them.")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}. It is a decay from 0 (none) to below 1, for example 0.999.")
         if not 0 <= self.sparsity < 1 or (self.sparsity and self.backbone != SPARSE_BACKBONE):
@@ -178,7 +183,8 @@ def options_from_arguments(arguments: argparse.Namespace) -> TrainOptions:
     if arguments.recipe not in RECIPES:
         raise UserError(unknown_name("recipe", arguments.recipe, list(RECIPES)))
     names = {field.name for field in fields(TrainOptions)}
-    values = RECIPES[arguments.recipe] | {name: _tupled(value) for name, value in vars(arguments).items() if name in names}
+    given = {name: _tupled(value) for name, value in vars(arguments).items() if name in names}
+    values = RECIPES[arguments.recipe] | _as_in_bundle(given.get("initial_bundle")) | given
     if "window" in arguments:
         low, high = arguments.window
         if not low < high:
@@ -191,6 +197,15 @@ def changed_options(old: TrainOptions, new: TrainOptions) -> str:
     """'seed was 3, is 4' for every difference; empty when there is none."""
     changed = [field.name for field in fields(TrainOptions) if getattr(old, field.name) != getattr(new, field.name)]
     return ", ".join(f"{name} was {getattr(old, name)!r}, is {getattr(new, name)!r}" for name in changed)
+
+
+def _as_in_bundle(name: str | None) -> dict:
+    """The options that suit the weights of a bundle; none without one."""
+    if not name:
+        return {}
+    manifest = load_bundle(name).manifest
+    kept = {name: getattr(manifest, name) for name in ("spacing_mm", "intensity_points", "patch_size", "overlap", "coarse_factor", "backbone")}
+    return kept | {"preset": manifest.architecture["preset"]}
 
 
 def _comma_list(text: str) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.samples.prepared_set import prepared_grid
 from NMSWSegment.training.datasets import TrainingData, find_data, open_training_set
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
+from NMSWSegment.training.initial_weights import load_initial_weights
 from NMSWSegment.training.iteration import check_precision, new_state, temperature, train_step
 from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions
-from NMSWSegment.training.run_folder import CHECKPOINT_NAME, TrainingState, load_initial_weights
+from NMSWSegment.training.run_folder import CHECKPOINT_NAME, TrainingState
 
 TIMED_ITERATIONS = 2
 CASES_TIMED = 2

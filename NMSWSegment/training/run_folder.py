@@ -3,18 +3,17 @@
 import json
 import os
 import pickle
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
+from NMSWSegment.nets.nmsw_net import NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions, changed_options
 from NMSWSegment.training.sparse import FusionSparsity
 
 CHECKPOINT_NAME = "checkpoint.pt"
-COARSE_PREFIX = "coarse."
 AVERAGE_PREFIX = "module."
 """How torch's AveragedModel names the weights of its net."""
 
@@ -103,29 +102,6 @@ def restore_checkpoint(output: Path, state: TrainingState) -> None:
     state.iteration = checkpoint["iteration"]
 
 
-def load_initial_weights(state: TrainingState, options: TrainOptions) -> None:
-    """Start from the weights of initial_run, and from its masks where both runs are sparse; then take the coarse net of coarse_run.
-
-    Raises:
-        UserError: one of them has no checkpoint, other classes, nets of another size, another backbone (initial_run), or another sparsity.
-    """
-    if options.initial_run:
-        checkpoint = _fitting_checkpoint("initial_run", options.initial_run, state.net.architecture)
-        load_weights(state.net, trained_weights(checkpoint), run=options.initial_run)
-        if state.sparsity and checkpoint["sparsity"]:
-            if (sparsity := load_run_options(options.initial_run).sparsity) != options.sparsity:
-                raise UserError(
-                    f"The initial_run '{options.initial_run}' has sparsity {sparsity:g}, this run {options.sparsity:g}. Give the same --sparsity, or start from a run without."
-                )
-            state.sparsity.load_state_dict(checkpoint["sparsity"])
-    if options.coarse_run:
-        weights = trained_weights(_fitting_checkpoint("coarse_run", options.coarse_run, state.net.architecture))
-        weights = {key.removeprefix(COARSE_PREFIX): value for key, value in weights.items() if key.startswith(COARSE_PREFIX)}
-        load_weights(state.net.coarse, weights, run=options.coarse_run)
-    if state.average:
-        state.average.module.load_state_dict(state.net.state_dict())
-
-
 def load_checkpoint(run: Path) -> dict:
     """The checkpoint of a run: net, optimizer, schedule, sparsity, iteration, label_names, architecture.
 
@@ -182,23 +158,6 @@ def load_run_options(run: Path) -> TrainOptions:
     except ValueError as error:
         raise UserError(f"'{path}' is damaged ({error}). Start the run again in another folder.") from error
     return TrainOptions.from_dict(values)
-
-
-def _fitting_checkpoint(option: str, run: str, ours: Architecture) -> dict:
-    """The checkpoint of a run whose nets can be used in these; the local net of a coarse_run may have any backbone.
-
-    Raises:
-        UserError: there is none, or its nets do not fit.
-    """
-    checkpoint = load_checkpoint(Path(run))
-    theirs = Architecture(**checkpoint["architecture"])
-    if option == "coarse_run":
-        theirs = replace(theirs, backbone=ours.backbone)
-    if theirs != ours:
-        raise UserError(
-            f"The {option} '{run}' has other nets ({theirs.to_dict()}) than this run ({ours.to_dict()}). It needs the same classes and preset{', and the same backbone' if option == 'initial_run' else ''}."
-        )
-    return checkpoint
 
 
 def _disk_error(output: Path, error: Exception) -> UserError:

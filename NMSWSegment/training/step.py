@@ -99,7 +99,7 @@ def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateG
         scales = torch.cat([soft_weights, soft_weights.new_ones(len(indices) - len(top))])
         crops = crops * scales[:, None, None, None, None]
     deep_logits = _run_local(net, crops, options)
-    patch_logits = deep_logits[0]
+    patch_logits = torch.log_softmax(deep_logits[0].float(), dim=1)
     patch_labels = torch.stack([labels[grid.slices(index)] for index in indices])
     shares = class_shares(labels[None], factor=grid.coarse_factor, shape=grid.coarse_shape, num_classes=coarse_logits.shape[1])
     coarse, patch, spread = soft_segmentation_loss(coarse_logits, shares), _patch_loss(deep_logits, patch_labels), entropy(importance[shown])
@@ -190,13 +190,13 @@ def trained_parameters(net: NMSWNet, options: TrainOptions) -> list[torch.nn.Par
 
 
 def _run_coarse(net: NMSWNet, x_low: Tensor, options: TrainOptions, run: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> tuple[Tensor, Tensor]:
-    """Coarse logits (B, C, d, h, w) and importance map (B, 1, d, h, w), float32; run: what to call instead of the coarse net."""
+    """Coarse logits (B, C, d, h, w) and importance map (B, 1, d, h, w); run: what to call instead of the coarse net."""
     with _autocast(x_low, options):
         width, multiple = x_low.shape[4], net.architecture.coarse_multiple
         if max(x_low.shape[2:]) <= multiple:  # instance norm refuses a single voxel at the net's bottom
             x_low = torch.nn.functional.pad(x_low, [0, multiple])
         coarse_logits, importance_map = run_coarse(run or net.coarse, x_low, multiple=multiple)
-    return coarse_logits[..., :width].float(), importance_map[..., :width].float()
+    return coarse_logits[..., :width], importance_map[..., :width]
 
 
 def _run_local(net: NMSWNet, crops: Tensor, options: TrainOptions) -> tuple[Tensor, ...]:

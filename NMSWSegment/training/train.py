@@ -21,6 +21,7 @@ from NMSWSegment.data.training_sample import TrainingSample
 from NMSWSegment.samples.training_set import TrainingSet
 from NMSWSegment.training.datasets import find_data, open_training_set
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
+from NMSWSegment.training.initial_weights import load_initial_weights
 from NMSWSegment.training.iteration import check_precision, new_state, temperature, train_step
 from NMSWSegment.training.monitor import Monitor
 from NMSWSegment.training.options import TrainOptions, add_option_arguments, options_from_arguments
@@ -29,7 +30,6 @@ from NMSWSegment.training.run_folder import (
     check_run_folder,
     create_run,
     load_checkpoint,
-    load_initial_weights,
     restore_checkpoint,
     save_checkpoint,
 )
@@ -71,7 +71,7 @@ def train(
         if resume:
             restore_checkpoint(output, state)
         else:
-            load_initial_weights(state, options)
+            load_initial_weights(state, options, label_names=data.label_names)
         drawn_on = group.device if num_workers == 0 else "cpu"
         training_set = open_training_set(options, data=data, cache=CaseCache(cache or output / CACHE_NAME), group=group, device=drawn_on)
         group.wait()  # until every process has looked at the run folder

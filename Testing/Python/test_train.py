@@ -254,7 +254,7 @@ def test_scale_gradient_reaches_the_importance_head_only_through_the_patch(spied
     losses, seen = spied_step(net, step_options(estimator="scale"))
     assert seen["gates"] is None and importance_gradient(net, losses) > 0
     detached = a_net()
-    detached.local.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(),))
+    detached.local.backbone.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(),))
     losses, _ = spied_step(detached, step_options(estimator="scale"))
     assert importance_gradient(detached, losses) == 0
     losses, _ = spied_step(detached, step_options(estimator="gate"))
@@ -265,7 +265,7 @@ def test_scale_darkens_the_drawn_patches_and_not_the_random_one():
     crops = {}
     for estimator in ("gate", "scale"):
         net, options = a_net(), step_options(estimator=estimator)
-        net.local.register_forward_pre_hook(lambda module, inputs, key=estimator: crops.update({key: inputs[0].detach()}))
+        net.local.backbone.register_forward_pre_hook(lambda module, inputs, key=estimator: crops.update({key: inputs[0].detach()}))
         x, labels, grid = prepare(a_sample(), options)
         training_losses(net, x, labels, grid=grid, options=options, tau=1.0, generator=torch.Generator().manual_seed(5))
     shares = [float(dark.sum() / plain.sum()) for dark, plain in zip(crops["scale"], crops["gate"])]
@@ -507,10 +507,19 @@ def test_weights_of_an_earlier_version_are_refused_with_one_sentence(a_run, data
             start()
 
 
-def test_bf16_on_a_cpu_is_refused_before_anything_is_written(data, tmp_path):
-    with pytest.raises(UserError, match="^precision is bf16 on the CPU.*Use --precision fp32, or a GPU with --device cuda.$"):
+def test_bf16_on_a_cpu_that_emulates_it_is_refused_before_anything_is_written(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(iteration_module, "has_amx", lambda: False)
+    with pytest.raises(UserError, match="^precision is bf16 on a CPU without AMX.*Use --precision fp32, or a GPU with --device cuda.$"):
         train(tiny_options(data, precision="bf16"), output=tmp_path / "run", num_workers=0)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not iteration_module.has_amx(), reason="this processor has no AMX, so bf16 is refused")
+def test_bf16_on_a_processor_with_amx_gives_the_same_weights_twice(data, tmp_path):
+    for name in ("one", "other"):
+        train(tiny_options(data, precision="bf16", iterations=3), output=tmp_path / name, num_workers=0)
+    one, other = (load_checkpoint(tmp_path / name)["net"] for name in ("one", "other"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_importance_trains_upon_finished_nets_which_stay_as_they_are(a_run, data, tmp_path):

@@ -14,6 +14,7 @@ from NMSWSegment.files import phantoms  # noqa: E402
 from NMSWSegment.files.grid import CandidateGrid  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet  # noqa: E402
 from NMSWSegment.training import step as step_module  # noqa: E402
+from NMSWSegment.training import losses as losses_module  # noqa: E402
 from NMSWSegment.training.losses import DICE_SMOOTHING, class_shares, segmentation_loss, soft_segmentation_loss  # noqa: E402
 from NMSWSegment.training.step import TrainingVolume, coarse_losses, patch_gains, training_losses  # noqa: E402
 
@@ -97,6 +98,46 @@ def test_loss_of_shares_that_are_labels_is_the_loss_of_the_labels():
     labels[:, 1, 2:] = UNKNOWN_LABEL
     shares = class_shares(labels, factor=(1, 1, 1), shape=(3, 5, 4), num_classes=4)
     torch.testing.assert_close(soft_segmentation_loss(logits, shares), segmentation_loss(logits, labels))
+
+
+def plain_loss(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """The loss by its formula, for autograd: 0.8 (1 - mean Dice of present classes) + 0.2 cross-entropy per known voxel."""
+    log_probability = torch.log_softmax(logits, dim=1)
+    axes = [0, *range(2, logits.dim())]
+    predicted, overlap, present = (v.sum(axes) for v in (log_probability.exp() * shares.sum(1, keepdim=True), log_probability.exp() * shares, shares))
+    dice = ((2 * overlap + DICE_SMOOTHING) / (predicted + present + DICE_SMOOTHING))[1:][present[1:] > 0]
+    return 0.8 * (1 - dice).mean() - 0.2 * (log_probability * shares).sum() / shares.sum()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("block_voxels", [7, 2**13])  # blocks that end inside a row, and one for all
+def test_gradient_of_the_loss_is_that_of_its_formula(memory_format, block_voxels, monkeypatch):
+    monkeypatch.setattr(losses_module, "BLOCK_VOXELS", block_voxels)
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(2, 4, 3, 5, 4, generator=generator, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    labels = torch.randint(3, (2, 3, 5, 4), generator=generator)  # class 3 is not there
+    labels[:, 1, 2:] = UNKNOWN_LABEL
+    shares = class_shares(labels, factor=(1, 1, 1), shape=(3, 5, 4), num_classes=4).double()
+    mixed = 0.7 * shares + 0.3 * shares.roll(1, dims=1)
+    for found, wanted in (
+        (segmentation_loss(logits, labels), plain_loss(logits, shares)),
+        (soft_segmentation_loss(logits, mixed), plain_loss(logits, mixed)),
+        (3 * segmentation_loss(logits, labels) ** 2, 3 * plain_loss(logits, shares) ** 2),
+    ):
+        torch.testing.assert_close(found, wanted)
+        (gradient,), (wanted_gradient,) = torch.autograd.grad(found, logits), torch.autograd.grad(wanted, logits)
+        torch.testing.assert_close(gradient, wanted_gradient)
+
+
+def test_loss_of_bf16_logits_has_a_gradient_in_bf16_near_the_exact_one():
+    generator = torch.Generator().manual_seed(3)
+    exact = torch.randn(1, 25, 8, 8, 8, generator=generator).bfloat16().float().requires_grad_()
+    labels = torch.randint(25, (1, 8, 8, 8), generator=generator)
+    coarse = exact.detach().bfloat16().requires_grad_()
+    for logits in (exact, coarse):
+        segmentation_loss(logits, labels).backward()
+    assert coarse.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(coarse.grad.float(), exact.grad, rtol=0.01, atol=1e-8)
 
 
 def test_patches_of_the_local_net_show_small_classes_as_often_as_large_ones():

@@ -1,0 +1,109 @@
+"""Where a run's weights start: another run, the coarse net of another run, or a bundle, whose classes are matched by name."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from NMSWSegment.files.bundle import Bundle, load_bundle
+from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
+from NMSWSegment.protocol import UserError
+from NMSWSegment.training.options import TrainOptions
+from NMSWSegment.training.run_folder import TrainingState, load_checkpoint, load_run_options, load_weights, trained_weights
+
+COARSE_PREFIX, LOCAL_PREFIX, IMPORTANCE_PREFIX, CLASS_WEIGHTS = "coarse.", "local.", "coarse.importance_head.", "class_weights"
+BACKGROUND = "background"
+
+
+def load_initial_weights(state: TrainingState, options: TrainOptions, *, label_names: Sequence[str]) -> None:
+    """Start from initial_bundle or initial_run (with its masks where both are sparse); then take the coarse net of coarse_run.
+
+    Args:
+        label_names: classes of the run without background, in label order.
+
+    Raises:
+        UserError: one of them cannot be read, or has nets of another size, other classes (runs), another backbone (not coarse_run), or another sparsity.
+    """
+    net = state.net
+    if options.initial_bundle:
+        net.load_state_dict(_bundle_weights(load_bundle(options.initial_bundle), net, label_names=label_names))
+    if options.initial_run:
+        checkpoint = _fitting_checkpoint("initial_run", options.initial_run, net.architecture, label_names=label_names)
+        load_weights(net, trained_weights(checkpoint), run=options.initial_run)
+        if state.sparsity and checkpoint["sparsity"]:
+            if (sparsity := load_run_options(options.initial_run).sparsity) != options.sparsity:
+                raise UserError(
+                    f"The initial_run '{options.initial_run}' has sparsity {sparsity:g}, this run {options.sparsity:g}. Give the same --sparsity, or start from a run without."
+                )
+            state.sparsity.load_state_dict(checkpoint["sparsity"])
+    if options.coarse_run:
+        weights = trained_weights(_fitting_checkpoint("coarse_run", options.coarse_run, net.architecture, label_names=label_names))
+        weights = {key.removeprefix(COARSE_PREFIX): value for key, value in weights.items() if key.startswith(COARSE_PREFIX)}
+        load_weights(net.coarse, weights, run=options.coarse_run)
+    if state.average:
+        state.average.module.load_state_dict(net.state_dict())
+
+
+def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str]) -> dict[str, Tensor]:
+    """The weights of a bundle for a net of maybe other classes.
+
+    A class that both know by name keeps its weights; a new one, and an importance head that does not fit, stay as the net has them.
+
+    Raises:
+        UserError: the bundle's nets are of another kind or size.
+    """
+    manifest = bundle.manifest
+    ours, theirs = net.architecture, Architecture(**manifest.architecture)
+    if theirs.fusion_channels:
+        raise UserError(f"The bundle '{manifest.name}' is a thinned out e2enet, which cannot be trained further. Start from its run with --initial-run.")
+    if replace(theirs, num_classes=ours.num_classes) != ours:
+        raise UserError(
+            f"The bundle '{manifest.name}' has a {theirs.backbone} of size {theirs.preset}, this run a {ours.backbone} of size {ours.preset}. Leave --backbone and --preset out, or start from another bundle."
+        )
+    archives = ((COARSE_PREFIX, bundle.coarse_path), (LOCAL_PREFIX, bundle.local_path))
+    given = {prefix + key: value.float() for prefix, path in archives for key, value in torch.jit.load(path, map_location="cpu").state_dict().items()}
+    given[CLASS_WEIGHTS] = torch.tensor(manifest.class_weights)
+    their_names, our_names = [BACKGROUND, *manifest.label_names], [BACKGROUND, *label_names]
+    has_importance = manifest.importance_has_entropy and their_names == our_names
+    pairs = [(row, their_names.index(name)) for row, name in enumerate(our_names) if name in their_names]
+    our_rows, their_rows = (torch.tensor(rows) for rows in zip(*pairs))
+    weights, class_axes = dict(net.state_dict()), _class_axes(ours)
+    for key, value in weights.items():
+        if key.startswith(IMPORTANCE_PREFIX) and not has_importance:
+            continue
+        if key not in given:
+            raise UserError(f"The bundle '{manifest.name}' has no weights '{key}': another version made it. Start from a bundle of this version.")
+        axis = class_axes.get(key)
+        if axis is None or has_importance:
+            weights[key] = given[key]
+        else:
+            weights[key] = value.cpu().index_copy(axis, our_rows, given[key].index_select(axis, their_rows))
+    return weights
+
+
+def _class_axes(architecture: Architecture) -> dict[str, int]:
+    """Which axis of a weight counts the classes, for those that have one."""
+    with torch.device("meta"):
+        one, other = (NMSWNet(replace(architecture, num_classes=count)).state_dict() for count in (architecture.num_classes, architecture.num_classes + 1))
+    return {key: next(axis for axis, (a, b) in enumerate(zip(one[key].shape, other[key].shape)) if a != b) for key in one if one[key].shape != other[key].shape}
+
+
+def _fitting_checkpoint(option: str, run: str, ours: Architecture, *, label_names: Sequence[str]) -> dict:
+    """The checkpoint of a run whose nets can be used in these; the local net of a coarse_run may have any backbone.
+
+    Raises:
+        UserError: there is none, or its nets or classes are others.
+    """
+    checkpoint = load_checkpoint(Path(run))
+    theirs = Architecture(**checkpoint["architecture"])
+    if option == "coarse_run":
+        theirs = replace(theirs, backbone=ours.backbone)
+    if theirs != ours:
+        raise UserError(
+            f"The {option} '{run}' has other nets ({theirs.to_dict()}) than this run ({ours.to_dict()}). It needs the same classes and preset{', and the same backbone' if option == 'initial_run' else ''}."
+        )
+    if list(checkpoint["label_names"]) != list(label_names):
+        raise UserError(f"The {option} '{run}' has classes of other names or in another order than this run. Bring both lists to one order.")
+    return checkpoint
