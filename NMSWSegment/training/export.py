@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from NMSWSegment import __version__
-from NMSWSegment.files.bundle import MANIFEST_NAME, BundleManifest, file_sha256
+from NMSWSegment.files.bundle import MANIFEST_NAME, BundleManifest, file_sha256, load_bundle
 from NMSWSegment.files.labels import coded_labels
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
@@ -86,7 +86,7 @@ def export_bundle(
             "trained_on": "\n\n".join(note["trained_on"] for note in notes if "trained_on" in note),
         },
         "scores": held_out,
-        "attributions": tuple(text for note in notes for text in note.get("attributions", ())),
+        "attributions": (*_inherited_attributions(options), *(text for note in notes for text in note.get("attributions", ()))),
     }
     return write_bundle(net.coarse, net.local, output=output, examples=examples, manifest=manifest, picture=picture, for_monai=True)
 
@@ -211,11 +211,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _inherited_attributions(options: TrainOptions) -> tuple[str, ...]:
+    """Those of the bundle that the run started from: its data is in the weights still."""
+    return load_bundle(options.initial_bundle).manifest.attributions if options.initial_bundle else ()
+
+
 def _public_options(options: TrainOptions) -> dict:
     """The run's options without the folders of the computer it ran on."""
     values = asdict(options)
     values["data"] = [entry.split(":", 1)[0] for entry in options.data]
-    for name in ("initial_run", "coarse_run"):
+    for name in ("initial_run", "initial_bundle", "coarse_run"):
         values[name] = Path(getattr(options, name)).name
     return json.loads(json.dumps(values))
 

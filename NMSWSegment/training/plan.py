@@ -42,7 +42,7 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
     with joined_group(device) as group:
         check_precision(options, group.device)
         state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
-        load_initial_weights(state, options)
+        load_initial_weights(state, options, label_names=data.label_names)
         yield from _data_lines(data, headers, options)
         coarse, local = (sum(parameter.numel() for parameter in net.parameters()) for net in (state.net.coarse, state.net.local))
         yield f"Nets        {options.backbone} ({options.preset}), trains: {options.train}; coarse {coarse / 1e6:.2f} M, local {local / 1e6:.2f} M parameters"

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("monai")
 pytest.importorskip("tensorboard")
 
-from training_folders import read_array, write_totalsegmentator, write_word  # noqa: E402
+from training_folders import read_array, write_nnunet, write_totalsegmentator, write_word  # noqa: E402
 
 from NMSWSegment.command_line import _parser, main  # noqa: E402
 from NMSWSegment.data.totalsegmentator import ORGANS  # noqa: E402
@@ -66,6 +66,17 @@ def test_totalsegmentator_commands_end_in_a_segmentation(here, capsys):
     assert {path.name for path in (here / "pictures").iterdir()} == {f"s0003-k{k}.png" for k in ("0", "5", "10", "all")}
 
 
+def test_commands_of_fine_tuning_end_in_the_panels_list_with_a_new_class_between_known_ones(here, capsys):
+    write_nnunet(here / "Dataset501_Lesion", names=("case_001", "case_002", "case_003"), labels=("liver", "spleen", "lesion"))
+    for line in commands("From a packaged model to your own structures"):
+        run(line)
+    bundle = load_bundle("liver-lesion")
+    assert bundle.folder == here / "installed" / "liver-lesion" and bundle.manifest.label_names == ["liver", "spleen", "lesion"]
+    assert bundle.manifest.training["options"]["initial_bundle"] == "torso-unet"
+    assert bundle.manifest.attributions == load_bundle("torso-unet").manifest.attributions
+    assert (here / "lesion.seg.nrrd").is_file()
+
+
 def test_commands_of_the_stages_end_in_a_bundle_of_all_three(here):
     write_totalsegmentator(here / "Totalsegmentator_dataset_v201", splits={"s0001": "train", "s0003": "test"}, classes=tuple(ORGANS))
     for line in commands("In stages"):
@@ -106,6 +117,7 @@ def test_every_command_of_the_document_is_in_a_section_that_is_run():
         "Install",
         "TotalSegmentator",
         "WORD",
+        "From a packaged model to your own structures",
         "In stages",
         "Into the panel",
         "Several GPUs and computers",

@@ -54,13 +54,14 @@ def write_word(folder: Path, *, splits: dict[str, str]) -> Path:
     return folder
 
 
-def write_nnunet(folder: Path, *, names: tuple[str, ...], ignore: bool = False) -> Path:
+def write_nnunet(folder: Path, *, names: tuple[str, ...], ignore: bool = False, labels: tuple[str, ...] = ("liver", "spleen", "vertebrae")) -> Path:
     """imagesTr/<name>_0000.nii.gz, labelsTr/<name>.nii.gz, dataset.json; with ignore the last label is 'ignore'."""
-    labels_by_name = {"background": 0, "liver": 1, "spleen": 2} | ({"ignore": 3} if ignore else {"vertebrae": 3})
+    label_names = (*labels[:2], "ignore") if ignore else labels
+    labels_by_name = {"background": 0} | {name: value for value, name in enumerate(label_names, start=1)}
     for name in names:
-        volume, labels = a_case()
+        volume, label_array = a_case()
         write_array(volume.array, volume, folder / "imagesTr" / f"{name}_0000.nii.gz")
-        write_array(labels, volume, folder / "labelsTr" / f"{name}.nii.gz")
+        write_array(label_array, volume, folder / "labelsTr" / f"{name}.nii.gz")
     (folder / "dataset.json").write_text(
         json.dumps({"channel_names": {"0": "CT"}, "labels": labels_by_name, "numTraining": len(names), "file_ending": ".nii.gz"})
     )
