@@ -90,7 +90,7 @@ def choose_runtime(bundle: Bundle, net: LocalNet, *, runtime: str) -> tuple[Loca
         expected = net(patch)
     if runtime != "auto":
         try:
-            return _prepared(runtime, bundle, net, patch=patch, expected=expected)
+            return prepared_runtime(runtime, bundle, net, patch=patch, expected=expected)
         except Unusable as error:
             raise UserError(f"The runtime {runtime} cannot be used on this computer: {error}. Use the runtime 'exact', or 'auto'.") from error
     key = _choice_key(bundle)
@@ -100,7 +100,7 @@ def choose_runtime(bundle: Bundle, net: LocalNet, *, runtime: str) -> tuple[Loca
     if remembered.name == EXACT:
         return net, remembered
     try:
-        prepared, choice = _prepared(remembered.name, bundle, net, patch=patch, expected=expected)
+        prepared, choice = prepared_runtime(remembered.name, bundle, net, patch=patch, expected=expected)
         return prepared, RuntimeChoice(choice.name, speedup=remembered.speedup, agreement=choice.agreement)
     except Unusable as error:
         logger.warning("The local net of %s goes on in %s: %s", bundle.manifest.name, TITLES[EXACT], error)
@@ -116,6 +116,30 @@ def possible_runtimes() -> list[str]:
         return names
     has_bfloat16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [*names, "openvino", *(["openvino-bf16"] if has_bfloat16 else [])]
+
+
+def prepared_runtime(name: str, bundle: Bundle, net: LocalNet, *, patch: Tensor, expected: Tensor) -> tuple[LocalNet, RuntimeChoice]:
+    """The net in a runtime, if its answer agrees with the expected one.
+
+    Raises:
+        Unusable: it does not, or the runtime is not there, or it does not take the net.
+    """
+    if name not in possible_runtimes():
+        _openvino() if name.startswith("openvino") else None  # tells what is missing
+        raise Unusable("the processor has no bfloat16 instructions")
+    try:
+        prepared = _in_bfloat16(net) if name == "torch-bf16" else _OpenVinoNet(_converted(bundle, net), patch=patch, in_bfloat16=name.endswith("bf16"))
+        with torch.inference_mode():
+            found = prepared(patch).float()
+    except Exception as error:  # whatever a converter or a compiler of another project raises: torch in float32 remains
+        raise Unusable(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}") from error
+    share = agreement(found, expected)
+    difference = float((found - expected).abs().max()) / max(float(expected.max() - expected.min()), 1e-6)
+    if name.endswith("bf16") and not share >= BFLOAT16_AGREEMENT:
+        raise Unusable(f"only {100 * share:.2f} % of the voxels of a test volume get the same label, {100 * BFLOAT16_AGREEMENT:g} % are needed")
+    if not name.endswith("bf16") and not difference <= FLOAT32_TOLERANCE:
+        raise Unusable(f"logits of a test volume differ by {difference:.2g} of their range, {FLOAT32_TOLERANCE:g} is allowed")
+    return prepared, RuntimeChoice(name, agreement=share)
 
 
 def probe_patch(manifest: BundleManifest) -> Tensor:
@@ -139,7 +163,7 @@ def _measured(bundle: Bundle, net: LocalNet, *, patch: Tensor, expected: Tensor,
     exact_s, least_s = _seconds(net, patch), None
     for name in possible_runtimes():
         try:
-            candidate, facts = _prepared(name, bundle, net, patch=patch, expected=expected)
+            candidate, facts = prepared_runtime(name, bundle, net, patch=patch, expected=expected)
         except Unusable as error:
             logger.info("%s is left out for %s: %s", TITLES[name], bundle.manifest.name, error)
             continue
@@ -150,30 +174,6 @@ def _measured(bundle: Bundle, net: LocalNet, *, patch: Tensor, expected: Tensor,
     logger.info("%s: %s", bundle.manifest.name, choice.sentence())
     put_in_cache(key, lambda folder: (folder / "choice.json").write_text(json.dumps({"name": choice.name, "speedup": choice.speedup}), encoding="utf-8"))
     return best, choice
-
-
-def _prepared(name: str, bundle: Bundle, net: LocalNet, *, patch: Tensor, expected: Tensor) -> tuple[LocalNet, RuntimeChoice]:
-    """The net in a runtime, if its answer agrees with the expected one.
-
-    Raises:
-        Unusable: it does not, or the runtime is not there, or it does not take the net.
-    """
-    if name not in possible_runtimes():
-        _openvino() if name.startswith("openvino") else None  # tells what is missing
-        raise Unusable("the processor has no bfloat16 instructions")
-    try:
-        prepared = _in_bfloat16(net) if name == "torch-bf16" else _OpenVinoNet(_converted(bundle, net), patch=patch, in_bfloat16=name.endswith("bf16"))
-        with torch.inference_mode():
-            found = prepared(patch).float()
-    except Exception as error:  # whatever a converter or a compiler of another project raises: torch in float32 remains
-        raise Unusable(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}") from error
-    share = agreement(found, expected)
-    difference = float((found - expected).abs().max()) / max(float(expected.max() - expected.min()), 1e-6)
-    if name.endswith("bf16") and not share >= BFLOAT16_AGREEMENT:
-        raise Unusable(f"only {100 * share:.2f} % of the voxels of a test volume get the same label, {100 * BFLOAT16_AGREEMENT:g} % are needed")
-    if not name.endswith("bf16") and not difference <= FLOAT32_TOLERANCE:
-        raise Unusable(f"logits of a test volume differ by {difference:.2g} of their range, {FLOAT32_TOLERANCE:g} is allowed")
-    return prepared, RuntimeChoice(name, agreement=share)
 
 
 def _seconds(net: LocalNet, patch: Tensor) -> float:

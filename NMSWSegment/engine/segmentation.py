@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from NMSWSegment.engine.runtime import Nets, open_nets
+from NMSWSegment.engine.runtime import Nets, open_nets, reproducible
 from NMSWSegment.engine.segment import RunCache, segment_volume, structure_values
 from NMSWSegment.files.bundle import Bundle, Label, load_bundle
 from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, Algorithm, export_dicom_seg
@@ -64,6 +64,7 @@ def segment(
     policy: str = SegmentOptions.policy,
     min_island_ml: float = SegmentOptions.min_island_ml,
     threads: int | None = None,
+    runtime: str = SegmentOptions.runtime,
     series: str | None = None,
     force_modality: bool = False,
     on_progress: OnProgress = ignore_progress,
@@ -78,7 +79,8 @@ def segment(
         device: auto, cpu, cuda, cuda:N or mps.
         policy: greedy or top_k, how patches are chosen.
         min_island_ml: parts of a structure that lie apart and are smaller are removed; 0 keeps all.
-        threads: CPU threads; None leaves one core free.
+        threads: CPU threads; None is all physical cores.
+        runtime: exact, or what computes the local net on a CPU, see SegmentOptions.
         series: Series Instance UID, where a DICOM folder has several series.
         force_modality: run although the volume is not what the model was trained on.
         on_progress: called with a Progress before every stage and after every patch; may raise Cancelled.
@@ -94,6 +96,7 @@ def segment(
         structures=tuple(structures),
         min_island_ml=min_island_ml,
         threads=threads,
+        runtime=runtime,
     )
     return segment_with_options(volume, load_bundle(options.bundle), options=options, series=series, force_modality=force_modality, on_progress=on_progress)
 
@@ -117,7 +120,7 @@ def segment_with_options(
         volume = file.read()
     if not force_modality:
         check_intensities(volume, bundle.manifest)
-    nets = _open_nets(bundle.folder, bundle.sha256, options.device)
+    nets = _open_nets(bundle.folder, bundle.sha256, options.device, options.runtime, options.threads)
     result = segment_volume(volume, bundle, options=options, on_progress=on_progress, run_cache=RunCache(nets=nets))
     if nets.device_steps:  # another volume may fit where this one did not
         _open_nets.cache_clear()
@@ -126,6 +129,7 @@ def segment_with_options(
 
 
 @functools.lru_cache(maxsize=1)
-def _open_nets(folder: Path, sha256: str, device: str) -> Nets:
-    """The networks of a model, loaded once; the hash notices a model that was replaced."""
-    return open_nets(load_bundle(str(folder)), device=device)
+def _open_nets(folder: Path, sha256: str, device: str, runtime: str, threads: int | None) -> Nets:
+    """The networks of a model, loaded once; the hash notices a model that was replaced, and a runtime is prepared for a number of threads."""
+    with reproducible(threads):
+        return open_nets(load_bundle(str(folder)), device=device, runtime=runtime)

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from NMSWSegment.evaluation import fusion_speed, speed
+from NMSWSegment.evaluation import fusion_speed, runtime_speed, speed
 from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, read_case, was_held_out
 from NMSWSegment.evaluation.charts import write_dsc_by_k, write_pareto
 from NMSWSegment.evaluation.comparison_page import ABLATION_ONLY, comparison_page, put_into_page
@@ -46,13 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speed.add_arguments(parser)
     fusion_speed.add_arguments(parser)
+    runtime_speed.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw compare`."""
     make_folder(arguments.output)
     with progress_bar(is_transient=False) as on_progress:
-        carry_out = speed.run_speed if arguments.speed else fusion_speed.run_fusion if arguments.fusion else _compare
+        if arguments.speed:
+            carry_out = speed.run_speed
+        elif arguments.fusion:
+            carry_out = fusion_speed.run_fusion
+        else:
+            carry_out = runtime_speed.run_runtimes if arguments.runtimes else _compare
         page, pictures, sentence = carry_out(arguments, on_progress=on_progress)
     _write_text(arguments.output / "table.md", page)
     if arguments.docs:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from NMSWSegment.evaluation import compare, comparison_run, fusion_speed, speed
+from NMSWSegment.engine import net_runtimes
+from NMSWSegment.evaluation import compare, comparison_run, fusion_speed, runtime_speed, speed
 from NMSWSegment.evaluation.comparison_page import put_into_page
 from NMSWSegment.evaluation.costs import bundle_costs, coarse_shape, run_costs
 from NMSWSegment.evaluation.measurement import RUNS, STAGES, in_own_process, peak_memory_bytes
@@ -48,6 +49,7 @@ def in_this_process(monkeypatch):
     """Methods run without a process of their own, which costs seconds each."""
     monkeypatch.setattr(comparison_run, "in_own_process", lambda function, *arguments, **options: function(*arguments, **options))
     monkeypatch.setattr(fusion_speed, "in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(runtime_speed, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(speed, "in_own_process", lambda function, *arguments, **options: function(*arguments, **options))
 
 
@@ -358,6 +360,26 @@ def test_fusion_sliced_computes_the_same_with_fewer_operations(tmp_path, in_this
     monkeypatch.setattr(fusion_speed, "in_own_process", None)  # nothing is left to measure
     assert verb(*words) == 0
     assert "| sliced, S = 0.9 |" in (page := capsys.readouterr().out) and "with the masked channels sliced away it is" in page
+
+
+def test_runtimes_are_compared_with_the_exact_one_on_the_sample_and_those_that_cannot_be_used_say_why(
+    tmp_path, in_this_process, monkeypatch, capsys, a_tiny_bundle
+):
+    def prepared(name, bundle, net, *, patch, expected):
+        if name == "openvino":
+            raise net_runtimes.Unusable("it is not installed")
+        return (lambda x: net(x) + 0.0), net_runtimes.RuntimeChoice(name, agreement=1.0)
+
+    monkeypatch.setattr(runtime_speed, "possible_runtimes", lambda: ["torch-bf16", "openvino"])
+    monkeypatch.setattr(runtime_speed, "prepared_runtime", prepared)
+    words = ("--runtimes", "--bundle", a_tiny_bundle, "--windows", 2, "--output", tmp_path / "runtimes")
+    assert verb(*words) == 0
+    exact, bfloat16, openvino = json.loads((tmp_path / "runtimes" / "results.json").read_text())["records"]
+    assert exact["runtime"] == "exact" and len(exact["seconds"]) == 2 and exact["mean_dsc"] == bfloat16["mean_dsc"] == bfloat16["least_dsc"] == 1
+    assert openvino == {"bundle": str(a_tiny_bundle), "runtime": "openvino", "unusable": "it is not installed"}
+    monkeypatch.setattr(runtime_speed, "in_own_process", None)  # nothing is left to measure
+    assert verb(*words) == 0
+    assert "| PyTorch (bfloat16) |" in (page := capsys.readouterr().out) and "not usable: it is not installed" in page and "Fastest on this computer:" in page
 
 
 def test_speed_without_memory_for_the_sliding_window_says_so_before_it_starts(tmp_path, monkeypatch):

@@ -145,4 +145,4 @@ def test_what_a_converter_raises_becomes_a_reason(a_bundle_and_net, monkeypatch)
     monkeypatch.setattr(net_runtimes, "possible_runtimes", lambda: ["torch-bf16"])
     monkeypatch.setattr(net_runtimes, "_in_bfloat16", fail)
     with pytest.raises(Unusable, match="^RuntimeError: first line$"):
-        net_runtimes._prepared("torch-bf16", bundle, net, patch=probe_patch(bundle.manifest), expected=None)
+        net_runtimes.prepared_runtime("torch-bf16", bundle, net, patch=probe_patch(bundle.manifest), expected=None)

@@ -8,6 +8,7 @@ import pytest
 
 import NMSWSegment
 from NMSWSegment.__main__ import main
+from NMSWSegment.engine import net_runtimes
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.volume import Volume, read_volume, write_volume
 from NMSWSegment.protocol import Cancelled, UserError
@@ -71,3 +72,11 @@ def test_unknown_name_of_the_package_is_an_attribute_error():
     with pytest.raises(AttributeError, match="sgment"):
         NMSWSegment.sgment  # noqa: B018
     assert "segment" in dir(NMSWSegment) and phantoms
+
+
+def test_runtime_that_was_asked_for_computes_the_local_net(a_phantom, a_tiny_bundle, monkeypatch):
+    monkeypatch.setattr(net_runtimes, "possible_runtimes", lambda: ["torch-bf16"])
+    monkeypatch.setattr(net_runtimes, "_in_bfloat16", lambda net: lambda x: net(x) + 0.0)
+    for runtime in ("exact", "torch-bf16"):
+        result = NMSWSegment.segment(a_phantom[0], model=a_tiny_bundle, k=1, device="cpu", threads=1, runtime=runtime)
+        assert result.run_info["runtime"]["name"] == runtime

@@ -13,8 +13,8 @@ from NMSWSegment.engine.aggregation import mixing_weights  # noqa: E402
 from NMSWSegment.files import phantoms  # noqa: E402
 from NMSWSegment.files.grid import CandidateGrid  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet  # noqa: E402
-from NMSWSegment.training import step as step_module  # noqa: E402
 from NMSWSegment.training import losses as losses_module  # noqa: E402
+from NMSWSegment.training import step as step_module  # noqa: E402
 from NMSWSegment.training.losses import DICE_SMOOTHING, class_shares, segmentation_loss, soft_segmentation_loss  # noqa: E402
 from NMSWSegment.training.step import TrainingVolume, coarse_losses, patch_gains, training_losses  # noqa: E402
 
