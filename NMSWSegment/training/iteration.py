@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 TRAINED_TOGETHER = ("coarse", "local")
 """What is trained on all volumes of a step at once; elsewhere one volume after the other, to save memory."""
+CLASS_WEIGHT_RATE = 30.0
+"""Learning rate of c of Eq. 6 as a multiple of the nets': a step of Adam is about as large as the rate, and c has to move by whole units."""
 NOISE = 1
 """Purpose of a sample's generator: Gumbel noise and random patches."""
 
@@ -42,12 +44,11 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
     if group.device.type == "cuda" or options.precision == "bf16":  # in fp32 without AVX-512 channels last costs the coarse net two fifths more
         net.coarse.to(memory_format=torch.channels_last_3d)
     net.local.to(memory_format=memory_format(options.backbone))
-    optimizer = torch.optim.AdamW(
-        trained_parameters(net, options), lr=options.learning_rate, weight_decay=options.weight_decay, fused=group.device.type == "cuda"
-    )
+    groups = _parameter_groups(net, options)
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=group.device.type == "cuda")
     warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False
+        optimizer, max_lr=[one["lr"] for one in groups], total_steps=options.iterations, pct_start=warmup, cycle_momentum=False
     )
     sparsified = (
         SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
@@ -55,6 +56,16 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
     sparsity = FusionSparsity(net.local.backbone, optimizer, options=sparsified, seed=options.seed) if sparsified else None
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)) if options.ema else None
     return TrainingState(net=net, optimizer=optimizer, schedule=schedule, sparsity=sparsity, average=average)
+
+
+def _parameter_groups(net: NMSWNet, options: TrainOptions) -> list[dict]:
+    """What the run trains: weights of the nets, and the class weights at a rate and without a decay of their own."""
+    trained = trained_parameters(net, options)
+    nets = [parameter for parameter in trained if parameter is not net.class_weights]
+    groups = [{"params": nets, "lr": options.learning_rate}] if nets else []
+    if len(nets) < len(trained):
+        groups.append({"params": [net.class_weights], "lr": CLASS_WEIGHT_RATE * options.learning_rate, "weight_decay": 0.0})
+    return groups
 
 
 def train_step(state: TrainingState, samples: Iterator[tuple[int, TrainingSample]], *, options: TrainOptions, tau: float, group: ProcessGroup) -> torch.Tensor:

@@ -111,7 +111,7 @@ def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateG
             coarse_logits[0].detach(), patch_logits[chosen], indices=top, grid=grid, class_weights=net.class_weights, gates=gates
         )
         high = segmentation_loss(y_high, patch_labels[chosen], mask=is_first)
-    if options.estimator == "gain":
+    if options.estimator == "gain" and importance.requires_grad:
         gains = patch_gains(coarse_logits[0], patch_logits, patch_labels, shares=shares[0], indices=indices, grid=grid, class_weights=net.class_weights)
         ranking = ranking_loss(importance[indices], gains)
     total = coarse + high + patch - options.entropy_weight * spread + ranking

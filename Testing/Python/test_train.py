@@ -507,6 +507,16 @@ def test_weights_of_an_earlier_version_are_refused_with_one_sentence(a_run, data
             start()
 
 
+def test_class_weights_learn_at_a_rate_of_their_own_and_do_not_decay(data):
+    group = iteration_module.ProcessGroup(torch.device("cpu"))
+    state = iteration_module.new_state(tiny_options(data, iterations=10, learning_rate=1e-3), num_classes=4, group=group)
+    only = iteration_module.new_state(tiny_options(data, iterations=10, train="weights", initial_run="run"), num_classes=4, group=group)
+    nets, class_weights = state.optimizer.param_groups
+    assert class_weights["params"] == [state.net.class_weights] and class_weights["weight_decay"] == 0 < nets["weight_decay"]
+    assert class_weights["max_lr"] == pytest.approx(30 * nets["max_lr"]) and nets["max_lr"] == 1e-3
+    assert [group["params"] for group in only.optimizer.param_groups] == [[only.net.class_weights]]
+
+
 def test_bf16_on_a_cpu_that_emulates_it_is_refused_before_anything_is_written(data, tmp_path, monkeypatch):
     monkeypatch.setattr(iteration_module, "has_amx", lambda: False)
     with pytest.raises(UserError, match="^precision is bf16 on a CPU without AMX.*Use --precision fp32, or a GPU with --device cuda.$"):
