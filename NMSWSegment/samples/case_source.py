@@ -11,7 +11,7 @@ from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
 from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.files.orientation import Triple_mm
 from NMSWSegment.samples.acquisition import AIR_HU, HU_RANGE, add_noise, blur, cut_field_of_view, lower_resolution
-from NMSWSegment.samples.augment import PaperAugmentation
+from NMSWSegment.samples.augment import PaperIntensity, paper_warp
 from NMSWSegment.samples.case_memory import CaseMemory, LoadedCase
 from NMSWSegment.samples.scan_range import random_box
 from NMSWSegment.samples.synthesis import SynthesisOptions, add_pathology
@@ -24,23 +24,25 @@ GAMMA_WINDOW_HU = (-250.0, 500.0)
 class CaseSource:
     """One labelled CT; every draw is another sample of it."""
 
-    def __init__(self, name: str, load: Callable[[], PreparedCase], *, memory: CaseMemory, augmentation: PaperAugmentation | None = None) -> None:
+    def __init__(self, name: str, load: Callable[[], PreparedCase], *, memory: CaseMemory, paper_intensity: PaperIntensity | None = None) -> None:
         """Args:
         name: of the case.
         load: reads it; called again when the memory had to forget it.
         memory: keeps it, on the device where samples are drawn.
-        augmentation: of the whole volume; None draws warped, re-contrasted and re-scanned parts.
+        paper_intensity: augments whole volumes as the paper does; None draws warped, re-contrasted and re-scanned parts.
         """
         self.name = name
-        self._load, self._memory, self._augmentation = load, memory, augmentation
+        self._load, self._memory, self._paper_intensity = load, memory, paper_intensity
 
     def draw(self, generator: torch.Generator, options: SynthesisOptions) -> TrainingSample:
         """A random sample; the same state of the generator gives the same one."""
-        if self._augmentation:
-            whole = self.whole()
-            intensity, labels = self._augmentation(whole.intensity, whole.labels, generator=generator)
+        loaded = self._memory.get(self, self._load)
+        if self._paper_intensity:
+            whole = whole_warp(loaded.case, spacing_mm=self._memory.spacing_mm)
+            intensity, labels = resampled(loaded, paper_warp(whole, generator=generator))
+            intensity = self._paper_intensity(intensity, generator=generator)
         else:
-            intensity, labels = _scan(self._memory.get(self, self._load), options=options, generator=generator)
+            intensity, labels = _scan(loaded, options=options, generator=generator)
         return TrainingSample(name=self.name, intensity=intensity, labels=labels)
 
     def whole(self) -> TrainingSample:
@@ -90,7 +92,9 @@ def resampled(loaded: LoadedCase, warp: Warp) -> tuple[Tensor, Tensor]:
 
 def _trilinear(intensity: Tensor, index: Tensor) -> Tensor:
     """Intensity at continuous source indices (3, D, H, W), the border repeated beyond it, (D, H, W)."""
-    grid = torch.stack([2 * index[axis] / max(intensity.shape[axis] - 1, 1) - 1 for axis in (2, 1, 0)], dim=-1)
+    grid = index.new_empty(*index.shape[1:], 3)
+    for axis, size in enumerate(intensity.shape):
+        torch.mul(index[axis], 2 / max(size - 1, 1), out=grid[..., 2 - axis]).sub_(1)
     return torch.nn.functional.grid_sample(intensity[None, None], grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0, 0]
 
 

@@ -58,10 +58,14 @@ class Warp:
     """Source point of the output's middle, (3,)."""
     control_mm: Tensor
     """B-spline coefficients of the displacement, (3, a, b, c)."""
+    axis_shifts_mm: tuple[Tensor, Tensor, Tensor] | None = None
+    """How far a voxel looks along each output axis before the matrix, (D,), (H,), (W,)."""
 
     def source_index(self, source_spacing_mm: Triple_mm, *, device: torch.device | str = "cpu") -> Tensor:
         """Continuous source index of every output voxel center, (3, D, H, W)."""
         axes = [(torch.arange(size, device=device) - (size - 1) / 2) * step for size, step in zip(self.shape, self.spacing_mm)]
+        if self.axis_shifts_mm:
+            axes = [axis + shift.to(device) for axis, shift in zip(axes, self.axis_shifts_mm)]
         splines = [bspline_matrix(size, num_controls=count) for size, count in zip(self.shape, self.control_mm.shape[1:])]
         control_mm, matrix, center_mm = self.control_mm.to(device), self.matrix.tolist(), self.center_mm.tolist()
         index = torch.empty(3, *self.shape, device=device)
@@ -170,6 +174,18 @@ def smooth_noise(shape: Triple, *, length_mm: float, spacing_mm: Triple_mm, gene
     return apply_along_axes(control, matrices).mul_(0.479**-1.5)
 
 
+def rotation(angles_rad: Sequence[float]) -> Tensor:
+    """Rotation about axis 0, then 1, then 2, (3, 3)."""
+    matrix = torch.eye(3)
+    for axis, angle in enumerate(angles_rad):
+        first, second = [other for other in range(3) if other != axis]
+        turn = torch.eye(3)
+        turn[first, first] = turn[second, second] = math.cos(angle)
+        turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
+        matrix = turn @ matrix
+    return matrix
+
+
 def uniform(generator: torch.Generator, low: float, high: float) -> float:
     """One uniform number."""
     return low + (high - low) * float(torch.rand((), generator=generator))
@@ -182,15 +198,8 @@ def chance(generator: torch.Generator, probability: float) -> bool:
 
 def _random_matrix(limits: WarpLimits, generator: torch.Generator) -> Tensor:
     """Rotation, shear and scale from output to source millimetres, (3, 3), determinant positive."""
-    matrix = torch.eye(3)
-    for axis, limit in enumerate(limits.rotation_rad):
-        # the product of two uniform numbers keeps most bodies nearly straight, as on a real table
-        angle = limit * uniform(generator, -1, 1) * math.sqrt(uniform(generator, 0, 1))
-        first, second = [other for other in range(3) if other != axis]
-        turn = torch.eye(3)
-        turn[first, first] = turn[second, second] = math.cos(angle)
-        turn[first, second], turn[second, first] = -math.sin(angle), math.sin(angle)
-        matrix = turn @ matrix
+    # the product of two uniform numbers keeps most bodies nearly straight, as on a real table
+    matrix = rotation([limit * uniform(generator, -1, 1) * math.sqrt(uniform(generator, 0, 1)) for limit in limits.rotation_rad])
     shear = torch.eye(3) + (torch.rand(3, 3, generator=generator) * 2 - 1).triu(1) * limits.shear
     low, high = math.log(limits.scale[0]), math.log(limits.scale[1])
     common = uniform(generator, low, high)

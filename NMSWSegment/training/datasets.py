@@ -11,7 +11,7 @@ from NMSWSegment.data.case_cache import CaseCache
 from NMSWSegment.data.layouts import KINDS, CaseFiles, Cases, dataset_file, read_cases, read_label_names
 from NMSWSegment.data.prepared_case import CaseRequest, PreparedCase, prepare_case
 from NMSWSegment.protocol import UserError, unknown_name
-from NMSWSegment.samples.augment import PaperAugmentation
+from NMSWSegment.samples.augment import PaperIntensity
 from NMSWSegment.samples.case_memory import CaseMemory
 from NMSWSegment.samples.case_source import CaseSource
 from NMSWSegment.samples.pathology import ABDOMINAL_WORDS, LUNG_WORDS, labels_with
@@ -103,12 +103,12 @@ def open_training_set(
             cache.ensure(request)
         group.wait()
     points = options.intensity_points
-    augmentation = PaperAugmentation(window_hu=(points[0][0], points[-1][0])) if options.augmentation == "paper" else None
+    paper_intensity = PaperIntensity(window_hu=(points[0][0], points[-1][0])) if options.augmentation == "paper" else None
     memory = CaseMemory(spacing_mm=options.spacing_mm, device=device)
     loaders = [(request.files.name, _loader(request, cache)) for request in data.requests]
     loaders += [(entry.name, partial(read_prepared_case, entry)) for entry in data.prepared_cases]
     return TrainingSet(
-        cases=[CaseSource(name, load, memory=memory, augmentation=augmentation) for name, load in loaders],
+        cases=[CaseSource(name, load, memory=memory, paper_intensity=paper_intensity) for name, load in loaders],
         anatomies=[AnatomySource(read_anatomy(path, num_labels=len(data.label_names) + 1), device=device) for path in data.anatomies],
         label_names=data.label_names,
         options=SynthesisOptions(

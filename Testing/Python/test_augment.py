@@ -6,9 +6,12 @@ import torch
 pytest.importorskip("monai")
 
 from NMSWSegment.data.prepared_case import PreparedCase  # noqa: E402
-from NMSWSegment.samples.augment import PaperAugmentation  # noqa: E402
-from NMSWSegment.samples.case_memory import loaded_case  # noqa: E402
-from NMSWSegment.samples.case_source import resampled, whole_warp  # noqa: E402
+from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample  # noqa: E402
+from NMSWSegment.samples.augment import PaperIntensity, distortion, paper_warp  # noqa: E402
+from NMSWSegment.samples.case_memory import CaseMemory, loaded_case  # noqa: E402
+from NMSWSegment.samples.case_source import CaseSource, resampled, whole_warp  # noqa: E402
+from NMSWSegment.samples.synthesis import SynthesisOptions  # noqa: E402
+from NMSWSegment.samples.warp import Warp  # noqa: E402
 
 WINDOW = (-250.0, 500.0)
 
@@ -29,16 +32,23 @@ def generator(seed: int) -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    augmentation = PaperAugmentation(window_hu=WINDOW)
-    return [augmentation(*a_pair(), generator=generator(seed)) for seed in range(8)]
+def source() -> CaseSource:
+    intensity, labels = a_pair()
+    case = PreparedCase(intensity=intensity.numpy(), labels=labels.numpy(), spacing_mm=(3.0, 3.0, 3.0), extent=None)
+    return CaseSource("pair", lambda: case, memory=CaseMemory(spacing_mm=case.spacing_mm), paper_intensity=PaperIntensity(window_hu=WINDOW))
+
+
+@pytest.fixture(scope="module")
+def samples(source) -> list[TrainingSample]:
+    return [source.draw(generator(seed), SynthesisOptions(spacing_mm=(3.0, 3.0, 3.0))) for seed in range(8)]
 
 
 def test_image_and_labels_move_together_and_sides_stay(samples):
     num_both, places = 0, set()
-    for intensity, labels in samples:
+    for sample in samples:
+        intensity, labels = sample.intensity, sample.labels
         assert intensity.shape == labels.shape == (80, 70, 120) and labels.dtype == torch.uint8 and intensity.dtype == torch.float32
-        assert set(labels.unique().tolist()) <= {0, 1, 2}
+        assert set(labels.unique().tolist()) <= {0, 1, 2, UNKNOWN_LABEL}
         assert intensity.min() >= WINDOW[0] - 1e-3 and intensity.max() <= WINDOW[1] + 1e-3
         bright, dark = labels == 1, labels == 2
         if bright.sum() > 2000 and dark.sum() > 2000:
@@ -49,10 +59,31 @@ def test_image_and_labels_move_together_and_sides_stay(samples):
     assert num_both >= 2 and len(places) == num_both
 
 
-def test_same_generator_same_sample(samples):
-    intensity, labels = PaperAugmentation(window_hu=WINDOW)(*a_pair(), generator=generator(3))
-    assert torch.equal(intensity, samples[3][0]) and torch.equal(labels, samples[3][1])
-    assert not torch.equal(labels, samples[4][1])
+def test_same_generator_same_sample(source, samples):
+    again = source.draw(generator(3), SynthesisOptions(spacing_mm=(3.0, 3.0, 3.0)))
+    assert torch.equal(again.intensity, samples[3].intensity) and torch.equal(again.labels, samples[3].labels)
+    assert not torch.equal(again.labels, samples[4].labels)
+
+
+def test_geometry_is_as_strong_as_the_papers_and_never_mirrors():
+    whole = Warp(shape=(80, 70, 120), spacing_mm=(3.0, 2.0, 1.0), matrix=torch.eye(3), center_mm=torch.zeros(3), control_mm=torch.zeros(3, 4, 4, 4))
+    warps = [paper_warp(whole, generator=generator(seed)) for seed in range(300)]
+    shifts = torch.stack([warp.center_mm for warp in warps]) / torch.tensor(whole.spacing_mm)
+    assert 45 < float(shifts.abs().max()) <= 50 and float(shifts.mean(0).abs().max()) < 6
+    turned = [warp.matrix for warp in warps if not torch.equal(warp.matrix, torch.eye(3))]
+    assert abs(len(turned) / 300 - 0.3) < 0.08 and all(0.7 * 0.8 * 0.8 <= float(torch.linalg.det(matrix)) <= 1.3 * 1.2 * 1.2 for matrix in turned)
+    assert abs(sum(warp.axis_shifts_mm is not None for warp in warps) / 300 - 0.3) < 0.08
+
+
+def test_distortion_ends_its_cells_where_monai_ends_them():
+    from monai.transforms import GridDistortion
+
+    shift = distortion(50, generator=generator(1))
+    steps = (1 + torch.diff(shift)[5::10]).tolist()  # voxels per voxel in each of the five cells
+    ramp = torch.arange(50.0)[None, :, None, None].repeat(1, 1, 10, 10)
+    found = torch.as_tensor(GridDistortion(num_cells=5, distort_steps=[[*steps, 1.0], [1.0] * 6, [1.0] * 6], padding_mode="border")(ramp))[0, :, 4, 4]
+    torch.testing.assert_close((torch.arange(50) + shift - shift[0])[10::10], found[10::10], atol=1e-3, rtol=0)
+    assert 0.95 <= min(steps) < max(steps) <= 1.05 and float(shift[25]) == 0
 
 
 def test_whole_case_at_its_own_spacing_comes_back_exactly():
