@@ -32,7 +32,7 @@ NOISE_SD = 0.1
 
 
 def paper_warp(whole: Warp, *, generator: torch.Generator) -> Warp:
-    """Translation, rotation with scaling, and grid distortion as one warp, so that the source is interpolated once (docs/deviations.md, D20).
+    """Translation, rotation with scaling, and grid distortion as one warp, so that the source is interpolated once (docs/deviations.md, D21).
 
     Args:
         whole: shows the volume as it is.
