@@ -45,16 +45,20 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
     optimizer = torch.optim.AdamW(
         trained_parameters(net, options), lr=options.learning_rate, weight_decay=options.weight_decay, fused=group.device.type == "cuda"
     )
-    warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False
-    )
     sparsified = (
         SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
     )
     sparsity = FusionSparsity(net.local.backbone, optimizer, options=sparsified, seed=options.seed) if sparsified else None
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)) if options.ema else None
-    return TrainingState(net=net, optimizer=optimizer, schedule=schedule, sparsity=sparsity, average=average)
+    return TrainingState(net=net, optimizer=optimizer, schedule=new_schedule(optimizer, options), sparsity=sparsity, average=average)
+
+
+def new_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, *, iteration: int = 0) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The learning rate of a run of options.iterations from an iteration on; what came before does not matter."""
+    warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=options.learning_rate, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False, last_epoch=iteration - 1
+    )
 
 
 def train_step(state: TrainingState, samples: Iterator[tuple[int, TrainingSample]], *, options: TrainOptions, tau: float, group: ProcessGroup) -> torch.Tensor:

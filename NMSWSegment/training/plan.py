@@ -14,7 +14,7 @@ from NMSWSegment.data.prepared_case import Header, check_headers
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.samples.prepared_set import prepared_grid
-from NMSWSegment.training.datasets import TrainingData, find_data, open_training_set
+from NMSWSegment.training.datasets import TrainingData, check_modality, find_data, open_training_set
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
 from NMSWSegment.training.initial_weights import load_initial_weights
 from NMSWSegment.training.iteration import check_precision, new_state, temperature, train_step
@@ -38,11 +38,12 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
         UserError: whatever would stop the run: data, headers that do not fit, nets that do not take the patch, an initial run that does not fit.
     """
     data = find_data(options)
+    check_modality(data, options)
     headers = [check_headers(request) for request in data.requests]
     with joined_group(device) as group:
         check_precision(options, group.device)
         state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
-        load_initial_weights(state, options)
+        load_initial_weights(state, options, label_names=data.label_names)
         yield from _data_lines(data, headers, options)
         coarse, local = (sum(parameter.numel() for parameter in net.parameters()) for net in (state.net.coarse, state.net.local))
         yield f"Nets        {options.backbone} ({options.preset}), trains: {options.train}; coarse {coarse / 1e6:.2f} M, local {local / 1e6:.2f} M parameters"

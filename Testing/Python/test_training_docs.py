@@ -66,6 +66,13 @@ def test_totalsegmentator_commands_end_in_a_segmentation(here, capsys):
     assert {path.name for path in (here / "pictures").iterdir()} == {f"s0003-k{k}.png" for k in ("0", "5", "10", "all")}
 
 
+def test_commands_of_a_fold_end_in_a_bundle_that_knows_its_held_out_cases(here):
+    write_totalsegmentator(here / "Totalsegmentator_dataset_v201", splits={f"s000{number}": "train" for number in range(1, 6)}, classes=tuple(ORGANS))
+    for line in commands("Folds"):
+        run(line)
+    assert load_bundle(here / "organ-fold0").manifest.training["held_out"] == ["s0001"]
+
+
 def test_commands_of_the_stages_end_in_a_bundle_of_all_three(here):
     write_totalsegmentator(here / "Totalsegmentator_dataset_v201", splits={"s0001": "train", "s0003": "test"}, classes=tuple(ORGANS))
     for line in commands("In stages"):
@@ -106,6 +113,7 @@ def test_every_command_of_the_document_is_in_a_section_that_is_run():
         "Install",
         "TotalSegmentator",
         "WORD",
+        "Folds",
         "In stages",
         "Into the panel",
         "Several GPUs and computers",
