@@ -155,7 +155,7 @@ def open_training_set(
     )
 
 
-def open_validation_cases(options: TrainOptions, *, data: TrainingData, cache: CaseCache, group: ProcessGroup) -> list[CaseSource]:
+def open_validation_cases(options: TrainOptions, *, data: TrainingData, group: ProcessGroup, cache: CaseCache | None = None) -> list[CaseSource]:
     """The cases to validate on, checked; none where the run validates nothing. They are read again at every validation.
 
     Raises:
@@ -165,7 +165,8 @@ def open_validation_cases(options: TrainOptions, *, data: TrainingData, cache: C
         return []
     places = np.linspace(0, len(data.validation) - 1, min(options.validation_cases, len(data.validation))).round().astype(int)
     chosen = [data.validation[place] for place in places]
-    _fill_cache([case for case in chosen if isinstance(case, CaseRequest)], cache=cache, group=group)
+    if cache:
+        _fill_cache([case for case in chosen if isinstance(case, CaseRequest)], cache=cache, group=group)
     memory = CaseMemory(spacing_mm=options.spacing_mm, device=group.device, max_bytes=0)
     return [CaseSource(_name(case), _loader(case, cache), memory=memory) for case in chosen]
 

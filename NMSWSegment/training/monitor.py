@@ -160,18 +160,18 @@ def draw_curve(path: Path) -> None:
 
 
 def _table_rows(path: Path, columns: Sequence[str]) -> list[list[float]]:
-    """The whole rows of a table, without what a kill tore; none where there is no file, or one with other columns."""
+    """The whole rows of a table, without what a kill tore; none where there is no file, or one with other columns. The last columns may be missing."""
     if not path.is_file():
         return []
     heading, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    rows = []
-    for line in lines if heading == ",".join(columns) else []:
+    names, rows = heading.split(","), []
+    for line in lines if names == list(columns[: len(names)]) else []:
         try:
             row = [float(value) if value else math.nan for value in line.split(",")]
         except ValueError:
             continue
-        if len(row) == len(columns) and not math.isnan(row[0]):
-            rows.append(row)
+        if len(row) == len(names) and not math.isnan(row[0]):
+            rows.append(row + [math.nan] * (len(columns) - len(names)))
     return rows
 
 

@@ -4,8 +4,9 @@
         x, labels <- a drawn sample             model grid, padded to its candidate grid
         losses <- the nets on x                 step.py, Eq. 7
     gradients of all volumes and processes -> one optimizer step
+    now and then: the DSC on held-out cases     validation.py; the best weights are kept
 
-A run folder holds options.json, checkpoint.pt, TensorBoard logs and the cache of prepared cases; the same command with --resume
+A run folder holds options.json, checkpoint.pt, best.pt, TensorBoard logs and the cache of prepared cases; the same command with --resume
 goes on where a killed run stopped, with the same samples.
 """
 

@@ -48,6 +48,16 @@ def test_curve_of_a_resumed_run_drops_torn_rows_and_those_after_the_checkpoint(t
     assert [row.split(",")[0] for row in curve.read_text().splitlines()] == ["iteration", "2", "4"]
 
 
+def test_curve_of_a_run_from_before_there_was_a_validation_goes_on(tmp_path):
+    curve = tmp_path / monitor_module.CURVE_NAME
+    curve.write_text("iteration,coarse,high,patch,entropy,ranking,total\n2,1,1,1,1,0,3\n4,1,1,1,1,0,3\n")
+    monitor_module.Monitor(tmp_path, options=None, label_names=["liver"], first_iteration=2).close()
+    assert curve.read_text().splitlines() == [
+        "iteration,coarse,high,patch,entropy,ranking,total,validation_dsc",
+        "2,1.00000,1.00000,1.00000,1.00000,0.00000,3.00000,",
+    ]
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "folder vanished"])
 def test_curve_that_cannot_be_drawn_ends_no_run(tmp_path, damage):
     output = tmp_path / "run"
