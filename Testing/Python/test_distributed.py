@@ -20,7 +20,7 @@ from test_train import a_data_folder, tiny_options  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
 from NMSWSegment.training.distributed import ProcessGroup, joined_group, process_place, rendezvous  # noqa: E402
 from NMSWSegment.training.iteration import new_state  # noqa: E402
-from NMSWSegment.training.run_folder import load_checkpoint  # noqa: E402
+from NMSWSegment.training.run_folder import BEST_NAME, load_checkpoint  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,9 +56,9 @@ def data(tmp_path_factory) -> Path:
 
 def test_two_processes_give_losses_and_weights_of_one(data, tmp_path):
     port = a_port()
-    flags = "--iterations 3 --batch-size 3 --workers 0"  # three volumes: the first process has two of them
+    flags = "--iterations 3 --batch-size 3 --workers 0 --hold-out two"  # three volumes: the first process has two of them, and the validation
     processes = [a_process(data, tmp_path / "two", flags, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT=port) for rank in (0, 1)]
-    train(tiny_options(data, iterations=3, batch_size=3), output=tmp_path / "one", num_workers=0, log_every=1, show_every=0)
+    train(tiny_options(data, iterations=3, batch_size=3, hold_out=("two",)), output=tmp_path / "one", num_workers=0, log_every=1, show_every=0)
     for process in processes:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
@@ -70,6 +70,8 @@ def test_two_processes_give_losses_and_weights_of_one(data, tmp_path):
     differences = torch.cat([(weights[key] - value).abs().flatten() for key, value in wanted.items()])
     # sums run in another order; Adam divides by the gradient's size, so where it is nearly 0 a weight may differ by a part of a step (3e-4)
     assert differences.max() < 1e-4 and differences.mean() < 1e-7
+    scores = [load_checkpoint(tmp_path / name, BEST_NAME)["validation"]["best_score"] for name in ("two", "one")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     assert len(list((tmp_path / "two").glob("events*"))) == 1  # only the first process writes
 
 
