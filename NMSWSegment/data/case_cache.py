@@ -104,6 +104,7 @@ def write_entry(case: PreparedCase, folder: Path) -> None:
         np.save(folder / f"{name}.npy", array)
         checksums[name] = zlib.crc32(array)
     info = {"spacing_mm": case.spacing_mm, "direction": case.direction, "extent": asdict(case.extent), "checksums": checksums}
+    info["label_voxels"] = label_voxels(case.labels)
     (folder / ENTRY_INFO_NAME).write_text(json.dumps(info), encoding="utf-8")
 
 
@@ -116,6 +117,20 @@ def read_entry(folder: Path) -> PreparedCase:
             raise ValueError(f"the checksum of {name} does not fit")
     extent = {key: json_tuples(value) for key, value in info["extent"].items()}
     return PreparedCase(**arrays, spacing_mm=tuple(info["spacing_mm"]), direction=json_tuples(info["direction"]), extent=BodyExtent(**extent))
+
+
+def entry_label_voxels(folder: Path) -> dict[int, int]:
+    """label_voxels of an entry; entries of earlier versions, which do not hold them, are counted."""
+    info = json.loads((folder / ENTRY_INFO_NAME).read_text(encoding="utf-8"))
+    if "label_voxels" in info:
+        return {int(value): count for value, count in info["label_voxels"].items()}
+    return label_voxels(np.load(folder / "labels.npy", mmap_mode="r"))
+
+
+def label_voxels(labels: np.ndarray) -> dict[int, int]:
+    """Voxels of every label that a labelmap (uint8) holds."""
+    counts = sum(np.bincount(plane.ravel(), minlength=256) for plane in labels)  # slice by slice, because counting takes eight bytes a voxel
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def _is_complete(entry: Path) -> bool:

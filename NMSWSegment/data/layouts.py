@@ -10,6 +10,7 @@ Only lists and headers are looked at here; voxels are read by prepared_case.py.
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from NMSWSegment.data.training_sample import UNKNOWN_LABEL
 from NMSWSegment.protocol import UserError
 
 DATASET_NAME = "dataset.json"
+CT = "CT"
 SPLITS = {"train": "Tr", "val": "Val", "test": "Ts"}
 """Splits, and what the folders of WORD and nnU-Net call them."""
 WORD_LABEL_NAMES = (
@@ -61,6 +63,8 @@ class Cases:
     """Classes in label order, background left out."""
     unknown_value: int = UNKNOWN_LABEL
     """Label of voxels whose class nobody knows."""
+    modality: str = CT
+    """CT, or what the data set calls its intensities; CT where it does not say."""
 
 
 def read_cases(argument: str, *, subset: str = "", split: str = "train") -> Cases:
@@ -130,6 +134,14 @@ def read_label_names(path: Path) -> tuple[str, ...]:
     return _names_and_unknown(path)[0]
 
 
+def read_modality(path: Path) -> str:
+    """What a dataset.json calls its intensities (channel_names of nnU-Net 2, modality of the Decathlon); CT for any kind of CT, and where it does not say."""
+    values = read_json(path)
+    channels = values.get("channel_names", values.get("modality")) or {"0": CT}
+    names = [str(name) for name in (channels.values() if isinstance(channels, dict) else [channels])]
+    return CT if all(re.search(r"\bct|ct\b", name, flags=re.IGNORECASE) for name in names) else ", ".join(names)
+
+
 def dataset_file(folder: Path, *, also: Sequence[Path] = ()) -> Path:
     """The dataset.json of a folder, or of the first of other folders that has one.
 
@@ -156,7 +168,7 @@ def read_json(path: Path) -> dict:
 def _decathlon(folder: Path, subset: str, split: str) -> Cases:
     """A Decathlon folder; its test images have no labels."""
     files, label_names = read_decathlon(folder) if split == "train" else ((), read_label_names(dataset_file(folder)))
-    return Cases(files=tuple(files), label_names=label_names)
+    return Cases(files=tuple(files), label_names=label_names, modality=read_modality(dataset_file(folder)))
 
 
 def _nnunet(folder: Path, subset: str, split: str) -> Cases:
@@ -173,7 +185,7 @@ def _nnunet(folder: Path, subset: str, split: str) -> Cases:
     _check_files(pairs, source=f"The labels of '{folder}' need", folder=folder)
     ending = values["file_ending"]
     files = tuple(CaseFiles(label.name.removesuffix(ending), image, label) for image, label in pairs)
-    return Cases(files=files, label_names=label_names, unknown_value=unknown)
+    return Cases(files=files, label_names=label_names, unknown_value=unknown, modality=read_modality(path))
 
 
 def _word(folder: Path, subset: str, split: str) -> Cases:

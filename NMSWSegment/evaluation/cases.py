@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from NMSWSegment.data.layouts import KINDS, SPLITS, read_cases
+from NMSWSegment.data.metrics import dice_per_class, model_steps, surface_scores
 from NMSWSegment.data.prepared_case import CaseRequest, check_headers, read_labels
-from NMSWSegment.evaluation.metrics import dice_per_class, model_steps, surface_scores
+from NMSWSegment.data.totalsegmentator import TOTAL
+from NMSWSegment.data.training_sample import UNKNOWN_LABEL
 from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.volume import Volume, read_volume
 from NMSWSegment.protocol import UserError
@@ -28,20 +30,21 @@ def find_cases(data: Sequence[str], manifest: BundleManifest, *, wanted: str = "
     """The labelled cases of some folders.
 
     Args:
-        data: KIND:FOLDER each; of a totalsegmentator folder the bundle's classes are taken.
+        data: KIND:FOLDER each; classes are matched by name, and those that only the bundle or only the folder has are not scored.
         wanted: names with commas between them; empty for all.
         split: train, val or test; a decathlon folder has labels for train only.
 
     Raises:
-        UserError: a folder cannot be used, its label list is not the bundle's, a wanted case is not there, or two cases share a name.
+        UserError: a folder cannot be used, it has no class of the bundle, a wanted case is not there, or two cases share a name.
     """
     cases: list[CaseRequest] = []
     for argument in data:
-        found = read_cases(argument, subset=",".join(manifest.label_names) if argument.startswith("totalsegmentator:") else "", split=split)
-        if list(found.label_names) != manifest.label_names:
+        known = TOTAL if argument.startswith("totalsegmentator:") else ()
+        found = read_cases(argument, subset=",".join(name for name in manifest.label_names if name in known) or ",".join(known[:1]), split=split)
+        if not set(found.label_names) & set(manifest.label_names):
             raise UserError(
-                f"'{argument}' has the labels {', '.join(found.label_names)}, but bundle '{manifest.name}' has {', '.join(manifest.label_names)}. "
-                "Bring the data to the bundle's list: the same names in the same order."
+                f"'{argument}' and bundle '{manifest.name}' have no class in common: {', '.join(known or found.label_names)}; and {', '.join(manifest.label_names)}. "
+                "Give the classes of the data the bundle's names."
             )
         cases += [CaseRequest(files=files, label_names=found.label_names, unknown_value=found.unknown_value) for files in found.files]
     names = [case.files.name for case in cases]
@@ -54,15 +57,34 @@ def find_cases(data: Sequence[str], manifest: BundleManifest, *, wanted: str = "
     return [case for case in cases if not chosen or case.files.name in chosen]
 
 
-def read_case(case: CaseRequest) -> tuple[Volume, Volume]:
-    """The volume of a case and its reference labels, unknown voxels 255.
+def names_apart(cases: Sequence[CaseRequest], manifest: BundleManifest) -> str:
+    """A sentence about the classes that are not scored, because only the bundle or only the data know them; empty where all are."""
+    data_names = list(dict.fromkeys(name for case in cases for name in case.label_names))
+    parts = [
+        f"{', '.join(names)} only in the {where}"
+        for names, where in (
+            ([name for name in manifest.label_names if name not in data_names], f"bundle '{manifest.name}'"),
+            ([name for name in data_names if name not in manifest.label_names], "data"),
+        )
+        if names
+    ]
+    return f"Not scored: {'; '.join(parts)}." if parts else ""
+
+
+def read_case(case: CaseRequest, manifest: BundleManifest) -> tuple[Volume, Volume]:
+    """The volume of a case and its reference labels in the values of a bundle; unknown voxels are 255, classes that the bundle does not know 0.
 
     Raises:
         UserError: a file is missing or damaged, the label does not lie on the volume's grid, or holds a value that is not in the list.
     """
     check_headers(case)
     volume = read_volume(case.files.image)
-    return volume, Volume(array=read_labels(case), ijk_to_ras=volume.ijk_to_ras)
+    table = np.zeros(256, dtype=np.uint8)
+    table[UNKNOWN_LABEL] = UNKNOWN_LABEL
+    values = {label.name: label.value for label in manifest.labels}
+    for value, name in enumerate(case.label_names, start=1):
+        table[value] = values.get(name, 0)
+    return volume, Volume(array=table[read_labels(case)], ijk_to_ras=volume.ijk_to_ras)
 
 
 def score_labelmap(labelmap: Volume, reference: Volume, *, manifest: BundleManifest) -> dict:
@@ -91,7 +113,7 @@ def score_labelmap(labelmap: Volume, reference: Volume, *, manifest: BundleManif
 
 def was_held_out(case_name: str, manifest: BundleManifest) -> bool:
     """Whether the manifest says that a case was left out of training."""
-    return case_name in manifest.training.get("options", {}).get("hold_out", ())
+    return case_name in {*manifest.training.get("held_out", ()), *manifest.training.get("options", {}).get("hold_out", ())}
 
 
 def _mean(values: np.ndarray) -> float | None:

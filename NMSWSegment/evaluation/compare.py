@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from NMSWSegment.evaluation import fusion_speed, runtime_speed, speed
-from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, read_case, was_held_out
+from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, names_apart, read_case, was_held_out
 from NMSWSegment.evaluation.charts import write_dsc_by_k, write_pareto
 from NMSWSegment.evaluation.comparison_page import ABLATION_ONLY, comparison_page, put_into_page
 from NMSWSegment.evaluation.comparison_run import CaseOfBundle, CompareOptions, labelmap_path, run_comparison
@@ -137,6 +137,8 @@ def _bundle_cases(arguments: argparse.Namespace) -> list[CaseOfBundle]:
         if any(bundle_case.bundle.manifest.name == bundle.manifest.name for bundle_case in bundle_cases):
             raise UserError(f"Two bundles are named '{bundle.manifest.name}'. Export one of them under another name.")
         cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases, split=arguments.split)
+        if sentence := names_apart(cases, bundle.manifest):
+            print(sentence)
         cases = [case for case in cases if not arguments.held_out or was_held_out(case.files.name, bundle.manifest)]
         if not cases:
             raise UserError(
@@ -163,7 +165,7 @@ def _write_error_picture(records: Sequence[dict], *, bundle_cases: Sequence[Case
     bundle_case = next(
         bundle_case for bundle_case in bundle_cases if (bundle_case.bundle.manifest.name, bundle_case.case.files.name) == (first["bundle"], first["case"])
     )
-    volume, reference = read_case(bundle_case.case)
+    volume, reference = read_case(bundle_case.case, bundle_case.bundle.manifest)
     k = sorted(ks)[len(ks) // 2] if ks else 0
     results = []
     for record in records:

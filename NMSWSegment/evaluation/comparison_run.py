@@ -66,7 +66,7 @@ def run_comparison(bundle_cases: Sequence[CaseOfBundle], methods: Sequence[Metho
         missing = [method for method in methods if (bundle_case.bundle.manifest.name, bundle_case.case.files.name, method.name) not in done]
         if not missing:
             continue
-        volume, reference = read_case(bundle_case.case)
+        volume, reference = read_case(bundle_case.case, bundle_case.bundle.manifest)
         for method in missing:
             on_progress(
                 Progress(

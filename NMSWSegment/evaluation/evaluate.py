@@ -9,7 +9,7 @@ from pathlib import Path
 
 from NMSWSegment.data.prepared_case import CaseRequest
 from NMSWSegment.engine.segment import segment_volume
-from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, read_case, score_labelmap
+from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, names_apart, read_case, score_labelmap
 from NMSWSegment.evaluation.plots import write_side_by_side
 from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.files.output_file import check_output_path, replaced_file
@@ -46,7 +46,7 @@ def evaluate(
     scores: dict = {}
     for case in cases:
         name = case.files.name
-        volume, reference = read_case(case)
+        volume, reference = read_case(case, bundle.manifest)
         scores[name] = {}
         for k in ks:
             started = time.perf_counter()
@@ -100,6 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     bundle = load_bundle(arguments.bundle)
     cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases, split=arguments.split)
     ks = patch_counts(arguments.k)
+    if sentence := names_apart(cases, bundle.manifest):
+        print(sentence)
     scores = evaluate(bundle, cases, ks=ks, policy=arguments.policy, device=arguments.device, threads=arguments.threads, pictures=arguments.pictures)
     for name, by_k in scores["cases"].items():
         for k, row in by_k.items():

@@ -29,7 +29,7 @@ def to_sar(volume: Volume) -> tuple[np.ndarray, Triple_mm, tuple[Triple, Triple,
         array's axes, the entries cosines; the identity unless the volume is oblique.
     """
     directions = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
-    order = _nearest_axes(np.abs(directions))  # order[world axis] = index axis, both ijk = RAS
+    order = nearest_axes(np.abs(directions))  # order[world axis] = index axis, both ijk = RAS
     array = volume.array.transpose([2 - order[world] for world in (2, 1, 0)])
     flips = tuple(position for position, world in enumerate((2, 1, 0)) if directions[world, order[world]] < 0)
     spacing_ijk = volume.spacing_mm[::-1]
@@ -38,7 +38,7 @@ def to_sar(volume: Volume) -> tuple[np.ndarray, Triple_mm, tuple[Triple, Triple,
     return np.ascontiguousarray(np.flip(array, flips)), tuple(spacing_ijk[order[world]] for world in (2, 1, 0)), tuple(rows)
 
 
-def _nearest_axes(cosines: np.ndarray) -> list[int]:
+def nearest_axes(cosines: np.ndarray) -> list[int]:
     """For each world axis the index axis that runs along it most; every index axis is used once."""
     order, cosines = [0, 0, 0], cosines.copy()
     for _ in range(3):

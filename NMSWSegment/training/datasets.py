@@ -1,32 +1,38 @@
 """Training data: the labelled CT and anatomies of a run, found, checked and opened."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from NMSWSegment.data.case_cache import CaseCache
-from NMSWSegment.data.layouts import KINDS, CaseFiles, Cases, dataset_file, read_cases, read_label_names
+from NMSWSegment.data.case_cache import CaseCache, entry_label_voxels, label_voxels
+from NMSWSegment.data.layouts import CT, KINDS, CaseFiles, Cases, dataset_file, read_cases, read_label_names, read_modality
 from NMSWSegment.data.prepared_case import CaseRequest, PreparedCase, prepare_case
-from NMSWSegment.protocol import UserError, unknown_name
+from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.augment import PaperIntensity
 from NMSWSegment.samples.case_memory import CaseMemory
 from NMSWSegment.samples.case_source import CaseSource
 from NMSWSegment.samples.pathology import ABDOMINAL_WORDS, LUNG_WORDS, labels_with
 from NMSWSegment.samples.prepared_set import prepared_entries, read_anatomy, read_prepared_case
-from NMSWSegment.samples.synthesis import MAP_NAME, AnatomySource, SynthesisOptions
+from NMSWSegment.samples.synthesis import MAP_NAME, AnatomySource, PreparedAnatomy, SynthesisOptions
 from NMSWSegment.samples.training_set import TrainingSet, check_not_empty
 from NMSWSegment.training.distributed import ProcessGroup
-from NMSWSegment.training.options import TrainOptions
+from NMSWSegment.training.folds import case_roles
+from NMSWSegment.training.label_checks import label_warnings
+from NMSWSegment.training.options import CT_INTENSITY_POINTS, PAPER_INTENSITY_POINTS, TrainOptions
+
+logger = logging.getLogger(__name__)
 
 ANATOMIES, PREPARED = "anatomies", "prepared"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from, held-out ids left out; lists only, no voxel is read yet."""
+    """What a run learns from and what it is validated on; lists only, no voxel is read yet."""
 
     requests: tuple[CaseRequest, ...]
     """Labelled CT."""
@@ -37,44 +43,71 @@ class TrainingData:
     label_names: tuple[str, ...]
     """Classes without background, in label order."""
     num_held_out: int
+    """Cases and anatomies that are not trained on."""
+    modality: str = CT
+    """CT, or what the first data set that is no CT calls its intensities."""
+    validation: tuple[CaseRequest | Path, ...] = ()
+    """Labelled CT that is not trained on, sorted by name: requests, and cases in folders of prepared data."""
+
+    @property
+    def training_names(self) -> list[str]:
+        """Names of everything that is trained on, in the order that decides the samples."""
+        return [_name(source) for source in (*self.requests, *self.prepared_cases, *self.anatomies)]
+
+    @property
+    def validation_names(self) -> list[str]:
+        """Names of the cases to validate on."""
+        return [_name(source) for source in self.validation]
 
 
 def find_data(options: TrainOptions) -> TrainingData:
-    """All cases and anatomies of a run except what is held out.
+    """All cases and anatomies of a run.
 
     Raises:
-        UserError: a data argument, folder or list cannot be used, label lists differ, a held-out id does not exist, or nothing is left.
+        UserError: a data argument, folder or list cannot be used, label lists differ, a held-out id does not exist, the folds do not fit, or
+            nothing is left to train on.
     """
-    found, label_names, requests, prepared, anatomies = [], None, [], [], []
+    label_names, requests, prepared, anatomies, modalities = None, [], [], [], []
     for argument in options.data:
         kind, _, folder = argument.partition(":")
         if kind == PREPARED:
             entries, folders = prepared_entries(Path(folder))
-            found += [path.name for path in (*entries, *folders)]
-            prepared += [path for path in entries if path.name not in options.hold_out]
-            anatomies += [path for path in folders if path.name not in options.hold_out]
+            prepared += entries
+            anatomies += folders
             names = read_label_names(dataset_file(Path(folder)))
+            modalities.append(read_modality(dataset_file(Path(folder))))
         elif kind == ANATOMIES:
-            folders = read_anatomies(Path(folder))
-            found += [path.name for path in folders]
-            anatomies += [path for path in folders if path.name not in options.hold_out]
+            anatomies += read_anatomies(Path(folder))
             names = read_label_names(dataset_file(Path(folder), also=(Path(folder).parent,)))
         else:
             cases = read_cases(argument, subset=options.subset)
-            found += [files.name for files in cases.files]
-            requests += [_request(files, cases) for files in cases.files if files.name not in options.hold_out]
+            requests += [_request(files, cases) for files in cases.files]
             names = cases.label_names
+            modalities.append(cases.modality)
         if label_names is not None and names != label_names:
             raise UserError(
                 f"The label names of '{folder}' differ from those of the data before it ({_first_difference(label_names, names)}). Bring all data to one list."
             )
         label_names = names
-    for name in options.hold_out:
-        if name not in found:
-            raise UserError(unknown_name("held-out id", name, sorted(set(found))))
-    used = (tuple(requests), tuple(prepared), tuple(anatomies))
-    check_not_empty([*requests, *prepared, *anatomies])
-    return TrainingData(*used, label_names=label_names, num_held_out=len(found) - sum(map(len, used)))
+    labelled = [*requests, *prepared]
+    roles = case_roles(options, case_names=[_name(case) for case in labelled], anatomy_names=[_name(anatomy) for anatomy in anatomies])
+    held_out = roles.validation | roles.left_out
+    used = [tuple(source for source in sources if _name(source) not in held_out) for sources in (requests, prepared, anatomies)]
+    num_used = sum(map(len, used))
+    check_not_empty(range(num_used))
+    modality = next((name for name in modalities if name != CT), CT)
+    validation = tuple(sorted((case for case in labelled if _name(case) in roles.validation), key=_name))
+    return TrainingData(*used, label_names=label_names, num_held_out=len(labelled) + len(anatomies) - num_used, modality=modality, validation=validation)
+
+
+def check_modality(data: TrainingData, options: TrainOptions) -> None:
+    """Raise UserError for data that are no CT with an intensity map for HU."""
+    points = options.intensity_points
+    if data.modality != CT and points in (CT_INTENSITY_POINTS, PAPER_INTENSITY_POINTS) and not options.force_modality:
+        raise UserError(
+            f"The data are {data.modality}, but the intensities are mapped as HU of a CT ({points[0][0]:g} to {points[-1][0]:g}). "
+            "Give their own range with --window LOW HIGH, or --force-modality if they are HU after all."
+        )
 
 
 def open_training_set(
@@ -99,17 +132,17 @@ def open_training_set(
     """
     data = data or find_data(options)
     if cache and group:
-        for request in group.share(data.requests):
-            cache.ensure(request)
-        group.wait()
+        _fill_cache(data.requests, cache=cache, group=group)
     points = options.intensity_points
     paper_intensity = PaperIntensity(window_hu=(points[0][0], points[-1][0])) if options.augmentation == "paper" else None
     memory = CaseMemory(spacing_mm=options.spacing_mm, device=device)
-    loaders = [(request.files.name, _loader(request, cache)) for request in data.requests]
-    loaders += [(entry.name, partial(read_prepared_case, entry)) for entry in data.prepared_cases]
+    anatomies = [read_anatomy(path, num_labels=len(data.label_names) + 1) for path in data.anatomies]
+    cases = [*data.requests, *data.prepared_cases]
+    if cache:
+        _check_labels(cases, anatomies, cache=cache, label_names=data.label_names, is_first=group is None or group.is_first)
     return TrainingSet(
-        cases=[CaseSource(name, load, memory=memory, paper_intensity=paper_intensity) for name, load in loaders],
-        anatomies=[AnatomySource(read_anatomy(path, num_labels=len(data.label_names) + 1), device=device) for path in data.anatomies],
+        cases=[CaseSource(_name(case), _loader(case, cache), memory=memory, paper_intensity=paper_intensity) for case in cases],
+        anatomies=[AnatomySource(anatomy, device=device) for anatomy in anatomies],
         label_names=data.label_names,
         options=SynthesisOptions(
             spacing_mm=options.spacing_mm,
@@ -120,6 +153,22 @@ def open_training_set(
         real_fraction=options.real_fraction,
         seed=options.seed,
     )
+
+
+def open_validation_cases(options: TrainOptions, *, data: TrainingData, group: ProcessGroup, cache: CaseCache | None = None) -> list[CaseSource]:
+    """The cases to validate on, checked; none where the run validates nothing. They are read again at every validation.
+
+    Raises:
+        UserError: as open_training_set.
+    """
+    if not options.validate_every:
+        return []
+    places = np.linspace(0, len(data.validation) - 1, min(options.validation_cases, len(data.validation))).round().astype(int)
+    chosen = [data.validation[place] for place in places]
+    if cache:
+        _fill_cache([case for case in chosen if isinstance(case, CaseRequest)], cache=cache, group=group)
+    memory = CaseMemory(spacing_mm=options.spacing_mm, device=group.device, max_bytes=0)
+    return [CaseSource(_name(case), _loader(case, cache), memory=memory) for case in chosen]
 
 
 def read_anatomies(folder: Path) -> tuple[Path, ...]:
@@ -141,12 +190,45 @@ def _request(files: CaseFiles, cases: Cases) -> CaseRequest:
     return CaseRequest(files=files, label_names=cases.label_names, unknown_value=cases.unknown_value)
 
 
-def _loader(request: CaseRequest, cache: CaseCache | None) -> Callable[[], PreparedCase]:
-    """What reads a case, checked now: from the cache, or from memory where there is none."""
+def _name(source: CaseRequest | Path) -> str:
+    """What a case or an anatomy is called."""
+    return source.name if isinstance(source, Path) else source.files.name
+
+
+def _check_labels(
+    cases: Sequence[CaseRequest | Path], anatomies: Sequence[PreparedAnatomy], *, cache: CaseCache, label_names: Sequence[str], is_first: bool
+) -> None:
+    """Log what is odd about the labels; UserError where a case has none."""
+    counted = [(_name(case), _label_voxels(case, cache)) for case in cases]
+    anatomy_labels = {tissue.label for anatomy in anatomies for tissue in anatomy.tissues}
+    for sentence in label_warnings(counted, anatomy_labels=anatomy_labels, label_names=label_names):
+        if is_first:
+            logger.warning("%s", sentence)
+
+
+def _label_voxels(case: CaseRequest | Path, cache: CaseCache) -> dict[int, int]:
+    """Voxels of every label of a case; one whose entry is damaged is read as training would read it."""
+    try:
+        return entry_label_voxels(case if isinstance(case, Path) else cache.ensure(case))
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError):
+        return label_voxels(_loader(case, cache)().labels)
+
+
+def _fill_cache(requests: Sequence[CaseRequest], *, cache: CaseCache, group: ProcessGroup) -> None:
+    """Read what is not in the cache yet, each process its share."""
+    for request in group.share(requests):
+        cache.ensure(request)
+    group.wait()
+
+
+def _loader(case: CaseRequest | Path, cache: CaseCache | None) -> Callable[[], PreparedCase]:
+    """What reads a case, checked now: from prepared data, from the cache, or from memory where there is none."""
+    if isinstance(case, Path):
+        return partial(read_prepared_case, case)
     if cache:
-        return partial(cache.load, request, cache.ensure(request))
-    case = prepare_case(request)
-    return lambda: case
+        return partial(cache.load, case, cache.ensure(case))
+    prepared = prepare_case(case)
+    return lambda: prepared
 
 
 def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:

@@ -41,7 +41,8 @@ class ProcessGroup:
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
-            torch.distributed.barrier()
+            with _others_there():
+                torch.distributed.barrier()
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace every gradient by its sum over all processes; a missing one counts as 0."""
@@ -50,7 +51,8 @@ class ProcessGroup:
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # one message instead of hundreds
-        torch.distributed.all_reduce(flat)
+        with _others_there():
+            torch.distributed.all_reduce(flat)
         for parameter, gradient, values in zip(parameters, gradients, flat.split([g.numel() for g in gradients])):
             parameter.grad = gradient.copy_(values.view_as(gradient))
 
@@ -58,8 +60,22 @@ class ProcessGroup:
         """The sum of a small tensor over all processes."""
         total = values.detach().clone()
         if self.size > 1:
-            torch.distributed.all_reduce(total)
+            with _others_there():
+                torch.distributed.all_reduce(total)
         return total
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    """Turn what the libraries say when another process has ended into one sentence."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(
+            f"Another process of this run has ended, so that this one ends too; the first message says why ({str(error).splitlines()[0]})."
+        ) from error
 
 
 @contextmanager

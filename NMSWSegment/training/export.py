@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from NMSWSegment import __version__
 from NMSWSegment.files.bundle import MANIFEST_NAME, BundleManifest, file_sha256, load_bundle
-from NMSWSegment.files.labels import coded_labels
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.model_card import PICTURE_NAME, model_card
 from NMSWSegment.training.monai_metadata import INFERENCE_PATH, METADATA_PATH, monai_inference, monai_metadata
+from NMSWSegment.training.net_facts import net_facts
 from NMSWSegment.training.options import TrainOptions
-from NMSWSegment.training.run_folder import load_checkpoint, load_run_options, load_weights, trained_weights
+from NMSWSegment.training.run_folder import load_best_checkpoint, load_checkpoint, load_run_options, load_weights, trained_weights
 
 PARITY_TOLERANCE = 1e-3  # logits; tracing changes no operator, so that only the order of sums may differ
 PARITY_SEED = 0
@@ -36,6 +36,7 @@ def export_bundle(
     scores: tuple[Path, ...] = (),
     data_notes: tuple[Path, ...] = (),
     picture: Path | None = None,
+    last: bool = False,
 ) -> Path:
     """Write the bundle of a run; the folder's name becomes the bundle's name.
 
@@ -45,6 +46,7 @@ def export_bundle(
         scores: files that `nmsw evaluate` wrote, for the model card.
         data_notes: JSON with "trained_on" (text) and "attributions" (list of texts); several are put one after the other.
         picture: PNG for the model card, for example a preview of 'nmsw segment'.
+        last: take the last checkpoint although the validation found an earlier one better.
 
     Raises:
         UserError: the run has no checkpoint, the output exists, a file of scores or notes cannot be used, or the exported nets
@@ -54,7 +56,7 @@ def export_bundle(
         raise UserError(f"'{output}' already exists. Remove it or give another folder.")
     if picture and not picture.is_file():
         raise UserError(f"There is no picture '{picture}'. Check the path, or leave --picture out.")
-    options, checkpoint = load_run_options(run), load_checkpoint(run)
+    options, checkpoint = load_run_options(run), load_checkpoint(run) if last else load_best_checkpoint(run)
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
     load_weights(net, {key: value.half().float() for key, value in trained_weights(checkpoint).items()}, run=run)
     net.eval().slice_fusion()
@@ -67,21 +69,12 @@ def export_bundle(
         "name": output.name,
         "title": title or output.name,
         "description": description,
-        "backbone": options.backbone,
-        "modality": "CT",
-        "spacing_mm": options.spacing_mm,
-        "intensity_points": options.intensity_points,
-        "patch_size": options.patch_size,
-        "overlap": options.overlap,
-        "coarse_factor": options.coarse_factor,
-        "coarse_multiple": net.architecture.coarse_multiple,
-        "labels": coded_labels(checkpoint["label_names"]),
-        "class_weights": tuple(net.class_weights.tolist()),
-        "architecture": net.architecture.to_dict(),
-        "importance_has_entropy": True,
+        **net_facts(options, net, label_names=checkpoint["label_names"]),
         "training": {
             "program": f"NMSWSegment {__version__}, torch {torch.__version__}",
             "iterations": checkpoint["iteration"],
+            **_validation_facts(checkpoint),
+            "held_out": sorted({*options.hold_out, *checkpoint.get("case_names", {}).get("validation", ())}),
             "options": _public_options(options),
             "trained_on": "\n\n".join(note["trained_on"] for note in notes if "trained_on" in note),
         },
@@ -181,6 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `nmsw export`."""
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'nmsw train'")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to create; its name becomes the bundle's name")
+    parser.add_argument("--last", action="store_true", help="the last weights, not those that were best in the validation")
     parser.add_argument("--title", default="", help="name for people")
     parser.add_argument("--description", default="", help="one sentence for the model list")
     parser.add_argument("--scores", type=Path, action="append", default=[], metavar="FILE.json", help="held-out scores that 'nmsw evaluate' wrote; repeat")
@@ -205,9 +199,12 @@ def run(arguments: argparse.Namespace) -> int:
         scores=tuple(arguments.scores),
         data_notes=tuple(arguments.data_notes),
         picture=arguments.picture,
+        last=arguments.last,
     )
     megabytes = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / 1e6
-    print(f"Bundle written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
+    training = json.loads((bundle / MANIFEST_NAME).read_text(encoding="utf-8"))["training"]
+    validated = f", validation DSC {training['validation_dsc']:.3f}" if "validation_dsc" in training else ""
+    print(f"Bundle of iteration {training['iterations']}{validated} written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
     return 0
 
 
@@ -216,11 +213,18 @@ def _inherited_attributions(options: TrainOptions) -> tuple[str, ...]:
     return load_bundle(options.initial_bundle).manifest.attributions if options.initial_bundle else ()
 
 
+def _validation_facts(checkpoint: dict) -> dict:
+    """The validation score of a checkpoint, where it is that of the best iteration."""
+    validation = checkpoint.get("validation", {})
+    is_best = validation.get("best_score") is not None and validation["best_iteration"] == checkpoint["iteration"]
+    return {"validation_dsc": round(validation["best_score"], 4)} if is_best else {}
+
+
 def _public_options(options: TrainOptions) -> dict:
     """The run's options without the folders of the computer it ran on."""
     values = asdict(options)
     values["data"] = [entry.split(":", 1)[0] for entry in options.data]
-    for name in ("initial_run", "initial_bundle", "coarse_run"):
+    for name in ("initial_run", "initial_bundle", "coarse_run", "splits"):
         values[name] = Path(getattr(options, name)).name
     return json.loads(json.dumps(values))
 

@@ -11,7 +11,7 @@ from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.options import TrainOptions
-from NMSWSegment.training.run_folder import TrainingState, load_checkpoint, load_run_options, load_weights, trained_weights
+from NMSWSegment.training.run_folder import TrainingState, load_best_checkpoint, load_run_options, load_weights, trained_weights
 
 COARSE_PREFIX, LOCAL_PREFIX, IMPORTANCE_PREFIX, CLASS_WEIGHTS = "coarse.", "local.", "coarse.importance_head.", "class_weights"
 BACKGROUND = "background"
@@ -96,7 +96,7 @@ def _fitting_checkpoint(option: str, run: str, ours: Architecture, *, label_name
     Raises:
         UserError: there is none, or its nets or classes are others.
     """
-    checkpoint = load_checkpoint(Path(run))
+    checkpoint = load_best_checkpoint(Path(run))
     theirs = Architecture(**checkpoint["architecture"])
     if option == "coarse_run":
         theirs = replace(theirs, backbone=ours.backbone)

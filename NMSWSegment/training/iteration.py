@@ -44,27 +44,33 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
     if group.device.type == "cuda" or options.precision == "bf16":  # in fp32 without AVX-512 channels last costs the coarse net two fifths more
         net.coarse.to(memory_format=torch.channels_last_3d)
     net.local.to(memory_format=memory_format(options.backbone))
-    groups = _parameter_groups(net, options)
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=group.device.type == "cuda")
-    warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=[one["lr"] for one in groups], total_steps=options.iterations, pct_start=warmup, cycle_momentum=False
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(net, options), lr=options.learning_rate, weight_decay=options.weight_decay, fused=group.device.type == "cuda"
     )
     sparsified = (
         SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
     )
     sparsity = FusionSparsity(net.local.backbone, optimizer, options=sparsified, seed=options.seed) if sparsified else None
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)) if options.ema else None
-    return TrainingState(net=net, optimizer=optimizer, schedule=schedule, sparsity=sparsity, average=average)
+    return TrainingState(net=net, optimizer=optimizer, schedule=new_schedule(optimizer, options), sparsity=sparsity, average=average)
+
+
+def new_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, *, iteration: int = 0) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The learning rate of a run of options.iterations from an iteration on; what came before does not matter."""
+    warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
+    max_lr = [options.learning_rate * group["rate"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=max_lr, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False, last_epoch=iteration - 1
+    )
 
 
 def _parameter_groups(net: NMSWNet, options: TrainOptions) -> list[dict]:
     """What the run trains: weights of the nets, and the class weights at a rate and without a decay of their own."""
     trained = trained_parameters(net, options)
     nets = [parameter for parameter in trained if parameter is not net.class_weights]
-    groups = [{"params": nets, "lr": options.learning_rate}] if nets else []
+    groups = [{"params": nets, "rate": 1.0}] if nets else []
     if len(nets) < len(trained):
-        groups.append({"params": [net.class_weights], "lr": CLASS_WEIGHT_RATE * options.learning_rate, "weight_decay": 0.0})
+        groups.append({"params": [net.class_weights], "rate": CLASS_WEIGHT_RATE, "weight_decay": 0.0})
     return groups
 
 

@@ -26,6 +26,7 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
         "",
         training.get("trained_on", ""),
         "",
+        *_validation_lines(training),
         f"{training.get('iterations', 0)} iterations with {training.get('program', '')} in the last run; its options stand in `manifest.json`.",
         "",
         "## Held-out scores",
@@ -44,6 +45,13 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
         *(f"- {text}" for text in manifest.attributions),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _validation_lines(training: dict) -> list[str]:
+    """What the validation said about the iteration that was exported."""
+    if "validation_dsc" not in training:
+        return []
+    return [f"The weights are those of iteration {training['iterations']}, the best in the validation: mean DSC {training['validation_dsc']:.3f}.", ""]
 
 
 def _score_lines(scores: dict) -> list[str]:

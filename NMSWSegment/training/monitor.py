@@ -1,6 +1,7 @@
 """What a running training shows: lines on the terminal, and curves and pictures in TensorBoard."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -21,12 +22,15 @@ from NMSWSegment.nets.nmsw_net import NMSWNet
 from NMSWSegment.training.options import TrainOptions
 from NMSWSegment.training.run_folder import TrainingState
 from NMSWSegment.training.step import Losses, prepare
+from NMSWSegment.training.validation import ValidationScore
 
 logger = logging.getLogger(__name__)
 
-CURVE_NAME = "curve.csv"
+CURVE_NAME, VALIDATION_NAME = "curve.csv", "validation.csv"
+VALIDATION_COLUMN = "validation_dsc"
 CURVE_POINTS = 40
 """About as many points are left of a learning curve."""
+CURVE_COLUMNS = ("iteration", *(field.name for field in fields(Losses)), VALIDATION_COLUMN)
 OVERLAY_PATCHES = 5
 OVERLAY_SHARE = 0.45
 """Of a class's color over the intensity."""
@@ -44,31 +48,32 @@ class Monitor:
         self._options, self._names = options, ["background", *label_names]
         self._colors = np.array([(0, 0, 0), *(label.color for label in coded_labels(label_names))], dtype=np.float32) / 255
         self._first, self._started = first_iteration, time.monotonic()
-        self._curve = output / CURVE_NAME
-        self._columns = ["iteration", *(field.name for field in fields(Losses))]
-        rows = [row for row in _curve_rows(self._curve, num_columns=len(self._columns)) if row[0] <= first_iteration]
-        self._write_curve(rows, mode="w")
+        self._seconds_validated = 0.0
+        self._curve = _Table(output / CURVE_NAME, CURVE_COLUMNS, last_iteration=first_iteration)
+        self._validation: _Table | None = None
+        self._output = output
 
     def close(self) -> None:
         """Finish the files and draw the learning curve; what a run has learned does not depend on them."""
         self._writer.close()
         try:
-            draw_curve(self._curve)
+            draw_curve(self._curve.path)
         except OSError as error:
             logger.warning("The learning curve cannot be drawn (%s)", error)
 
-    def log(self, state: TrainingState, losses: Tensor, *, tau: float) -> None:
+    def log(self, state: TrainingState, losses: Tensor, *, tau: float, score: ValidationScore | None = None) -> None:
         """One line and one set of points.
 
         Args:
             losses: mean over the volumes of the step, in the order of Losses' fields.
+            score: of the nets after this step, where they were validated.
         """
         iteration = state.iteration
         values = {field.name: float(value) for field, value in zip(fields(Losses), losses)}
         seconds = (time.monotonic() - self._started) / (iteration - self._first)
         for name, value in values.items():
             self._writer.add_scalar(f"loss/{name}", value, iteration)
-        self._write_curve([(iteration, *values.values())])
+        self._curve.add((iteration, *values.values(), score.mean if score else math.nan))
         self._writer.add_scalar("tau", tau, iteration)
         self._writer.add_scalar("learning_rate", state.optimizer.param_groups[0]["lr"], iteration)
         self._writer.add_scalar("seconds_per_iteration", seconds, iteration)
@@ -80,16 +85,22 @@ class Monitor:
             self._writer.add_scalar("fusion_density", state.sparsity.density, iteration)
         text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         logger.info("%6d  %s  tau %.2f  %.2f s", iteration, text, tau, seconds)
+        if score:
+            self._log_validation(state, score)
 
-    def _write_curve(self, rows: Sequence[Sequence[float]], *, mode: str = "a") -> None:
-        """Rows of the learning curve, under its heading in mode w."""
-        lines = [",".join(self._columns)] if mode == "w" else []
-        lines += [",".join([f"{row[0]:.0f}", *(f"{value:.5f}" for value in row[1:])]) for row in rows]
-        try:
-            with self._curve.open(mode, encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
-        except OSError as error:
-            logger.warning("The learning curve '%s' cannot be written (%s)", self._curve, error)
+    def _log_validation(self, state: TrainingState, score: ValidationScore) -> None:
+        """The line, the points and the row of a validation."""
+        self._seconds_validated += score.seconds
+        share = self._seconds_validated / (time.monotonic() - self._started)
+        place = "the best so far" if state.best_iteration == state.iteration else f"the best is {state.best_score or 0:.4f} of iteration {state.best_iteration}"
+        logger.info("%6d  validation DSC %.4f, %s  %.1f s, %.1f %% of the time", state.iteration, score.mean, place, score.seconds, 100 * share)
+        self._writer.add_scalar("validation/mean", score.mean, state.iteration)
+        for name, dice in zip(self._names[1:], score.by_class):
+            if not math.isnan(dice):
+                self._writer.add_scalar(f"validation/{name}", dice, state.iteration)
+        if self._validation is None:
+            self._validation = _Table(self._output / VALIDATION_NAME, ("iteration", "mean", *self._names[1:]), last_iteration=state.iteration - 1)
+        self._validation.add((state.iteration, score.mean, *score.by_class))
 
     def show_selection(self, state: TrainingState, sample: TrainingSample) -> None:
         """A coronal slice of one sample, always the same: coarse result, and the patches that would be run now, by rank."""
@@ -100,40 +111,73 @@ class Monitor:
         self._writer.add_image("selection", picture, state.iteration, dataformats="HWC")
 
 
+class _Table:
+    """A csv file that grows by a row at a time; a resumed run goes on after the row of its checkpoint. What is not a number is left empty."""
+
+    def __init__(self, path: Path, columns: Sequence[str], *, last_iteration: int) -> None:
+        """Args: columns: the first one is the iteration; last_iteration: rows after it are dropped."""
+        self.path = path
+        rows = [row for row in _table_rows(path, columns) if row[0] <= last_iteration]
+        self._write([",".join(columns), *map(_row_text, rows)], mode="w")
+
+    def add(self, row: Sequence[float]) -> None:
+        """One more row."""
+        self._write([_row_text(row)], mode="a")
+
+    def _write(self, lines: Sequence[str], *, mode: str) -> None:
+        """Lines at the end, or a new file in mode w."""
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+        except OSError as error:
+            logger.warning("'%s' cannot be written (%s)", self.path, error)
+
+
 def draw_curve(path: Path) -> None:
-    """The learning curve beside its table, smoothed; nothing where matplotlib is not installed or there are too few points."""
+    """The learning curve beside its table, smoothed, and the validation DSC beside the losses; nothing without matplotlib or with too few points."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    names = [field.name for field in fields(Losses)]
-    values = np.array(_curve_rows(path, num_columns=len(names) + 1))
+    values = np.array(_table_rows(path, CURVE_COLUMNS)).reshape(-1, len(CURVE_COLUMNS))
     if len(values) < 2:
         return
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    scores = values[np.isfinite(values[:, -1])]
+    figure = Figure(figsize=(11 if len(scores) else 7, 4), layout="constrained")
+    axes = figure.subplots(ncols=2 if len(scores) else 1, squeeze=False)[0]
     width = max(1, len(values) // CURVE_POINTS)
-    for column, name in enumerate(names, start=1):
+    for column, name in enumerate(CURVE_COLUMNS[1:-1], start=1):
         if values[:, column].any():
             smooth = np.convolve(values[:, column], np.ones(width) / width, mode="valid")
-            axes.plot(values[width - 1 :, 0], smooth, label=name)
-    axes.set(xlabel="iteration", ylabel=f"loss, mean of {width} points")
-    axes.legend()
+            axes[0].plot(values[width - 1 :, 0], smooth, label=name)
+    axes[0].set(xlabel="iteration", ylabel=f"loss, mean of {width} points")
+    axes[0].legend()
+    if len(scores):
+        axes[1].plot(scores[:, 0], scores[:, -1], marker="o")
+        best = scores[scores[:, -1].argmax()]
+        axes[1].set(xlabel="iteration", ylabel="validation DSC", title=f"best {best[-1]:.3f} at iteration {best[0]:.0f}")
     figure.savefig(path.with_suffix(".png"), dpi=120)
 
 
-def _curve_rows(path: Path, *, num_columns: int) -> list[list[float]]:
-    """The whole rows of a learning curve, without what a kill tore; none where there is no file."""
+def _table_rows(path: Path, columns: Sequence[str]) -> list[list[float]]:
+    """The whole rows of a table, without what a kill tore; none where there is no file, or one with other columns. The last columns may be missing."""
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+    heading, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    names, rows = heading.split(","), []
+    for line in lines if names == list(columns[: len(names)]) else []:
         try:
-            row = [float(value) for value in line.split(",")]
+            row = [float(value) if value else math.nan for value in line.split(",")]
         except ValueError:
             continue
-        if len(row) == num_columns:
-            rows.append(row)
+        if len(row) == len(names) and not math.isnan(row[0]):
+            rows.append(row + [math.nan] * (len(columns) - len(names)))
     return rows
+
+
+def _row_text(row: Sequence[float]) -> str:
+    """'200,0.51200,' for an iteration, a loss and nothing."""
+    return ",".join([f"{row[0]:.0f}", *("" if math.isnan(value) else f"{value:.5f}" for value in row[1:])])
 
 
 def selection_picture(x: np.ndarray, labels: np.ndarray, chosen: tuple[int, ...], *, grid: CandidateGrid, row: int, colors: np.ndarray) -> np.ndarray:

@@ -6,16 +6,20 @@ is not an option.
 
 import argparse
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.nets.backbones import known_preset
 from NMSWSegment.protocol import UserError, reject_unknown_keys, unknown_name
+from NMSWSegment.training.config_file import read_config
 
 OPTIONS_NAME = "options.json"
 CT_INTENSITY_POINTS = ((-1000.0, 0.0), (-200.0, 0.2), (300.0, 0.85), (1500.0, 1.0))
 PAPER_INTENSITY_POINTS = ((-250.0, 0.0), (500.0, 1.0))
 SPARSE_BACKBONE = "e2enet"
+CHANGEABLE = ("data", "splits", "iterations", "patience")
+"""What may be another on resume: places of the same cases, and how long the run goes on."""
 _FLAG_NAMES = {"spacing_mm": "spacing"}
 _TRIPLE_AXES = ("S", "A", "R")
 
@@ -29,7 +33,19 @@ class TrainOptions:
     subset: str = ""
     """Of totalsegmentator: organ, vertebrae, total, or class names with commas."""
     hold_out: tuple[str, ...] = ()
-    """Ids of cases and anatomies that take no part in training."""
+    """Ids of cases and anatomies that take no part in training; the cases among them are validated on, unless a fold says which are."""
+    fold: int | None = None
+    """Number of the fold whose cases are validated on, from 0; of `folds` or `splits`."""
+    folds: int = 0
+    """Number of folds into which the cases, sorted by name, are dealt out."""
+    splits: str = ""
+    """Lists of cases in nnU-Net's format (splits_final.json)."""
+    validate_every: int = 2000
+    """Iterations between two validations on held-out cases; 0 for none."""
+    validation_cases: int = 10
+    """At most so many of the held-out cases are validated on, evenly chosen by name."""
+    patience: int = 0
+    """The run ends after so many validations without a better score; 0 never."""
     backbone: str = "unet"
     """Of the local net."""
     preset: str = "compact"
@@ -45,6 +61,8 @@ class TrainOptions:
     """Model spacing in mm, KJI."""
     intensity_points: tuple[tuple[float, float], ...] = CT_INTENSITY_POINTS
     """See BundleManifest.intensity_points."""
+    force_modality: bool = False
+    """Take an intensity map for HU although the data are no CT."""
     patch_size: tuple[int, int, int] = (64, 64, 64)
     """Voxels of a patch, KJI."""
     overlap: float = 0.5
@@ -116,6 +134,18 @@ class TrainOptions:
             )
         if self.initial_bundle and self.initial_run:
             raise UserError(f"Both initial_bundle '{self.initial_bundle}' and initial_run '{self.initial_run}' are given. Start from one of them.")
+        if self.fold is not None and bool(self.folds) == bool(self.splits):
+            raise UserError(
+                f"fold is {self.fold}, with folds {self.folds} and splits '{self.splits}'. Give --fold together with --folds K, or with --splits FILE."
+            )
+        if self.fold is None and (self.folds or self.splits):
+            raise UserError("folds or splits are given without a fold. Add --fold I, the number of the fold to validate on, from 0.")
+        if self.fold is not None and (self.fold < 0 or self.folds == 1 or (self.folds and self.fold >= self.folds)):
+            raise UserError(f"fold is {self.fold} of {self.folds or 'the splits'}. Folds are numbered from 0, and there must be at least 2 of them.")
+        if min(self.validate_every, self.patience) < 0 or self.validation_cases < 1:
+            raise UserError("validate_every and patience must be 0 or more, validation_cases 1 or more.")
+        if self.patience and not self.validate_every:
+            raise UserError(f"patience is {self.patience}, but validate_every is 0, so that nothing is validated. Give --validate-every too.")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}. It is a decay from 0 (none) to below 1, for example 0.999.")
         if not 0 <= self.sparsity < 1 or (self.sparsity and self.backbone != SPARSE_BACKBONE):
@@ -140,6 +170,7 @@ CHOICES = {
     "augmentation": ("scan", "paper"),
     "train": ("both", "patches", "importance", "weights", "coarse", "local"),
 }
+DEFAULT_RECIPE = "compact"
 _PAPER = {"preset": "paper", "patch_size": (128, 128, 128), "intensity_points": PAPER_INTENSITY_POINTS, "augmentation": "paper"}
 RECIPES = {
     "compact": {},
@@ -150,11 +181,18 @@ RECIPES = {
 
 
 def add_option_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per option; what is not given is left out, so that the recipe decides."""
+    """One flag per option; what is not given is left out, so that the file of --config decides, and then the recipe."""
     group = parser.add_argument_group("what is trained (the same on --resume)")
-    group.add_argument("--recipe", default="compact", metavar="NAME", help=f"options that go together: {', '.join(RECIPES)} (default: %(default)s)")
+    group.add_argument("--config", type=Path, default=None, metavar="FILE.yaml", help="options by name, also the options.json of a run; flags override them")
     group.add_argument(
-        "--data", action="append", required=True, metavar="KIND:FOLDER", help="decathlon, nnunet, word, totalsegmentator or anatomies; repeat to mix"
+        "--recipe", default=argparse.SUPPRESS, metavar="NAME", help=f"options that go together: {', '.join(RECIPES)} (default: {DEFAULT_RECIPE})"
+    )
+    group.add_argument(
+        "--data",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="KIND:FOLDER",
+        help="decathlon, nnunet, word, totalsegmentator, prepared or anatomies; repeat to mix",
     )
     group.add_argument("--hold-out", type=_comma_list, default=argparse.SUPPRESS, metavar="ID,...", help="cases and anatomies to leave out")
     group.add_argument(
@@ -170,32 +208,40 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
         default = {"dest": field.name, "default": argparse.SUPPRESS, "help": f"default: {field.default}"}
         if field.type in (tuple[float, float, float], tuple[int, int, int]):
             group.add_argument(flag, type=field.type.__args__[0], nargs=3, metavar=_TRIPLE_AXES, **default)
-        elif field.type in (int, float, str):
-            group.add_argument(flag, type=field.type, choices=CHOICES.get(field.name), **default)
+        elif field.type is bool:
+            group.add_argument(flag, action="store_true", **default)
+        elif field.type in (int, float, str, int | None):
+            group.add_argument(flag, type=int if field.type == int | None else field.type, choices=CHOICES.get(field.name), **default)
 
 
 def options_from_arguments(arguments: argparse.Namespace) -> TrainOptions:
-    """The recipe's options with what the flags say.
+    """The recipe's options with what the file of --config and, before it, the flags say.
 
     Raises:
-        UserError: the recipe or a value is not possible.
+        UserError: the file, the recipe or a value is not possible, or there is no data.
     """
-    if arguments.recipe not in RECIPES:
-        raise UserError(unknown_name("recipe", arguments.recipe, list(RECIPES)))
-    names = {field.name for field in fields(TrainOptions)}
-    given = {name: _tupled(value) for name, value in vars(arguments).items() if name in names}
-    values = RECIPES[arguments.recipe] | _as_in_bundle(given.get("initial_bundle")) | given
-    if "window" in arguments:
-        low, high = arguments.window
+    option_types = {field.name: field.type for field in fields(TrainOptions)}
+    file_types = option_types | {"recipe": str, "window": tuple[float, float]}
+    aliases = {flag: name for name, flag in _FLAG_NAMES.items()}
+    config = read_config(arguments.config, types=file_types, aliases=aliases) if arguments.config else {}
+    flags = {name: _tupled(value) for name, value in vars(arguments).items() if name in file_types}
+    if "window" in flags or "window" in config:  # the points of a file do not undo the window of a flag
+        low, high = flags.pop("window", config.pop("window", None))
         if not low < high:
-            raise UserError(f"--window is {low:g} {high:g}. Give the lower bound first.")
-        values["intensity_points"] = ((low, 0.0), (high, 1.0))
-    return TrainOptions(**values)
+            raise UserError(f"The window is {low:g} {high:g}. Give the lower bound first.")
+        flags["intensity_points"] = ((low, 0.0), (high, 1.0))
+    given = config | flags
+    recipe = given.pop("recipe", DEFAULT_RECIPE)
+    if recipe not in RECIPES:
+        raise UserError(unknown_name("recipe", recipe, list(RECIPES)))
+    if not given.get("data"):
+        raise UserError("There is no data to train on. Give --data KIND:FOLDER, or write data into the file of --config.")
+    return TrainOptions(**(RECIPES[recipe] | _as_in_bundle(given.get("initial_bundle")) | given))
 
 
 def changed_options(old: TrainOptions, new: TrainOptions) -> str:
-    """'seed was 3, is 4' for every difference; empty when there is none."""
-    changed = [field.name for field in fields(TrainOptions) if getattr(old, field.name) != getattr(new, field.name)]
+    """'seed was 3, is 4' for every difference that a resumed run may not have; empty when there is none."""
+    changed = [field.name for field in fields(TrainOptions) if field.name not in CHANGEABLE and getattr(old, field.name) != getattr(new, field.name)]
     return ", ".join(f"{name} was {getattr(old, name)!r}, is {getattr(new, name)!r}" for name in changed)
 
 

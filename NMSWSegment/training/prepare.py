@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     cases = ((request.files.name, prepare_case(request)) for request in data.requests)
     prepared = ((entry.name, read_prepared_case(entry)) for entry in data.prepared_cases)
     anatomies = (read_anatomy(path, num_labels=len(data.label_names) + 1) for path in data.anatomies)
-    write_prepared_set(arguments.output, label_names=data.label_names, cases=chain(cases, prepared), anatomies=anatomies)
+    write_prepared_set(arguments.output, label_names=data.label_names, modality=data.modality, cases=chain(cases, prepared), anatomies=anatomies)
     print(
         f"{len(data.requests) + len(data.prepared_cases)} cases and {len(data.anatomies)} anatomies in {arguments.output}. Train with --data prepared:{arguments.output}"
     )

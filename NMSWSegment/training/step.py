@@ -133,7 +133,7 @@ def coarse_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: Tra
 def local_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: TrainOptions) -> Losses:
     """seg(y_patch) over top_k_patches + random_patches patches around random voxels of every volume: the local net of a sliding window."""
     count = options.top_k_patches + options.random_patches
-    boxes = [(volume, box) for volume in batch for box in _random_boxes(volume.labels, count=count, patch_size=options.patch_size, generator=volume.generator)]
+    boxes = [(volume, box) for volume in batch for box in random_boxes(volume.labels, count=count, patch_size=options.patch_size, generator=volume.generator)]
     deep_logits = _run_local(net, torch.stack([volume.x[(0, slice(None), *box)] for volume, box in boxes]), options)
     patch = _patch_loss(deep_logits, torch.stack([volume.labels[box] for volume, box in boxes]))
     nothing = torch.zeros_like(patch)
@@ -232,7 +232,7 @@ def _shares_of_patches(patch_labels: Tensor, logits: Tensor) -> Tensor:
     return class_shares(patch_labels, factor=factor, shape=shape, num_classes=logits.shape[1])
 
 
-def _random_boxes(labels: Tensor, *, count: int, patch_size: tuple[int, int, int], generator: torch.Generator) -> list[tuple[slice, slice, slice]]:
+def random_boxes(labels: Tensor, *, count: int, patch_size: tuple[int, int, int], generator: torch.Generator) -> list[tuple[slice, slice, slice]]:
     """Patches around random voxels, two of three of a random class that is present, the others of background, moved into the volume."""
     present = [value for value, size in enumerate(torch.bincount(labels.flatten(), minlength=256).tolist()) if size and value != UNKNOWN_LABEL]
     voxels: dict[int, Tensor] = {}

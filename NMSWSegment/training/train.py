@@ -4,8 +4,9 @@
         x, labels <- a drawn sample             model grid, padded to its candidate grid
         losses <- the nets on x                 step.py, Eq. 7
     gradients of all volumes and processes -> one optimizer step
+    now and then: the DSC on held-out cases     validation.py; the best weights are kept
 
-A run folder holds options.json, checkpoint.pt, TensorBoard logs and the cache of prepared cases; the same command with --resume
+A run folder holds options.json, checkpoint.pt, best.pt, TensorBoard logs and the cache of prepared cases; the same command with --resume
 goes on where a killed run stopped, with the same samples.
 """
 
@@ -19,22 +20,27 @@ import torch
 from NMSWSegment.data.case_cache import CaseCache
 from NMSWSegment.data.training_sample import TrainingSample
 from NMSWSegment.samples.training_set import TrainingSet
-from NMSWSegment.training.datasets import find_data, open_training_set
+from NMSWSegment.training.datasets import check_modality, find_data, open_training_set, open_validation_cases
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
 from NMSWSegment.training.initial_weights import load_initial_weights
-from NMSWSegment.training.iteration import check_precision, new_state, temperature, train_step
+from NMSWSegment.training.iteration import check_precision, new_schedule, new_state, temperature, train_step
 from NMSWSegment.training.monitor import Monitor
 from NMSWSegment.training.options import TrainOptions, add_option_arguments, options_from_arguments
 from NMSWSegment.training.plan import plan_lines
 from NMSWSegment.training.run_folder import (
+    BEST_NAME,
+    TrainingState,
     check_run_folder,
-    create_run,
     load_checkpoint,
     restore_checkpoint,
     save_checkpoint,
+    write_run_options,
 )
+from NMSWSegment.training.validation import Validation, is_best, is_due, is_finished
 
 __all__ = ["TrainOptions", "load_checkpoint", "train"]
+
+logger = logging.getLogger(__name__)
 
 CACHE_NAME = "cache"
 
@@ -65,30 +71,45 @@ def train(
     """
     with joined_group(device) as group:
         check_precision(options, group.device)
-        check_run_folder(output, options, resume=resume)
+        previous = check_run_folder(output, options, resume=resume)
         data = find_data(options)
+        check_modality(data, options)
+        names = {"label_names": data.label_names, "case_names": {"training": data.training_names, "validation": data.validation_names}}
         state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
-        if resume:
-            restore_checkpoint(output, state)
+        if resume and restore_checkpoint(output, state, **names):
+            if is_finished(state, options):
+                _say(group, f"The run in '{output}' is finished: {_end(state, options)}")
+                return
+            state.schedule = new_schedule(state.optimizer, options, iteration=state.iteration)
         else:
             load_initial_weights(state, options, label_names=data.label_names)
         drawn_on = group.device if num_workers == 0 else "cpu"
-        training_set = open_training_set(options, data=data, cache=CaseCache(cache or output / CACHE_NAME), group=group, device=drawn_on)
+        case_cache = CaseCache(cache or output / CACHE_NAME)
+        training_set = open_training_set(options, data=data, cache=case_cache, group=group, device=drawn_on)
+        held_out = open_validation_cases(options, data=data, cache=case_cache, group=group)
+        validation = Validation(held_out, options=options, label_names=training_set.label_names, group=group) if held_out else None
         group.wait()  # until every process has looked at the run folder
-        if group.is_first and not resume:  # only now: a start that failed leaves no run behind
-            create_run(output, options)
+        if previous and previous.iterations < options.iterations:
+            _say(group, _extension(state, previous, options))
+        if group.is_first and options != previous:  # only now: a start that failed leaves no run behind
+            write_run_options(output, options)
         monitor = Monitor(output, options=options, label_names=training_set.label_names, first_iteration=state.iteration) if group.is_first else None
         samples = _samples(training_set, first=state.iteration, options=options, num_workers=num_workers, group=group)
         try:
-            while state.iteration < options.iterations:
+            while not is_finished(state, options):
                 tau = temperature(state.iteration, options)
                 losses = group.sum_values(train_step(state, samples, options=options, tau=tau, group=group))
-                if monitor and state.iteration % log_every == 0:
-                    monitor.log(state, losses, tau=tau)
+                score = validation.score(state) if validation and is_due(state.iteration, options) else None
+                if score and is_best(state, score) and group.is_first:
+                    save_checkpoint(output, state, **names, name=BEST_NAME)
+                if monitor and (score or state.iteration % log_every == 0):
+                    monitor.log(state, losses, tau=tau, score=score)
                 if monitor and show_every and options.train != "local" and state.iteration % show_every == 0:
                     monitor.show_selection(state, training_set[0])
-                if group.is_first and (state.iteration % checkpoint_every == 0 or state.iteration == options.iterations):
-                    save_checkpoint(output, state, label_names=training_set.label_names)
+                if group.is_first and (state.iteration % checkpoint_every == 0 or is_finished(state, options)):
+                    save_checkpoint(output, state, **names)
+            if state.iteration < options.iterations:
+                _say(group, f"The run ends here: {_end(state, options)}")
         finally:
             if monitor:
                 monitor.close()
@@ -155,6 +176,31 @@ def _samples(training_set: TrainingSet, *, first: int, options: TrainOptions, nu
         worker_init_fn=_one_thread,
     )
     return iter(zip(numbers, loader))
+
+
+def _say(group: ProcessGroup, text: str) -> None:
+    """A line of the first process."""
+    if group.is_first:
+        logger.info("%s", text)
+
+
+def _end(state: TrainingState, options: TrainOptions) -> str:
+    """Why a run is finished, and how it can go on all the same."""
+    if state.iteration < options.iterations:
+        return (
+            f"{state.validations_since_best} validations in a row were no better than that of iteration {state.best_iteration} "
+            f"(stopped at {state.iteration} of {options.iterations} iterations). To go on, resume it with a larger --patience."
+        )
+    return f"it has its {options.iterations} iterations. To go on, resume it with more --iterations."
+
+
+def _extension(state: TrainingState, previous: TrainOptions, options: TrainOptions) -> str:
+    """What more iterations mean for the schedule."""
+    rate = state.optimizer.param_groups[0]["lr"]
+    return (
+        f"The run goes on from iteration {state.iteration} to {options.iterations} instead of {previous.iterations}. From here on the learning rate and the temperature "
+        f"are those of a run of {options.iterations} iterations; the learning rate is now {rate:.3g}."
+    )
 
 
 def _one_thread(worker_index: int) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import turned
 
+from NMSWSegment.data.metrics import dice_per_class
 from NMSWSegment.engine.resampling import to_model_grid
 from NMSWSegment.engine.runtime import open_nets
 from NMSWSegment.engine.segment import RunCache, coarse_pass
 from NMSWSegment.evaluation.baselines import footprint_foreground, grown_box, one_voxel_foreground
 from NMSWSegment.evaluation.methods import comparison_methods
-from NMSWSegment.evaluation.metrics import dice_per_class
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.grid import CandidateGrid

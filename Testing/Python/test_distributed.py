@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 import torch
 
 pytest.importorskip("monai")
@@ -19,7 +20,7 @@ from test_train import a_data_folder, tiny_options  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
 from NMSWSegment.training.distributed import ProcessGroup, joined_group, process_place, rendezvous  # noqa: E402
 from NMSWSegment.training.iteration import new_state  # noqa: E402
-from NMSWSegment.training.run_folder import load_checkpoint  # noqa: E402
+from NMSWSegment.training.run_folder import BEST_NAME, load_checkpoint  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,13 @@ def a_process(data: Path, output: Path, flags: str, **environment: str) -> subpr
     words = [sys.executable, "-m", "NMSWSegment", "train", "--data", f"decathlon:{data}", "--output", str(output), *FLAGS.split(), *flags.split()]
     places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     return subprocess.Popen(words, env=os.environ | places | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def a_port() -> str:
+    """One that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def curves(run: Path) -> dict[str, list[float]]:
@@ -47,12 +55,10 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_two_processes_give_losses_and_weights_of_one(data, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    flags = "--iterations 3 --batch-size 3 --workers 0"  # three volumes: the first process has two of them
+    port = a_port()
+    flags = "--iterations 3 --batch-size 3 --workers 0 --hold-out two"  # three volumes: the first process has two of them, and the validation
     processes = [a_process(data, tmp_path / "two", flags, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT=port) for rank in (0, 1)]
-    train(tiny_options(data, iterations=3, batch_size=3), output=tmp_path / "one", num_workers=0, log_every=1, show_every=0)
+    train(tiny_options(data, iterations=3, batch_size=3, hold_out=("two",)), output=tmp_path / "one", num_workers=0, log_every=1, show_every=0)
     for process in processes:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
@@ -64,6 +70,8 @@ def test_two_processes_give_losses_and_weights_of_one(data, tmp_path):
     differences = torch.cat([(weights[key] - value).abs().flatten() for key, value in wanted.items()])
     # sums run in another order; Adam divides by the gradient's size, so where it is nearly 0 a weight may differ by a part of a step (3e-4)
     assert differences.max() < 1e-4 and differences.mean() < 1e-7
+    scores = [load_checkpoint(tmp_path / name, BEST_NAME)["validation"]["best_score"] for name in ("two", "one")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     assert len(list((tmp_path / "two").glob("events*"))) == 1  # only the first process writes
 
 
@@ -99,6 +107,20 @@ def test_place_comes_from_torchrun_or_srun_and_not_from_a_batch_script():
 def test_srun_meets_on_its_first_computer(nodes, first):
     assert rendezvous({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "70001"}) == {"MASTER_ADDR": first, "MASTER_PORT": "30001"}
     assert rendezvous({}) == {}
+
+
+def test_error_of_one_process_ends_all_with_a_sentence_each(tmp_path):
+    folder = a_data_folder(tmp_path / "data")
+    label = sitk.ReadImage(str(folder / "two" / "label.nii.gz"))
+    sitk.WriteImage(label + 90, str(folder / "two" / "label.nii.gz"))  # of the second process
+    port = a_port()
+    flags = "--iterations 1 --batch-size 2 --workers 0"
+    processes = [a_process(folder, tmp_path / "run", flags, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT=port) for rank in (0, 1)]
+    first, second = (process.communicate(timeout=300)[0] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2], first + second
+    assert "The label of case 'two' holds [90" in second and "Traceback" not in second
+    assert "Another process of this run has ended" in first and "Traceback" not in first
+    assert not (tmp_path / "run" / "options.json").exists()
 
 
 def test_team_shares_everything_once():

@@ -126,9 +126,34 @@ def test_verb_mistake_says_what_to_give(a_tiny_bundle, a_folder, more, fix):
         verb(a_folder, a_tiny_bundle, *more)
 
 
-def test_verb_data_with_the_labels_in_another_order_are_not_scored(a_tiny_bundle, a_folder):
-    write_dataset(a_folder, ["spleen", "liver", "vertebrae"])
-    with pytest.raises(UserError, match="spleen, liver, vertebrae.*liver, spleen, vertebrae.*to the bundle's list"):
+def relabel(folder: Path, names: list[str]) -> None:
+    """Number the labels of the first case in the order of some names; classes that are not among them become background."""
+    ijk_to_ras = phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), SHAPE)
+    _, labels = phantoms.phantom(SHAPE, ijk_to_ras=ijk_to_ras)
+    table = np.array([0, *(names.index(name) + 1 if name in names else 0 for name in phantoms.ORGANS)], dtype=np.uint8)
+    write_volume(Volume(table[labels], ijk_to_ras), folder / "first" / "label.nii.gz")
+    write_dataset(folder, names)
+
+
+@pytest.mark.parametrize(
+    ("names", "scored", "sentence"),
+    [
+        (["spleen", "liver", "vertebrae"], {"liver", "spleen", "vertebrae"}, ""),
+        (["vertebrae", "liver"], {"liver", "vertebrae"}, "Not scored: spleen only in the bundle 'tiny'.\n"),
+        (["aorta", "spleen"], {"spleen"}, "Not scored: liver, vertebrae only in the bundle 'tiny'; aorta only in the data.\n"),
+    ],
+)
+def test_verb_scores_the_classes_that_bundle_and_data_both_know_by_name(a_tiny_bundle, a_folder, capsys, names, scored, sentence):
+    relabel(a_folder, names)
+    assert verb(a_folder, a_tiny_bundle, "--cases", "first", "--k", "all", "-o", str(a_folder / "scores.json")) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(sentence + "first  k=all") and "mean DSC 1.000" in printed
+    assert json.loads((a_folder / "scores.json").read_text())["cases"]["first"]["all"]["dsc"] == dict.fromkeys(scored, 1.0)
+
+
+def test_verb_without_a_class_in_common_says_both_lists(a_tiny_bundle, a_folder):
+    write_dataset(a_folder, ["aorta"])
+    with pytest.raises(UserError, match="no class in common: aorta; and liver, spleen, vertebrae. Give the classes of the data the bundle's names"):
         verb(a_folder, a_tiny_bundle)
 
 
@@ -194,7 +219,7 @@ def test_masks_of_totalsegmentator_are_scored_on_the_split_that_is_asked_for(tmp
         name="organs", label_names=["liver", "spleen"], num_classes=3, spacing_mm=(6.0, 6.0, 6.0), labels=coded_labels(["liver", "spleen"])
     )
     (found,) = find_cases([f"totalsegmentator:{tmp_path}"], manifest, split="test")
-    volume, reference = read_case(found)
+    volume, reference = read_case(found, manifest)
     assert found.files.name == "s0002" and volume.ijk_to_ras[0, 0] < 0  # stored from right to left
     _, labels = a_case(mirrored=True)
     assert np.array_equal(reference.array, np.where(labels < 3, labels, 0))
@@ -203,7 +228,7 @@ def test_masks_of_totalsegmentator_are_scored_on_the_split_that_is_asked_for(tmp
 
 def test_bundle_with_other_names_than_totalsegmentator_says_which(tmp_path):
     write_totalsegmentator(tmp_path, splits={"s0001": "train"})
-    with pytest.raises(UserError, match="'leber'"):
+    with pytest.raises(UserError, match="no class in common: spleen, .*; and leber"):
         find_cases([f"totalsegmentator:{tmp_path}"], SimpleNamespace(name="organs", label_names=["leber"], spacing_mm=(6.0, 6.0, 6.0)))
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from NMSWSegment.evaluation.metrics import dice_per_class, model_steps, surface_distances, surface_scores
+from NMSWSegment.data.metrics import dice_per_class, model_steps, surface_distances, surface_scores
 
 
 def dice(predicted, reference, *, num_classes=3):

@@ -42,10 +42,20 @@ def test_picture_outlines_patches_by_rank_the_best_on_top():
 
 def test_curve_of_a_resumed_run_drops_torn_rows_and_those_after_the_checkpoint(tmp_path):
     curve = tmp_path / monitor_module.CURVE_NAME
-    curve.write_text("iteration,coarse,high,patch,entropy,ranking,total\n2,1,1,1,1,0,3\n4,1,1,1,1,0,3\n6,1,1,1,1,0,3\n8,1,1")
+    curve.write_text("iteration,coarse,high,patch,entropy,ranking,total,validation_dsc\n2,1,1,1,1,0,3,\n4,1,1,1,1,0,3,0.5\n6,1,1,1,1,0,3,\n8,1,1")
     monitor = monitor_module.Monitor(tmp_path, options=None, label_names=["liver"], first_iteration=4)
     monitor.close()
     assert [row.split(",")[0] for row in curve.read_text().splitlines()] == ["iteration", "2", "4"]
+
+
+def test_curve_of_a_run_from_before_there_was_a_validation_goes_on(tmp_path):
+    curve = tmp_path / monitor_module.CURVE_NAME
+    curve.write_text("iteration,coarse,high,patch,entropy,ranking,total\n2,1,1,1,1,0,3\n4,1,1,1,1,0,3\n")
+    monitor_module.Monitor(tmp_path, options=None, label_names=["liver"], first_iteration=2).close()
+    assert curve.read_text().splitlines() == [
+        "iteration,coarse,high,patch,entropy,ranking,total,validation_dsc",
+        "2,1.00000,1.00000,1.00000,1.00000,0.00000,3.00000,",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "folder vanished"])

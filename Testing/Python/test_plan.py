@@ -1,5 +1,6 @@
 """The dry run: what it says is what the run would do, and it writes nothing."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ def test_plan_names_cases_classes_grid_nets_files_and_writes_nothing(folder, tmp
     nets = NMSWNet(Architecture(num_classes=3))
     counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (nets.coarse, nets.local)]
     assert f"coarse {counts[0]:.2f} M, local {counts[1]:.2f} M parameters" in text
+    assert "Spacing     median 6 x 6 x 6 mm (S x A x R), from 6 x 6 x 6 to 6 x 6 x 6" in text and "Size        median 26 x 20 x 24 voxels" in text
+    assert "Classes in 1 of 1 cases" in text and re.search(r"liver   +1 +\d+\.\d  (\d+) / \1 / \1\n", text)
+    assert re.search(r"on 1 of 1 held-out cases \(s0002\) every 2000 iterations: \d+\.\d s a case, \d+\.\d % of the time", text)
     assert "50 iterations, batch size 1, processes 1, on cpu" in text and "s an iteration" in text and "workers keep up" in text and "GB at most" in text
     assert str(tmp_path / "run" / "checkpoint.pt") in text and str(tmp_path / "run" / "cache") in text
     assert sorted(tmp_path.rglob("*")) == before

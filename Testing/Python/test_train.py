@@ -328,13 +328,22 @@ def test_stopped_and_resumed_run_equals_one_that_was_not_stopped(a_run, data, tm
     found, expected = load_checkpoint(tmp_path / "run"), load_checkpoint(a_run)
     assert found["iteration"] == 4
     assert [key for key, value in expected["net"].items() if not torch.equal(found["net"][key], value)] == []
-    assert found["schedule"]["last_epoch"] == expected["schedule"]["last_epoch"]
+    groups = [checkpoint["optimizer"]["param_groups"][0] for checkpoint in (found, expected)]
+    assert groups[0]["lr"] == groups[1]["lr"]
 
 
 def test_run_killed_before_its_first_checkpoint_starts_over_on_resume(a_run, data, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "options.json").write_bytes((a_run / "options.json").read_bytes())
     train(tiny_options(data), output=tmp_path / "run", num_workers=0, resume=True)
+    found, expected = load_checkpoint(tmp_path / "run")["net"], load_checkpoint(a_run)["net"]
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_run_killed_before_its_first_checkpoint_starts_from_its_initial_run_on_resume(a_run, data, tmp_path):
+    options = tiny_options(data, initial_run=str(a_run), iterations=1, learning_rate=0.0, weight_decay=0.0)
+    run_folder.write_run_options(tmp_path / "run", options)
+    train(options, output=tmp_path / "run", num_workers=0, resume=True)
     found, expected = load_checkpoint(tmp_path / "run")["net"], load_checkpoint(a_run)["net"]
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
@@ -714,16 +723,40 @@ def test_full_disk_keeps_the_old_checkpoint_and_says_how_to_go_on(a_run, tmp_pat
     monkeypatch.setattr(torch, "save", full)
     net = NMSWNet(Architecture(num_classes=4))
     optimizer = torch.optim.AdamW(net.parameters())
-    with pytest.raises(UserError, match="Make room on the disk, then go on with --resume"):
+    with pytest.raises(UserError, match="Make room on the disk, then go on with --resume; the last checkpoint is still there"):
         save_checkpoint(tmp_path, TrainingState(net, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)), label_names=[])
     assert load_checkpoint(tmp_path)["iteration"] == 4
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_full_disk_at_the_first_checkpoint_names_none_that_is_not_there(data, tmp_path, monkeypatch):
+    def full(values, path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"No space left on device\). Make room on the disk, then start again with --resume\.$"):
+            train(tiny_options(data, iterations=1), output=tmp_path / "run", num_workers=0)
+    train(tiny_options(data, iterations=1), output=tmp_path / "run", num_workers=0, resume=True)
+    assert load_checkpoint(tmp_path / "run")["iteration"] == 1
+
+
+def test_options_that_cannot_be_replaced_leave_the_old_ones(data, tmp_path, monkeypatch):
+    run_folder.write_run_options(tmp_path, tiny_options(data))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("NMSWSegment.files.output_file.os.replace", full)
+    with pytest.raises(UserError, match="cannot be written.*Make room on the disk, then start again with --resume"):
+        run_folder.write_run_options(tmp_path, tiny_options(data, iterations=9))
+    assert load_run_options(tmp_path) == tiny_options(data) and [path.name for path in tmp_path.iterdir()] == ["options.json"]
+
+
 def test_run_folder_that_cannot_be_made_says_so(data, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written.*Make room"):
-        run_folder.create_run(tmp_path / "file" / "run", tiny_options(data))
+        run_folder.write_run_options(tmp_path / "file" / "run", tiny_options(data))
 
 
 def test_patch_size_that_the_backbone_cannot_take_says_which_it_can(data, tmp_path):

@@ -77,6 +77,13 @@ def test_commands_of_fine_tuning_end_in_the_panels_list_with_a_new_class_between
     assert (here / "lesion.seg.nrrd").is_file()
 
 
+def test_commands_of_a_fold_end_in_a_bundle_that_knows_its_held_out_cases(here):
+    write_totalsegmentator(here / "Totalsegmentator_dataset_v201", splits={f"s000{number}": "train" for number in range(1, 6)}, classes=tuple(ORGANS))
+    for line in commands("Folds"):
+        run(line)
+    assert load_bundle(here / "organ-fold0").manifest.training["held_out"] == ["s0001"]
+
+
 def test_commands_of_the_stages_end_in_a_bundle_of_all_three(here):
     write_totalsegmentator(here / "Totalsegmentator_dataset_v201", splits={"s0001": "train", "s0003": "test"}, classes=tuple(ORGANS))
     for line in commands("In stages"):
@@ -118,6 +125,7 @@ def test_every_command_of_the_document_is_in_a_section_that_is_run():
         "TotalSegmentator",
         "WORD",
         "From a packaged model to your own structures",
+        "Folds",
         "In stages",
         "Into the panel",
         "Several GPUs and computers",

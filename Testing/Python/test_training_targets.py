@@ -143,7 +143,7 @@ def test_loss_of_bf16_logits_has_a_gradient_in_bf16_near_the_exact_one():
 def test_patches_of_the_local_net_show_small_classes_as_often_as_large_ones():
     labels = torch.zeros(40, 40, 40, dtype=torch.uint8)
     labels[8:32, 8:32, 8:20], labels[20, 20, 30], labels[8, 8, 30:32] = 1, 2, UNKNOWN_LABEL  # 6912 voxels and one
-    boxes = step_module._random_boxes(labels, count=900, patch_size=(8, 8, 8), generator=torch.Generator().manual_seed(0))
+    boxes = step_module.random_boxes(labels, count=900, patch_size=(8, 8, 8), generator=torch.Generator().manual_seed(0))
     centers = torch.tensor([[where.start + 4 for where in box] for box in boxes])
     found = torch.bincount(labels[tuple(centers.T)].long(), minlength=256) / 900
     inside = ((centers > 4) & (centers < 36)).all(1).float().mean()
