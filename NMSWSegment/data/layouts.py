@@ -61,6 +61,8 @@ class Cases:
     """Classes in label order, background left out."""
     unknown_value: int = UNKNOWN_LABEL
     """Label of voxels whose class nobody knows."""
+    channel: str = ""
+    """What the images show as the data set names it: CT, or something else such as MRI or T2; empty where it does not say."""
 
 
 def read_cases(argument: str, *, subset: str = "", split: str = "train") -> Cases:
@@ -142,6 +144,12 @@ def dataset_file(folder: Path, *, also: Sequence[Path] = ()) -> Path:
     raise UserError(f"'{folder}' has no {DATASET_NAME}, so its labels have no names. Give the folder that holds it, or write one in Decathlon style.")
 
 
+def channel_name(values: dict) -> str:
+    """The name of the only channel in a dataset.json, from nnU-Net's channel_names or Decathlon's modality; empty where there is none."""
+    channels = values.get("channel_names", values.get("modality"))
+    return str(next(iter(channels.values()))) if isinstance(channels, dict) and len(channels) == 1 else ""
+
+
 def read_json(path: Path) -> dict:
     """The object of a JSON file."""
     try:
@@ -156,7 +164,7 @@ def read_json(path: Path) -> dict:
 def _decathlon(folder: Path, subset: str, split: str) -> Cases:
     """A Decathlon folder; its test images have no labels."""
     files, label_names = read_decathlon(folder) if split == "train" else ((), read_label_names(dataset_file(folder)))
-    return Cases(files=tuple(files), label_names=label_names)
+    return Cases(files=tuple(files), label_names=label_names, channel=channel_name(read_json(dataset_file(folder))))
 
 
 def _nnunet(folder: Path, subset: str, split: str) -> Cases:
@@ -165,7 +173,9 @@ def _nnunet(folder: Path, subset: str, split: str) -> Cases:
     values = read_json(path)
     channels = values.get("channel_names", {"0": "CT"})
     if len(channels) != 1:
-        raise UserError(f"'{path}' has {len(channels)} channels ({', '.join(map(str, channels.values()))}), but one is needed. Make a dataset of the CT alone.")
+        raise UserError(
+            f"'{path}' has {len(channels)} channels ({', '.join(map(str, channels.values()))}), but one is needed. Make a dataset of one of them alone."
+        )
     if "file_ending" not in values:
         raise UserError(f"'{path}' has no file_ending, as nnU-Net 2 writes it. Add it, or use decathlon:{folder} for a dataset with a training list.")
     label_names, unknown = _names_and_unknown(path)
@@ -173,7 +183,7 @@ def _nnunet(folder: Path, subset: str, split: str) -> Cases:
     _check_files(pairs, source=f"The labels of '{folder}' need", folder=folder)
     ending = values["file_ending"]
     files = tuple(CaseFiles(label.name.removesuffix(ending), image, label) for image, label in pairs)
-    return Cases(files=files, label_names=label_names, unknown_value=unknown)
+    return Cases(files=files, label_names=label_names, unknown_value=unknown, channel=channel_name(values))
 
 
 def _word(folder: Path, subset: str, split: str) -> Cases:
@@ -181,7 +191,8 @@ def _word(folder: Path, subset: str, split: str) -> Cases:
     images = sorted((folder / f"images{SPLITS[split]}").glob("*.nii.gz"))
     pairs = [(image, folder / f"labels{SPLITS[split]}" / image.name) for image in images]
     _check_files(pairs, source=f"The images of '{folder}' need", folder=folder)
-    return Cases(files=tuple(CaseFiles(image.name.split(".")[0], image, label) for image, label in pairs), label_names=WORD_LABEL_NAMES)
+    files = tuple(CaseFiles(image.name.split(".")[0], image, label) for image, label in pairs)
+    return Cases(files=files, label_names=WORD_LABEL_NAMES, channel="CT")
 
 
 def _totalsegmentator(folder: Path, subset: str, split: str) -> Cases:
@@ -196,7 +207,7 @@ def _totalsegmentator(folder: Path, subset: str, split: str) -> Cases:
         masks = image.parent / "segmentations"
         _check_files([(masks / f"{label}.nii.gz", image) for label in label_names], source=f"Case '{name}' needs", folder=folder)
         files.append(CaseFiles(name=name, image=image, label=masks))
-    return Cases(files=tuple(files), label_names=label_names)
+    return Cases(files=tuple(files), label_names=label_names, channel="CT")
 
 
 def _meta_splits(path: Path) -> dict[str, str]:

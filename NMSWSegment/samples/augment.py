@@ -30,9 +30,9 @@ _IMAGE, _BOTH, _MODES = "image", ("image", "label"), ("bilinear", "nearest")
 class PaperAugmentation:
     """Augments an intensity and its labels; the same state of the generator gives the same result."""
 
-    def __init__(self, *, window_hu: tuple[float, float]) -> None:
-        """Args: window_hu: HU that the transforms see as 0 and 1; beyond it nothing is left."""
-        self._low, self._high = window_hu
+    def __init__(self, *, window: tuple[float, float]) -> None:
+        """Args: window: intensities, HU or normalized ones, that the transforms see as 0 and 1; beyond it nothing is left."""
+        self._low, self._high = window
         affine = {"keys": _BOTH, "mode": _MODES, "padding_mode": "zeros"}  # zeros: the lower bound, and background
         self._transform = Compose(  # not lazy: MONAI 1.6 then interpolates the labels linearly and invents classes
             [
@@ -50,7 +50,7 @@ class PaperAugmentation:
         )
 
     def __call__(self, intensity: Tensor, labels: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Intensity (HU, (D, H, W), clipped to the window) and labels (uint8) of the same shape, both changed."""
+        """Intensity ((D, H, W), clipped to the window) and labels (uint8) of the same shape, both changed."""
         self._transform.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
         share = ((intensity - self._low) / (self._high - self._low)).clamp(0, 1)
         result = self._transform({"image": share[None], "label": labels[None].float()})

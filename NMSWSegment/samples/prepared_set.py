@@ -1,6 +1,6 @@
 """Prepared data: everything that training reads of cases and anatomies, in one folder that can go to another computer.
 
-    FOLDER/dataset.json                      label names
+    FOLDER/dataset.json                      label names, modality
     FOLDER/cases/<name>/                     intensity.npy, labels.npy, case.json        as in the cache of a run
     FOLDER/anatomies/<name>/                 tissue_map.npy, anatomy.json
 
@@ -87,7 +87,9 @@ def read_anatomy(folder: Path, *, num_labels: int | None = None) -> PreparedAnat
         raise _damaged(folder, error) from error
 
 
-def write_prepared_set(output: Path, *, label_names: Sequence[str], cases: Iterable[tuple[str, PreparedCase]], anatomies: Iterable[PreparedAnatomy]) -> None:
+def write_prepared_set(
+    output: Path, *, label_names: Sequence[str], modality: str, cases: Iterable[tuple[str, PreparedCase]], anatomies: Iterable[PreparedAnatomy]
+) -> None:
     """Write the folder, one case after the other; it is whole or not there.
 
     Raises:
@@ -107,7 +109,7 @@ def write_prepared_set(output: Path, *, label_names: Sequence[str], cases: Itera
             for anatomy in anatomies:
                 _write_anatomy(anatomy, draft / ANATOMIES / anatomy.name)
             labels = {"background": 0} | {label: value for value, label in enumerate(label_names, start=1)}
-            (draft / DATASET_NAME).write_text(json.dumps({"labels": labels}, indent=1) + "\n", encoding="utf-8")
+            (draft / DATASET_NAME).write_text(json.dumps({"modality": {"0": modality}, "labels": labels}, indent=1) + "\n", encoding="utf-8")
             shutil.move(str(draft), str(output))
     except FileExistsError as error:
         name = Path(error.filename or "").name

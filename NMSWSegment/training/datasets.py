@@ -1,4 +1,4 @@
-"""Training data: the labelled CT and anatomies of a run, found, checked and opened."""
+"""Training data: the labelled volumes and anatomies of a run, found, checked and opened."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from NMSWSegment.data.case_cache import CaseCache
-from NMSWSegment.data.layouts import KINDS, CaseFiles, Cases, dataset_file, read_cases, read_label_names
+from NMSWSegment.data.layouts import KINDS, CaseFiles, Cases, channel_name, dataset_file, read_cases, read_json, read_label_names
 from NMSWSegment.data.prepared_case import CaseRequest, PreparedCase, prepare_case
 from NMSWSegment.protocol import UserError, unknown_name
 from NMSWSegment.samples.augment import PaperAugmentation
@@ -19,7 +19,7 @@ from NMSWSegment.samples.prepared_set import prepared_entries, read_anatomy, rea
 from NMSWSegment.samples.synthesis import MAP_NAME, AnatomySource, SynthesisOptions
 from NMSWSegment.samples.training_set import TrainingSet, check_not_empty
 from NMSWSegment.training.distributed import ProcessGroup
-from NMSWSegment.training.options import TrainOptions
+from NMSWSegment.training.options import CT, MR, TrainOptions
 
 ANATOMIES, PREPARED = "anatomies", "prepared"
 
@@ -29,9 +29,9 @@ class TrainingData:
     """What a run learns from, held-out ids left out; lists only, no voxel is read yet."""
 
     requests: tuple[CaseRequest, ...]
-    """Labelled CT."""
+    """Labelled volumes."""
     prepared_cases: tuple[Path, ...]
-    """Labelled CT in folders of prepared data."""
+    """Labelled volumes in folders of prepared data."""
     anatomies: tuple[Path, ...]
     """Folders of tissue maps, prepared or not."""
     label_names: tuple[str, ...]
@@ -43,7 +43,7 @@ def find_data(options: TrainOptions) -> TrainingData:
     """All cases and anatomies of a run except what is held out.
 
     Raises:
-        UserError: a data argument, folder or list cannot be used, label lists differ, a held-out id does not exist, or nothing is left.
+        UserError: a data argument, folder or list cannot be used, the data is of another modality, label lists differ, a held-out id does not exist, or nothing is left.
     """
     found, label_names, requests, prepared, anatomies = [], None, [], [], []
     for argument in options.data:
@@ -53,17 +53,21 @@ def find_data(options: TrainOptions) -> TrainingData:
             found += [path.name for path in (*entries, *folders)]
             prepared += [path for path in entries if path.name not in options.hold_out]
             anatomies += [path for path in folders if path.name not in options.hold_out]
-            names = read_label_names(dataset_file(Path(folder)))
+            names, channel = read_label_names(dataset_file(Path(folder))), channel_name(read_json(dataset_file(Path(folder))))
         elif kind == ANATOMIES:
             folders = read_anatomies(Path(folder))
             found += [path.name for path in folders]
             anatomies += [path for path in folders if path.name not in options.hold_out]
-            names = read_label_names(dataset_file(Path(folder), also=(Path(folder).parent,)))
+            names, channel = read_label_names(dataset_file(Path(folder), also=(Path(folder).parent,))), CT
         else:
             cases = read_cases(argument, subset=options.subset)
             found += [files.name for files in cases.files]
             requests += [_request(files, cases) for files in cases.files if files.name not in options.hold_out]
-            names = cases.label_names
+            names, channel = cases.label_names, cases.channel
+        if channel and (channel.upper() == CT) != (options.modality == CT):
+            raise UserError(
+                f"The data '{argument}' is {channel}, but the modality of the run is {options.modality}. Give --modality {MR if options.modality == CT else CT}, or leave this data out: one run learns one modality."
+            )
         if label_names is not None and names != label_names:
             raise UserError(
                 f"The label names of '{folder}' differ from those of the data before it ({_first_difference(label_names, names)}). Bring all data to one list."
@@ -72,6 +76,8 @@ def find_data(options: TrainOptions) -> TrainingData:
     for name in options.hold_out:
         if name not in found:
             raise UserError(unknown_name("held-out id", name, sorted(set(found))))
+    if anatomies and options.modality != CT:
+        raise UserError(f"Anatomies are synthesized as CT, but the modality of the run is {options.modality}. Leave them out.")
     used = (tuple(requests), tuple(prepared), tuple(anatomies))
     check_not_empty([*requests, *prepared, *anatomies])
     return TrainingData(*used, label_names=label_names, num_held_out=len(found) - sum(map(len, used)))
@@ -102,9 +108,9 @@ def open_training_set(
         for request in group.share(data.requests):
             cache.ensure(request)
         group.wait()
-    points = options.intensity_points
-    augmentation = PaperAugmentation(window_hu=(points[0][0], points[-1][0])) if options.augmentation == "paper" else None
-    memory = CaseMemory(spacing_mm=options.spacing_mm, device=device)
+    bounds = (options.intensity_points[0][0], options.intensity_points[-1][0])
+    augmentation = PaperAugmentation(window=bounds) if options.augmentation == "paper" else None
+    memory = CaseMemory(spacing_mm=options.spacing_mm, bounds=bounds, normalization=options.normalization, device=device)
     loaders = [(request.files.name, _loader(request, cache)) for request in data.requests]
     loaders += [(entry.name, partial(read_prepared_case, entry)) for entry in data.prepared_cases]
     return TrainingSet(

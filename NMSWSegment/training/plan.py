@@ -42,7 +42,7 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
     with joined_group(device) as group:
         check_precision(options, group.device)
         state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
-        load_initial_weights(state, options)
+        load_initial_weights(state, options, label_names=data.label_names)
         yield from _data_lines(data, headers, options)
         coarse, local = (sum(parameter.numel() for parameter in net.parameters()) for net in (state.net.coarse, state.net.local))
         yield f"Nets        {options.backbone} ({options.preset}), trains: {options.train}; coarse {coarse / 1e6:.2f} M, local {local / 1e6:.2f} M parameters"
@@ -59,7 +59,7 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
 def _data_lines(data: TrainingData, headers: Sequence[Header], options: TrainOptions) -> Iterator[str]:
     """Cases, classes, grid."""
     names = [request.files.name for request in data.requests] + [entry.name for entry in data.prepared_cases]
-    yield f"Cases       {len(names)} labelled CT ({_few(names)}), {len(data.anatomies)} anatomies, {data.num_held_out} held out"
+    yield f"Cases       {len(names)} labelled {options.modality} ({_few(names)}), {len(data.anatomies)} anatomies, {data.num_held_out} held out"
     yield f"Classes     {len(data.label_names)}: {', '.join(data.label_names)}"
     yield f"Grid        patches of {_times(options.patch_size)} voxels of {_times(options.spacing_mm)} mm, overlap {options.overlap:g}, coarse factor {_times(options.coarse_factor)}"
     grids = [(header.shape, header.ijk_to_lps) for header in headers] + [prepared_grid(entry) for entry in data.prepared_cases]

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("monai")
 
 from NMSWSegment.data.prepared_case import PreparedCase  # noqa: E402
+from NMSWSegment.samples.acquisition import HU_RANGE  # noqa: E402
 from NMSWSegment.samples.augment import PaperAugmentation  # noqa: E402
 from NMSWSegment.samples.case_memory import loaded_case  # noqa: E402
 from NMSWSegment.samples.case_source import resampled, whole_warp  # noqa: E402
@@ -30,7 +31,7 @@ def generator(seed: int) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def samples() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    augmentation = PaperAugmentation(window_hu=WINDOW)
+    augmentation = PaperAugmentation(window=WINDOW)
     return [augmentation(*a_pair(), generator=generator(seed)) for seed in range(8)]
 
 
@@ -50,7 +51,7 @@ def test_image_and_labels_move_together_and_sides_stay(samples):
 
 
 def test_same_generator_same_sample(samples):
-    intensity, labels = PaperAugmentation(window_hu=WINDOW)(*a_pair(), generator=generator(3))
+    intensity, labels = PaperAugmentation(window=WINDOW)(*a_pair(), generator=generator(3))
     assert torch.equal(intensity, samples[3][0]) and torch.equal(labels, samples[3][1])
     assert not torch.equal(labels, samples[4][1])
 
@@ -58,9 +59,9 @@ def test_same_generator_same_sample(samples):
 def test_whole_case_at_its_own_spacing_comes_back_exactly():
     intensity, labels = a_pair()
     case = PreparedCase(intensity=intensity.numpy(), labels=labels.numpy(), spacing_mm=(3.0, 2.0, 1.5), extent=None)
-    same, same_labels = resampled(loaded_case(case, spacing_mm=case.spacing_mm), whole_warp(case, spacing_mm=case.spacing_mm))
+    same, same_labels = resampled(loaded_case(case, spacing_mm=case.spacing_mm, bounds=HU_RANGE), whole_warp(case, spacing_mm=case.spacing_mm))
     torch.testing.assert_close(same, intensity, rtol=0, atol=1e-2)  # grid_sample's float32 coordinates
     assert torch.equal(same_labels, labels)
     coarse = whole_warp(case, spacing_mm=(6.0, 4.0, 3.0))
-    half, half_labels = resampled(loaded_case(case, spacing_mm=(6.0, 4.0, 3.0)), coarse)
+    half, half_labels = resampled(loaded_case(case, spacing_mm=(6.0, 4.0, 3.0), bounds=HU_RANGE), coarse)
     assert coarse.shape == (40, 35, 60) and torch.equal(half_labels, labels[1::2, 1::2, 1::2]) | torch.equal(half_labels, labels[::2, ::2, ::2])

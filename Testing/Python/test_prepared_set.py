@@ -67,5 +67,5 @@ def test_two_cases_of_one_name_are_not_prepared_into_one(tmp_path):
     training_set = open_training_set(tiny_options(folder))
     case = training_set._cases[0]._load()
     with pytest.raises(UserError, match="Two cases or anatomies are named 'one'"):
-        write_prepared_set(tmp_path / "prepared", label_names=("liver",), cases=[("one", case), ("one", case)], anatomies=[])
+        write_prepared_set(tmp_path / "prepared", label_names=("liver",), modality="CT", cases=[("one", case), ("one", case)], anatomies=[])
     assert not (tmp_path / "prepared").exists() and not list(tmp_path.glob(".partial*"))
