@@ -63,8 +63,8 @@ class Cases:
     """Classes in label order, background left out."""
     unknown_value: int = UNKNOWN_LABEL
     """Label of voxels whose class nobody knows."""
-    modality: str = CT
-    """CT, or what the data set calls its intensities; CT where it does not say."""
+    modality: str = ""
+    """CT, or what the data set calls its intensities, such as MRI or T2; empty where it does not say."""
 
 
 def read_cases(argument: str, *, subset: str = "", split: str = "train") -> Cases:
@@ -135,11 +135,11 @@ def read_label_names(path: Path) -> tuple[str, ...]:
 
 
 def read_modality(path: Path) -> str:
-    """What a dataset.json calls its intensities (channel_names of nnU-Net 2, modality of the Decathlon); CT for any kind of CT, and where it does not say."""
+    """What a dataset.json calls its intensities (channel_names of nnU-Net 2, modality of the Decathlon): CT for any kind of CT, empty where it does not say."""
     values = read_json(path)
-    channels = values.get("channel_names", values.get("modality")) or {"0": CT}
+    channels = values.get("channel_names", values.get("modality")) or {}
     names = [str(name) for name in (channels.values() if isinstance(channels, dict) else [channels])]
-    return CT if all(re.search(r"\bct|ct\b", name, flags=re.IGNORECASE) for name in names) else ", ".join(names)
+    return CT if names and all(re.search(r"\bct|ct\b", name, flags=re.IGNORECASE) for name in names) else ", ".join(names)
 
 
 def dataset_file(folder: Path, *, also: Sequence[Path] = ()) -> Path:
@@ -177,7 +177,9 @@ def _nnunet(folder: Path, subset: str, split: str) -> Cases:
     values = read_json(path)
     channels = values.get("channel_names", {"0": "CT"})
     if len(channels) != 1:
-        raise UserError(f"'{path}' has {len(channels)} channels ({', '.join(map(str, channels.values()))}), but one is needed. Make a dataset of the CT alone.")
+        raise UserError(
+            f"'{path}' has {len(channels)} channels ({', '.join(map(str, channels.values()))}), but one is needed. Make a dataset of one of them alone."
+        )
     if "file_ending" not in values:
         raise UserError(f"'{path}' has no file_ending, as nnU-Net 2 writes it. Add it, or use decathlon:{folder} for a dataset with a training list.")
     label_names, unknown = _names_and_unknown(path)
@@ -193,7 +195,8 @@ def _word(folder: Path, subset: str, split: str) -> Cases:
     images = sorted((folder / f"images{SPLITS[split]}").glob("*.nii.gz"))
     pairs = [(image, folder / f"labels{SPLITS[split]}" / image.name) for image in images]
     _check_files(pairs, source=f"The images of '{folder}' need", folder=folder)
-    return Cases(files=tuple(CaseFiles(image.name.split(".")[0], image, label) for image, label in pairs), label_names=WORD_LABEL_NAMES)
+    files = tuple(CaseFiles(image.name.split(".")[0], image, label) for image, label in pairs)
+    return Cases(files=files, label_names=WORD_LABEL_NAMES, modality=CT)
 
 
 def _totalsegmentator(folder: Path, subset: str, split: str) -> Cases:
@@ -208,7 +211,7 @@ def _totalsegmentator(folder: Path, subset: str, split: str) -> Cases:
         masks = image.parent / "segmentations"
         _check_files([(masks / f"{label}.nii.gz", image) for label in label_names], source=f"Case '{name}' needs", folder=folder)
         files.append(CaseFiles(name=name, image=image, label=masks))
-    return Cases(files=tuple(files), label_names=label_names)
+    return Cases(files=tuple(files), label_names=label_names, modality=CT)
 
 
 def _meta_splits(path: Path) -> dict[str, str]:

@@ -43,7 +43,7 @@ class PreparedCase:
     """Voxels on the case's own grid, array axes growing to superior, anterior, right."""
 
     intensity: np.ndarray
-    """HU, (D, H, W), int16 where that is exact, else float32."""
+    """As in the file, HU for CT, (D, H, W), int16 where that is exact, else float32."""
     labels: np.ndarray
     """0..C-1 or 255 for unknown, (D, H, W) uint8."""
     spacing_mm: Triple_mm

@@ -15,6 +15,6 @@ class TrainingSample:
     name: str
     """Where it comes from."""
     intensity: Tensor
-    """HU, (D, H, W) float32."""
+    """In units of the run's normalization, HU where it is fixed, (D, H, W) float32."""
     labels: Tensor
     """0..C-1 or 255 for unknown, (D, H, W) uint8."""

@@ -10,6 +10,7 @@ same sequence of float32 products and sums wherever it is computed.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,17 +55,23 @@ class CoarseUpsampler:
     make up the volume. Axes are interpolated last one first, so that most of the work runs along contiguous voxels.
     """
 
-    def __init__(self, coarse_logits: Tensor, *, grid: CandidateGrid) -> None:
-        """Args: coarse_logits (C, d, h, w).
+    def __init__(self, coarse_logits: Tensor, *, grid: CandidateGrid, origin: Block | None = None) -> None:
+        """Args: coarse_logits (C, d, h, w); origin: first coarse voxel of those that are only a part, None where they are all.
 
         Raises:
             ValueError: they are not those of the grid's volume.
         """
-        if tuple(coarse_logits.shape[1:]) != grid.coarse_shape:
+        if origin is None and tuple(coarse_logits.shape[1:]) != grid.coarse_shape:
             raise ValueError(f"coarse logits of {tuple(coarse_logits.shape[1:])} voxels for a coarse volume of {grid.coarse_shape}")
         self.coarse_logits = coarse_logits
         self.grid = grid
-        self.taps = [_AxisTaps(full, coarse, factor) for full, coarse, factor in zip(grid.padded_shape, grid.coarse_shape, grid.coarse_factor)]
+        axes = zip(grid.padded_shape, grid.coarse_shape, grid.coarse_factor, origin or (0, 0, 0))
+        self.taps = [_AxisTaps(*axis) for axis in axes]
+
+    def needed(self, box: Sequence[slice]) -> tuple[slice, slice, slice]:
+        """The coarse voxels that a box of full-resolution voxels needs."""
+        lower_upper = [taps.parts[:2] for taps in self.taps]
+        return tuple(slice(int(lower[along][0]), int(upper[along][-1]) + 1) for (lower, upper), along in zip(lower_upper, box))
 
     def region(self, box: Sequence[slice]) -> Tensor:
         """y_up in a box of full-resolution voxels, (C, box); differentiable."""
@@ -128,6 +135,17 @@ class CoarseUpsampler:
             values = low + (values.take([1], axis=axis) - low) * t
         best = BestClass(len(values))(values.reshape(len(values), -1))
         by_cell[tuple(cells)] = np.moveaxis(best.reshape(values.shape[1:]), -1, 0)
+
+
+def patch_upsamplers(coarse_logits: Tensor, *, indices: Sequence[int], grid: CandidateGrid) -> dict[int, CoarseUpsampler]:
+    """The up-sampler of each candidate, with a copy of what it needs where all of them together take less than the logits (C, d, h, w)."""
+    whole = CoarseUpsampler(coarse_logits, grid=grid)
+    needed = {index: whole.needed(grid.slices(index)) for index in indices}
+    if sum(math.prod(part.stop - part.start for part in box) for box in needed.values()) >= math.prod(grid.coarse_shape):
+        return dict.fromkeys(indices, whole)
+    return {
+        index: CoarseUpsampler(coarse_logits[(slice(None), *box)].clone(), grid=grid, origin=tuple(part.start for part in box)) for index, box in needed.items()
+    }
 
 
 def uniform_cells(labels: Tensor) -> Tensor:
@@ -220,32 +238,29 @@ class StreamingAggregator:
     the order of adding, so that the labels equal those of `aggregate` with the same order.
     """
 
-    def __init__(
-        self, coarse_logits: Tensor, *, indices: Sequence[int], grid: CandidateGrid, class_weights: Tensor, coarse_labels: Tensor | None = None
-    ) -> None:
+    def __init__(self, upsamplers: dict[int, CoarseUpsampler], *, grid: CandidateGrid, class_weights: Tensor, coarse_labels: Tensor) -> None:
         """Take what holds where no patch will come.
 
         Args:
-            coarse_logits: (C, d, h, w), on the CPU.
-            indices: all candidates that will be added.
+            upsamplers: of the coarse logits on the CPU, for each candidate that will be added; forgotten when it has come.
             class_weights: c, (C,).
-            coarse_labels: `labels` of the CoarseUpsampler of these logits, (D, H, W); None computes them.
+            coarse_labels: `labels` of the CoarseUpsampler of these logits, (D, H, W).
         """
         self.grid = grid
         self.window = patch_window(grid.patch_size).numpy()
-        self.upsampler = CoarseUpsampler(coarse_logits, grid=grid)
-        self.labels = self.upsampler.labels() if coarse_labels is None else coarse_labels.clone()
+        self.upsamplers = upsamplers
+        self.labels = coarse_labels.clone()
         a = mixing_weights(class_weights.cpu())[:, None, None]
         self.shares = a.numpy(), (1 - a).numpy()  # of the patches and of y_up, (C, 1, 1)
         self.covering: dict[Block, list[int]] = {}  # the candidates of each block that is not done
         self.sums: dict[Block, _BlockSums] = {}
-        for index in sorted(indices):
+        for index in sorted(upsamplers):
             for block in self._blocks(index):
                 self.covering.setdefault(block, []).append(index)
 
     def add(self, index: int, logits: Tensor) -> None:
         """Take the local logits (C, P, P, P) of a candidate that was announced."""
-        patch = logits.numpy()
+        patch, upsampler = logits.numpy(), self.upsamplers.pop(index)
         pieces = [self._piece(index, block, num_classes=len(patch)) for block in self._blocks(index)]
         share = np.ones_like(self.window) if any(piece.sums for piece in pieces) else None
         for piece in pieces:
@@ -257,7 +272,8 @@ class StreamingAggregator:
         tasks = [
             (slices, strip) for strip in strips.values() for slices in ranges(strip[0].inside[0].stop, start=strip[0].inside[0].start, step=SLICES_AT_ONCE)
         ]
-        in_threads(lambda task: self._add_strip(patch, share, slices=task[0], strip=task[1], start=self.grid.starts[index]), tasks)
+        start = self.grid.starts[index]
+        in_threads(lambda task: self._add_strip(patch, share, upsampler, slices=task[0], strip=task[1], start=start), tasks)
         for piece in pieces:
             if piece.is_last:
                 del self.covering[piece.block]
@@ -286,12 +302,15 @@ class StreamingAggregator:
         self.sums[block].missing -= 1
         return _Piece(block, inside, sums=self.sums[block], is_first=is_first, is_last=self.sums[block].missing == 0)
 
-    def _add_strip(self, patch: np.ndarray, share: np.ndarray | None, *, slices: slice, strip: list[_Piece], start: np.ndarray) -> None:
+    def _add_strip(
+        self, patch: np.ndarray, share: np.ndarray | None, upsampler: CoarseUpsampler, *, slices: slice, strip: list[_Piece], start: np.ndarray
+    ) -> None:
         """Some slices of a patch, as high as a block and as wide as the patch: the arithmetic of `aggregate`, a few rows at a time.
 
         Args:
             patch: (C, P, P, P) logits.
             share: its share of the patches at each voxel, (P, P, P); None is 1 everywhere.
+            upsampler: of the candidate.
             slices: of the patch.
             strip: the blocks side by side.
             start: of the patch.
@@ -302,7 +321,7 @@ class StreamingAggregator:
         in_patch = strip[0].inside[1]
         box = [slice(part.start + int(o), part.stop + int(o)) for part, o in zip((slices, in_patch, slice(0, width)), start)]
         is_done = any(piece.is_last for piece in strip)
-        planes = self.upsampler.planes(box) if is_done else itertools.repeat((None, None, 0.0))
+        planes = upsampler.planes(box) if is_done else itertools.repeat((None, None, 0.0))
         rows_at_once = max(1, BLOCK_FLOATS // (num_classes * width))
         buffers = np.empty((2, num_classes, min(rows_at_once, in_patch.stop - in_patch.start), width), np.float32)
         for z, (below, step, t) in zip(range(slices.start, slices.stop), planes):
@@ -363,6 +382,8 @@ class _AxisTaps:
     coarse: int
     factor: int
     """r."""
+    origin: int = 0
+    """Coarse voxel that `parts` calls 0."""
 
     @cached_property
     def phases(self) -> np.ndarray:
@@ -385,7 +406,8 @@ class _AxisTaps:
         """Lower coarse voxel, upper coarse voxel and weight of the upper one for every voxel of the axis."""
         voxels = np.arange(self.full)
         cells = self._cell(voxels)
-        return (*self.corners(cells), self.phases[voxels - self.factor // 2 - cells * self.factor])
+        lower, upper = self.corners(cells)
+        return lower - self.origin, upper - self.origin, self.phases[voxels - self.factor // 2 - cells * self.factor]
 
     def corners(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper coarse voxel of some cells."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from NMSWSegment.engine.resampling import normalize_intensity
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import Bundle, BundleManifest
+from NMSWSegment.files.normalization import intensity_scale
 from NMSWSegment.files.user_cache import cached_folder, put_in_cache
 from NMSWSegment.protocol import EXACT, UserError
 
@@ -147,7 +148,8 @@ def probe_patch(manifest: BundleManifest) -> Tensor:
     shape = manifest.patch_size
     spacing_mm = [2 * radius / length for radius, length in zip(phantoms.BODY_RADII_MM[::-1], shape)]
     volume, _ = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras(spacing_mm, shape))
-    patch = normalize_intensity(torch.from_numpy(volume.array), manifest.intensity_points)
+    intensity = intensity_scale(volume.array, manifest.normalization).normalized(torch.from_numpy(volume.array))
+    patch = normalize_intensity(intensity, manifest.intensity_points)
     noise = NOISE * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return (patch + noise).clamp(0, 1)[None, None]
 

@@ -1,7 +1,7 @@
 """From the volume to the model grid and back.
 
 The model grid is upright in the world: array axes grow to superior, anterior, right (S-A-R, so that index order ijk
-is RAS), at the manifest's spacing, intensity mapped to [0, 1], padded at the far ends to the candidate grid. Oblique,
+is RAS), at the manifest's spacing, intensity normalized and mapped to [0, 1], padded at the far ends to the candidate grid. Oblique,
 mirrored and permuted volumes become the same picture as an upright one, and the nets never see the scanner's frame.
 """
 
@@ -15,6 +15,7 @@ from NMSWSegment.engine.aggregation import uniform_cells
 from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid, model_grid_around
+from NMSWSegment.files.normalization import IntensityScale, intensity_scale
 from NMSWSegment.files.volume import Volume
 
 VOXELS_AT_ONCE = 1 << 21  # bounds the working memory of one slab: about 60 MB, 250 of an oblique volume
@@ -27,14 +28,15 @@ def to_model_grid(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, Mod
         x (1, 1, D, H, W) float32 in [0, 1], padded; the model grid; the grid of all candidates of x.
 
     Raises:
-        UserError: the volume is too large for the model spacing.
+        UserError: the volume is too large for the model spacing, or has no range of intensities that can be normalized.
     """
     model_grid = model_grid_around(volume.shape, volume.ijk_to_ras, spacing_mm=manifest.spacing_mm)
     grid = CandidateGrid.covering(model_grid.shape, patch_size=manifest.patch_size, overlap=manifest.overlap, coarse_factor=manifest.coarse_factor)
     x = torch.zeros(1, 1, *grid.padded_shape)
     inside = tuple(slice(0, length) for length in model_grid.shape[1:])
     darkest, brightest = manifest.intensity_points[0][0], manifest.intensity_points[-1][0]
-    for slab, intensity in _resampled_slabs(volume, model_grid=model_grid, outside=darkest, bounds=(darkest, brightest)):
+    scale = intensity_scale(volume.array, manifest.normalization)
+    for slab, intensity in _resampled_slabs(volume, model_grid=model_grid, outside=darkest, bounds=(darkest, brightest), scale=scale):
         x[(0, 0, slab, *inside)] = normalize_intensity(intensity, manifest.intensity_points)
     return x, model_grid, grid
 
@@ -132,9 +134,11 @@ def restore_labelmap(labels: Tensor, model_grid: ModelGrid) -> Volume:
     return Volume(array=result.numpy(), ijk_to_ras=model_grid.source_ijk_to_ras)
 
 
-def _resampled_slabs(volume: Volume, *, model_grid: ModelGrid, outside: float, bounds: tuple[float, float] | None) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the model grid and their intensity, (slices, H, W) float32."""
-    source, source_ijk_to_ras = block_averaged(volume, spacing_mm=model_grid.spacing_mm, bounds=bounds)
+def _resampled_slabs(
+    volume: Volume, *, model_grid: ModelGrid, outside: float, bounds: tuple[float, float] | None, scale: IntensityScale = IntensityScale()
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the model grid and their intensity, (slices, H, W) float32; everything but the volume in units of the scale."""
+    source, source_ijk_to_ras = block_averaged(volume, spacing_mm=model_grid.spacing_mm, bounds=bounds, scale=scale)
     to_source = np.linalg.inv(source_ijk_to_ras) @ model_grid.ijk_to_ras
     for slab in _slabs(model_grid.shape):
         positions = _positions(to_source, shape=model_grid.shape, slab=slab)
@@ -145,10 +149,16 @@ def _resampled_slabs(volume: Volume, *, model_grid: ModelGrid, outside: float, b
         yield slab, intensity
 
 
-def block_averaged(volume: Volume, *, spacing_mm: Sequence[float], bounds: tuple[float, float] | None = None) -> tuple[Tensor, np.ndarray]:
-    """Mean over whole blocks of voxels that fit into one model voxel: float32 array and its ijk_to_ras.
+def block_averaged(
+    volume: Volume, *, spacing_mm: Sequence[float], bounds: tuple[float, float] | None = None, scale: IntensityScale = IntensityScale()
+) -> tuple[Tensor, np.ndarray]:
+    """Mean over whole blocks of voxels that fit into one model voxel, in units of the scale: float32 array and its ijk_to_ras.
 
-    Training averages its cases with it too, so that noise and thin structures look the same to the nets in both.
+    Training averages its cases with it too, so that noise, thin structures, padding and spikes look the same to the nets in both.
+
+    Args:
+        spacing_mm: of the model, KJI.
+        bounds: as in resample_to_model_grid, in units of the scale.
     """
     directions = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
     target_ijk = np.abs(directions).T @ np.array(spacing_mm[::-1], dtype=float) / np.abs(directions).sum(0)
@@ -158,10 +168,10 @@ def block_averaged(volume: Volume, *, spacing_mm: Sequence[float], bounds: tuple
     slab_size = kernel[0] * max(1, VOXELS_AT_ONCE // (kernel[0] * volume.shape[1] * volume.shape[2]))
     pieces = []
     for start in range(0, volume.shape[0], slab_size):
-        piece = _as_float32(volume.array[start : start + slab_size], bounds)
+        piece = _as_float32(volume.array[start : start + slab_size], bounds and tuple(scale.own(bound) for bound in bounds))
         if max(kernel) > 1:
             piece = torch.nn.functional.avg_pool3d(piece[None, None], kernel, ceil_mode=True, count_include_pad=False)[0, 0]
-        pieces.append(piece)
+        pieces.append(scale.normalized(piece))
     to_first = np.diag([*factors_ijk.astype(float), 1.0])
     to_first[:3, 3] = (factors_ijk - 1) / 2
     return torch.cat(pieces), volume.ijk_to_ras @ to_first

@@ -51,9 +51,11 @@ class Nets:
     def coarse(self, x_low: Tensor) -> tuple[Tensor, Tensor]:
         """Coarse logits (C, d, h, w) and importance map (d, h, w) of x_low (1, 1, d, h, w)."""
         logits, importance_map = run_coarse(lambda x: self._run("coarse_net", x), x_low, multiple=self.manifest.coarse_multiple)
+        coarse_logits = without_padding(logits[0])
+        del logits
         if not self.manifest.importance_has_entropy:
-            importance_map = importance_map + log_entropy(torch.log_softmax(logits, dim=1))
-        return logits[0].contiguous(), importance_map[0, 0].contiguous()  # without the padding of the net
+            importance_map = importance_map + log_entropy(coarse_logits[None])
+        return coarse_logits, importance_map[0, 0].contiguous()
 
     def local(self, patches: Tensor) -> Tensor:
         """Local logits (B, C, P, P, P) of patches (B, P, P, P); more than `batch_size` go one batch after the other."""
@@ -101,7 +103,7 @@ class Nets:
                 f"The {_title(name)} of model '{self.manifest.name}' gives {found} for an input of {tuple(x.shape)}, but must give {', '.join(map(str, expected))}. "
                 "Export the bundle again."
             )
-        if not all(bool(output.isfinite().all()) for output in outputs):
+        if not all(bool(extreme.isfinite()) for output in outputs for extreme in (output.min(), output.max())):  # isfinite of all takes a copy
             raise UserError(f"The {_title(name)} of model '{self.manifest.name}' gives values that are no numbers. Export the bundle again.")
 
     def _move_to_cpu(self, reason: str) -> None:
@@ -109,6 +111,18 @@ class Nets:
         self.device_steps.append(f"{self.device} {reason}; the nets went on with the CPU")
         self.coarse_net, self.local_net = self.coarse_net.to("cpu"), self.local_net.to("cpu")
         self.device, self.batch_size = torch.device("cpu"), 1
+
+
+def without_padding(logits: Tensor) -> Tensor:
+    """Logits (C, d, h, w) that are a corner of a larger (C, D, H, W), moved to the front of its memory: a copy would take as much again."""
+    num_voxels = logits[0].numel()
+    if logits.is_contiguous() or logits.storage_offset() or logits.stride(0) < num_voxels:
+        return logits.contiguous()
+    with torch.inference_mode():
+        memory = logits.as_strided((len(logits) * num_voxels,), (1,))
+        for value, voxels in enumerate(logits):  # what is overwritten has been moved, or is of this class and copied
+            memory[value * num_voxels : (value + 1) * num_voxels] = voxels.flatten()
+    return memory.view(logits.shape)
 
 
 def _reason_to_leave(error: Exception) -> str | None:

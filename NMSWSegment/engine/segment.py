@@ -4,14 +4,14 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import NMSWSegment
-from NMSWSegment.engine.aggregation import CoarseUpsampler, StreamingAggregator
+from NMSWSegment.engine.aggregation import CoarseUpsampler, StreamingAggregator, patch_upsamplers
 from NMSWSegment.engine.patch_cache import PatchCache
 from NMSWSegment.engine.resampling import coarse_ijk_to_ras, coarse_input, restore_labelmap, to_model_grid
 from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reproducible
@@ -82,6 +82,8 @@ class RunCache:
     """Of the bundle and device."""
     coarse: CoarsePass | None = None
     """Of the volume, with these nets and threads."""
+    keeps_coarse: bool = True
+    """Whether there may be a next run; without one, memory is saved."""
     patches: PatchCache = field(default_factory=lambda: PatchCache(max_bytes=0))
     """Of the volume, with these nets and threads."""
 
@@ -107,7 +109,7 @@ def segment_volume(
         UserError: a structure or device of the options does not exist, the region of interest is not on the volume, the volume
             does not suit the bundle, or memory ran out.
     """
-    run_cache = run_cache or RunCache()
+    run_cache = run_cache or RunCache(keeps_coarse=False)
     timings: dict[str, float] = {}
     keep = structure_values(bundle.manifest, options.structures)
     with reproducible(options.threads), memory_explained(volume.shape):
@@ -123,8 +125,12 @@ def segment_volume(
             del preview  # a labelmap as large as the volume
         with timed(timings, "select"):
             selection = choose(coarse, options=options, focus_classes=keep if options.structures else ())
+        upsamplers = None
+        if not run_cache.keeps_coarse:
+            upsamplers = patch_upsamplers(coarse.coarse_logits, indices=selection.indices, grid=coarse.grid)
+            coarse, run_cache.coarse = replace(coarse, coarse_logits=coarse.coarse_logits.new_empty(0)), None
         num_reused = sum(index in run_cache.patches for index in selection.indices)
-        labels = refine(coarse, selection, nets, patches=run_cache.patches, on_progress=on_progress, timings=timings)
+        labels = refine(coarse, selection, nets, upsamplers=upsamplers, patches=run_cache.patches, on_progress=on_progress, timings=timings)
         on_progress(Progress("restore", PATCHES_TO, "Writing labels to the volume's grid"))
         with timed(timings, "restore"):
             labelmap = _restored(labels, coarse.model_grid, keep=keep, in_roi=in_roi, name=volume.name)
@@ -211,6 +217,7 @@ def refine(
     selection: Selection,
     nets: Nets,
     *,
+    upsamplers: dict[int, CoarseUpsampler] | None = None,
     patches: PatchCache | None = None,
     on_progress: OnProgress = ignore_progress,
     timings: dict[str, float] | None = None,
@@ -221,6 +228,7 @@ def refine(
     on the set of patches.
 
     Args:
+        upsamplers: `patch_upsamplers` of the selection; emptied on the way. None takes all coarse logits.
         patches: logits that need not be computed again; takes those that are new.
     """
     timings = {} if timings is None else timings
@@ -229,12 +237,15 @@ def refine(
     on_progress(Progress("patches", PATCHES_FROM, f"Refining {len(order)} of {coarse.grid.num_candidates} patches", total=len(order)))
     with timed(timings, "aggregate"):
         class_weights = torch.tensor(nets.manifest.class_weights)
-        aggregator = StreamingAggregator(
-            coarse.coarse_logits, indices=selection.indices, grid=coarse.grid, class_weights=class_weights, coarse_labels=coarse.coarse_labels
-        )
-    for done, (index, logits) in enumerate(_patch_logits(coarse, order, nets, patches=patches, timings=timings), start=1):
+        if upsamplers is None:
+            upsamplers = dict.fromkeys(selection.indices, CoarseUpsampler(coarse.coarse_logits, grid=coarse.grid))
+        aggregator = StreamingAggregator(upsamplers, grid=coarse.grid, class_weights=class_weights, coarse_labels=coarse.coarse_labels)
+    logits_of_patches = _patch_logits(coarse, order, nets, patches=patches, timings=timings)
+    for done in range(1, len(order) + 1):
+        index, logits = next(logits_of_patches)
         with timed(timings, "aggregate"):
             aggregator.add(index, logits)
+        del logits  # before the next patch takes as much
         fraction = PATCHES_FROM + (PATCHES_TO - PATCHES_FROM) * done / len(order)
         on_progress(Progress("patches", fraction, f"Patch {done} of {len(order)}", done=done, total=len(order)))
     return aggregator.finish()
@@ -309,6 +320,7 @@ def _patch_logits(coarse: CoarsePass, order: list[int], nets: Nets, *, patches: 
             for other, patch in zip(batch, logits):
                 patches.put(other, patch, wanted=order)
                 ready[other] = patch
+            del logits, patch  # whoever gets them may let them go
         yield index, ready.pop(index) if index in ready else patches.get(index)
 
 

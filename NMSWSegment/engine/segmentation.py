@@ -121,7 +121,7 @@ def segment_with_options(
     if not force_modality:
         check_intensities(volume, bundle.manifest)
     nets = _open_nets(bundle.folder, bundle.sha256, options.device, options.runtime, options.threads)
-    result = segment_volume(volume, bundle, options=options, on_progress=on_progress, run_cache=RunCache(nets=nets))
+    result = segment_volume(volume, bundle, options=options, on_progress=on_progress, run_cache=RunCache(nets=nets, keeps_coarse=False))
     if nets.device_steps:  # another volume may fit where this one did not
         _open_nets.cache_clear()
     labels = tuple(label for label in bundle.manifest.labels if label.value in kept_values)

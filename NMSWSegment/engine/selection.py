@@ -18,6 +18,7 @@ from NMSWSegment.protocol import AUTO
 
 FOREGROUND_THRESHOLD = 0.1  # a candidate whose footprint nowhere reaches this much foreground is taken last
 RANDOM_POLICY_SEED = 0
+VOXELS_AT_ONCE = 1 << 14  # a multiple of the processor's vectors, so that no value depends on it
 LEAST_ENTROPY = 1e-4  # nats; of the expected error where the coarse net is sure
 AUTO_GAIN = 0.01
 """Share of the expected error that the next patch must add for k = auto to take it. Set on the two held-out volumes of the model card (27
@@ -49,10 +50,13 @@ def shows_foreground(presence: Tensor, *, grid: CandidateGrid) -> Tensor:
     return pool_mean((presence >= FOREGROUND_THRESHOLD).float(), grid=grid) > 0
 
 
-def log_entropy(log_probabilities: Tensor) -> Tensor:
-    """Log of the coarse answer's entropy plus LEAST_ENTROPY, (B, 1, d, h, w), from log-probabilities (B, C, d, h, w)."""
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(1, keepdim=True)
-    return torch.log(entropy + LEAST_ENTROPY)
+def log_entropy(logits: Tensor) -> Tensor:
+    """Log of the coarse answer's entropy plus LEAST_ENTROPY, (B, 1, d, h, w), from logits (B, C, d, h, w)."""
+    entropy = []
+    for part in logits.flatten(2).split(VOXELS_AT_ONCE, dim=2):
+        log_probabilities = torch.log_softmax(part, dim=1)
+        entropy.append(-(log_probabilities.exp() * log_probabilities).sum(1, keepdim=True))
+    return torch.log(torch.cat(entropy, dim=2) + LEAST_ENTROPY).reshape(logits[:, :1].shape)
 
 
 def candidate_importance(importance_map: Tensor, *, grid: CandidateGrid) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from NMSWSegment.files.manifest_schema import check_manifest
+from NMSWSegment.files.normalization import FIXED
 from NMSWSegment.files.output_file import check_name
 from NMSWSegment.files.resources import resources_folder
 from NMSWSegment.protocol import UserError, reject_unknown_keys, unknown_name
@@ -88,7 +89,7 @@ class BundleManifest:
     spacing_mm: tuple[float, float, float]
     """Model spacing."""
     intensity_points: tuple[tuple[float, float], ...]
-    """Piecewise-linear map from the volume's intensity (HU for CT) to [0, 1], clamped outside; two points are a window."""
+    """Piecewise-linear map from the volume's intensity, in units of `normalization`, to [0, 1], clamped outside; two points are a window."""
     patch_size: tuple[int, int, int]
     overlap: float
     coarse_factor: tuple[int, int, int]
@@ -104,6 +105,8 @@ class BundleManifest:
     """How the nets were built, enough to build them again and load the archived weights."""
     importance_has_entropy: bool = False
     """Whether the importance map is the log of a gain already; that of older bundles does not know the coarse answer's entropy, which is added."""
+    normalization: str = FIXED
+    """One of normalization.NORMALIZATIONS; fixed, that of older bundles, takes the intensity as it is, HU for CT."""
     training: dict = field(default_factory=dict)
     """What the weights were trained on and how; for people."""
     scores: dict = field(default_factory=dict)

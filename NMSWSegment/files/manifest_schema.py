@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from NMSWSegment.files.normalization import NORMALIZATIONS
 from NMSWSegment.protocol import UserError
 
 MAX_OVERLAP = 0.9
@@ -138,6 +139,16 @@ def _hash(value: object, key: str) -> None:
         raise _wrong(key, value, "64 digits and letters a to f")
 
 
+def _one_of(known: Sequence[str]) -> Check:
+    """One of some words."""
+
+    def check(value: object, key: str) -> None:
+        if value not in known:
+            raise _wrong(key, value, f"one of {', '.join(known)}")
+
+    return check
+
+
 def _any_number(value: object, key: str) -> None:
     """A number, NaN included."""
     if not _is_number(value):
@@ -203,6 +214,7 @@ _REQUIRED: dict[str, Check] = {
 }
 _OPTIONAL: dict[str, Check] = {
     "importance_has_entropy": _boolean,
+    "normalization": _one_of(NORMALIZATIONS),
     "training": _object,
     "scores": _mapping(_mapping(_fields({"mean": _any_number}, {}))),
     "license": _text(),

@@ -84,6 +84,9 @@ def needed_memory_bytes(
     coarse = int(np.prod([-(-length // factor) for length, factor in zip(model_grid.shape, coarse_factor)], dtype=float))
     patch_logits = 4 * num_classes * int(np.prod(grid.patch_size))
     stays = 4 * padded + 4 * (num_classes + 1) * coarse  # x, coarse logits, importance map
+    # without a next run only what the patches need of the coarse logits stays: aggregation.patch_upsamplers
+    parts = num_patches * int(np.prod([-(-size // factor) + 1 for size, factor in zip(grid.patch_size, coarse_factor)]))
+    refined = stays if cache_bytes else stays - 4 * num_classes * max(0, coarse - parts)
     to_source = np.linalg.inv(model_grid.ijk_to_ras) @ model_grid.source_ijk_to_ras
     is_oblique = bool((np.abs(to_source[:3, :3]) > 1e-12).sum() > 3)
     restore_slab_bytes = _RESTORE_OBLIQUE_SLAB_BYTES if is_oblique else _RESTORE_SLAB_BYTES
@@ -92,8 +95,8 @@ def needed_memory_bytes(
         stays + _net_bytes(coarse, num_classes=num_classes, floats=_NET_FLOATS["unet"]["paper"]),
         stays + 60 * coarse + _BLOCKED_BYTES,  # selection: presence and entropy, some maps in float64
         stays + 30 * coarse + 3 * padded + _BLOCKED_BYTES,  # up-sampling: cells, labels with a margin, their copy
-        stays + 2 * padded + _BLOCKED_BYTES + _patch_bytes(grid, num_classes=num_classes, num_patches=num_patches, floats=_local_floats(backbone, preset)),
-        stays + 3 * padded + 5 * model + _RESTORE_CHUNK_BYTES + restore_slab_bytes * min(_SLAB_VOXELS, source) + source,  # ... and the labelmap
+        refined + 2 * padded + _BLOCKED_BYTES + _patch_bytes(grid, num_classes=num_classes, num_patches=num_patches, floats=_local_floats(backbone, preset)),
+        refined + 3 * padded + 5 * model + _RESTORE_CHUNK_BYTES + restore_slab_bytes * min(_SLAB_VOXELS, source) + source,  # ... and the labelmap
     ]
     cache = min(cache_bytes, num_patches * patch_logits)
     return int(_WORKER_BYTES + _ALLOCATOR * (bytes_per_voxel * source + max(stages) + cache))
@@ -138,7 +141,7 @@ def _patch_bytes(grid: CandidateGrid, *, num_classes: int, num_patches: int, flo
     share = min(1.0, _OVERLAPPING * num_patches / grid.num_candidates)
     blocks = min(num_patches * int(np.prod(blocks_per_axis)), int(np.ceil(share * blocks_in_layers)))
     patch_voxels = int(np.prod(grid.patch_size))
-    one_patch = max(_net_bytes(patch_voxels, num_classes=num_classes, floats=floats), 2 * 4 * num_classes * patch_voxels)  # the last patch and the next one
+    one_patch = max(_net_bytes(patch_voxels, num_classes=num_classes, floats=floats), 2 * 4 * num_classes * patch_voxels)  # before and after the log-softmax
     return blocks * 4 * (num_classes + 1) * int(np.prod(grid.stride)) + one_patch
 
 

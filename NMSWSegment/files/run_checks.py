@@ -14,6 +14,8 @@ from NMSWSegment.protocol import AUTO, SegmentOptions, UserError
 AIR_AND_LUNG_HU = (-1100.0, -200.0)
 """Every CT has voxels here: air around or in the body, or at least lung or fat at their border. MR, stored values without rescaling and
 HU + 1024 have none, even with a padding of -2000 or -1024 outside of the field of view."""
+CT_AIR_SHARE = 0.01
+"""Of the voxels; less than any CT of a body has there."""
 
 
 def check_modality(file: VolumeFile, manifest: BundleManifest) -> None:
@@ -26,14 +28,30 @@ def check_modality(file: VolumeFile, manifest: BundleManifest) -> None:
 
 
 def check_intensities(volume: Volume, manifest: BundleManifest) -> None:
-    """Raise UserError if the model takes CT and the voxels are no Hounsfield units."""
+    """Raise UserError if the model takes CT and the voxels are no Hounsfield units, or if it takes MR and they are."""
     low, high = AIR_AND_LUNG_HU
+    if manifest.modality == "MR" and _looks_like_ct(volume.array):
+        raise UserError(
+            f"'{volume.name}' looks like a CT in Hounsfield units: it has air and lung between {low:g} and {high:g}. But model '{manifest.name}' was trained on MR. "
+            "Choose another model (see 'nmsw models'), or run it nevertheless with --force-modality."
+        )
     if manifest.modality != "CT" or any(((piece > low) & (piece < high)).any() for piece in volume.array):
         return
     raise UserError(
         f"'{volume.name}' is hardly a CT in Hounsfield units, which model '{manifest.name}' was trained on: no voxel lies between {low:g} and {high:g} (air, "
         f"lung); they go from {volume.array.min():g} to {volume.array.max():g}. Export it with its rescaling, or run it nevertheless with --force-modality."
     )
+
+
+def _looks_like_ct(array: np.ndarray) -> bool:
+    """Whether a share of the voxels has the values of air and lung, and not a single one, which would be a padding."""
+    low, high = AIR_AND_LUNG_HU
+    count, lowest, highest = 0, np.inf, -np.inf
+    for piece in array:
+        found = piece[(piece > low) & (piece < high)]
+        if found.size:
+            count, lowest, highest = count + found.size, min(lowest, float(found.min())), max(highest, float(found.max()))
+    return count >= CT_AIR_SHARE * array.size and lowest < highest
 
 
 def run_memory_bytes(shape: Sequence[int], ijk_to_ras: np.ndarray, manifest: BundleManifest, *, num_patches: int | None, bytes_per_voxel: int) -> int:

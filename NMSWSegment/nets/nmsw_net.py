@@ -43,6 +43,45 @@ class Architecture:
         return asdict(self)
 
 
+VOXELS_AT_ONCE = 1 << 14
+"""Of the last, pointwise part of a net where no gradient is wanted, so that its temporary arrays are small beside the logits of many classes."""
+
+
+@torch.jit.script_if_tracing  # a trace would fix the number of parts
+def log_probabilities(logits: Tensor, at_once: int) -> Tensor:
+    """log-softmax over the classes (B, C, d, h, w); without a gradient in the place of the logits."""
+    if torch.is_grad_enabled():
+        return torch.log_softmax(logits, dim=1)
+    result = logits.flatten(2)
+    for start in range(0, result.size(2), at_once):
+        part = result[:, :, start : start + at_once]
+        part.copy_(torch.log_softmax(part, dim=1))
+    return result.reshape(logits.size())
+
+
+@torch.jit.script_if_tracing
+def expected_gain(features: Tensor, logits: Tensor, weights: list[Tensor], biases: list[Tensor], at_once: int) -> Tensor:
+    """The importance map (B, 1, d, h, w): log of the entropy of log-probabilities (B, C, d, h, w), plus the perceptron's correction.
+
+    0.0001 nats are added to the entropy: where the coarse net is sure, importance differs by the correction alone.
+    """
+    step = logits.size(2)
+    if not torch.is_grad_enabled():
+        step = max(1, at_once // (logits.size(3) * logits.size(4)))
+    parts: list[Tensor] = []
+    for start in range(0, logits.size(2), step):
+        part = logits[:, :, start : start + step]
+        probabilities = part.exp()
+        entropy = -(probabilities * part).sum(1, keepdim=True)
+        x = torch.cat([features[:, :, start : start + step], probabilities.to(features.dtype)], dim=1)
+        for layer in range(len(weights)):
+            x = torch.nn.functional.conv3d(x, weights[layer], biases[layer])
+            if layer < len(weights) - 1:
+                x = torch.nn.functional.leaky_relu(x, 0.01)
+        parts.append(torch.log(entropy + 1e-4) + x.float())
+    return torch.cat(parts, dim=2)
+
+
 class CoarseNet(nn.Module):
     """Down-sampled volume -> coarse logits and importance map (f_g and the importance head)."""
 
@@ -56,7 +95,7 @@ class CoarseNet(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, d, h, w) in [0, 1] -> coarse logits, log-probabilities (B, C, d, h, w), and importance map (B, 1, d, h, w)."""
         features = self.backbone(x)
-        logits = torch.log_softmax(self.head(features).float(), dim=1)
+        logits = log_probabilities(self.head(features).float(), VOXELS_AT_ONCE)
         return logits, self.importance_head(features, logits)
 
     def without_importance(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +114,6 @@ class ImportanceHead(nn.Module):
     """
 
     WIDTH = 32
-    LEAST_ENTROPY = 1e-4  # nats; where the coarse net is sure, importance differs by the correction alone
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -89,10 +127,9 @@ class ImportanceHead(nn.Module):
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
         """Features (B, F, d, h, w) and log-probabilities (B, C, d, h, w) -> importance map (B, 1, d, h, w)."""
-        logits = logits.detach()  # the coarse answer is no means to move the importance
-        probabilities = logits.exp()
-        entropy = -(probabilities * logits).sum(1, keepdim=True)
-        return torch.log(entropy + self.LEAST_ENTROPY) + self.perceptron(torch.cat([features, probabilities.to(features.dtype)], dim=1)).float()
+        layers = [layer for layer in self.perceptron if isinstance(layer, nn.Conv3d)]
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return expected_gain(features, logits.detach(), weights, biases, VOXELS_AT_ONCE)  # detached: the coarse answer is no means to move the importance
 
 
 class LocalNet(nn.Module):
@@ -109,7 +146,7 @@ class LocalNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, P, P, P) in [0, 1] -> local logits, log-probabilities (B, C, P, P, P)."""
-        return torch.log_softmax(self.head(self.backbone(x)).float(), dim=1)
+        return torch.log_softmax(self.head(self.backbone(x)).float(), dim=1)  # plain operators, which other runtimes take
 
     def deep_logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """Logits for training, before the log-softmax, which a loss takes itself; for deep supervision also at 1/2, 1/4, ... where the backbone has such heads."""

@@ -21,6 +21,8 @@ from NMSWSegment.protocol import AUTO, UserError
 
 CT_HAS_VOXELS_BELOW_HU = -200.0
 """A CT volume has voxels below this, air or at least lung and fat; an MR volume has none."""
+CT_LOWEST_HU = -4000.0
+"""No CT volume has voxels below this; a lower value is a mark, such as -FLT_MAX."""
 
 
 class Severity(Enum):
@@ -47,11 +49,12 @@ class CheckKind(Enum):
     ROI_OUTSIDE = "roi_outside"
     MEMORY_SHORT = "memory_short"
     UNLIKE_CT = "unlike_ct"
+    UNLIKE_MR = "unlike_mr"
 
     @property
     def severity(self) -> Severity:
         """An error makes a run impossible, a warning is advice."""
-        return Severity.WARNING if self in (CheckKind.MEMORY_SHORT, CheckKind.UNLIKE_CT) else Severity.ERROR
+        return Severity.WARNING if self in (CheckKind.MEMORY_SHORT, CheckKind.UNLIKE_CT, CheckKind.UNLIKE_MR) else Severity.ERROR
 
 
 @dataclass(frozen=True)
@@ -217,8 +220,12 @@ def _run_checks(inputs: Inputs) -> list[InputCheck]:
         return [InputCheck(CheckKind.VOLUME_TOO_LARGE, {"message": str(error)}), *checks]
     if inputs.available_bytes is not None and needed > inputs.available_bytes:
         checks.append(InputCheck(CheckKind.MEMORY_SHORT, {"needed_bytes": needed, "available_bytes": inputs.available_bytes}))
-    if manifest.modality == "CT" and inputs.intensity_range is not None and inputs.intensity_range[0] > CT_HAS_VOXELS_BELOW_HU:
-        checks.append(InputCheck(CheckKind.UNLIKE_CT, {"lowest": inputs.intensity_range[0]}))
+    if inputs.intensity_range is not None:
+        lowest = inputs.intensity_range[0]
+        if manifest.modality == "CT" and lowest > CT_HAS_VOXELS_BELOW_HU:
+            checks.append(InputCheck(CheckKind.UNLIKE_CT, {"lowest": lowest}))
+        elif manifest.modality == "MR" and CT_LOWEST_HU < lowest < CT_HAS_VOXELS_BELOW_HU:
+            checks.append(InputCheck(CheckKind.UNLIKE_MR, {"lowest": lowest}))
     return checks
 
 

@@ -76,6 +76,9 @@ def check_message(check: InputCheck) -> str:
         CheckKind.UNLIKE_CT: _(
             "The lowest intensity is {lowest:g}, so this does not appear to be a CT volume in Hounsfield units, which the model was trained on. Review the result carefully."
         ),
+        CheckKind.UNLIKE_MR: _(
+            "The lowest intensity is {lowest:g}, so this appears to be a CT volume, but the model was trained on MR. Review the result carefully."
+        ),
     }
     gigabytes = {name.replace("_bytes", "_gb"): value / 1e9 for name, value in check.values.items() if name.endswith("_bytes")}
     return texts[check.kind].format(**check.values, **gigabytes)

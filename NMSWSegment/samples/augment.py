@@ -64,9 +64,9 @@ def distortion(size: int, *, generator: torch.Generator) -> Tensor:
 class PaperIntensity:
     """Changes an intensity; the same state of the generator gives the same result."""
 
-    def __init__(self, *, window_hu: tuple[float, float]) -> None:
-        """Args: window_hu: HU that the transforms see as 0 and 1; beyond it nothing is left."""
-        self._low, self._high = window_hu
+    def __init__(self, *, window: tuple[float, float]) -> None:
+        """Args: window: intensities, HU or normalized ones, that the transforms see as 0 and 1; beyond it nothing is left."""
+        self._low, self._high = window
         self._transform = Compose(
             [
                 RandShiftIntensity(offsets=0.1, prob=0.2),
@@ -80,7 +80,7 @@ class PaperIntensity:
         )
 
     def __call__(self, intensity: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Intensity (HU, (D, H, W), clipped to the window), changed."""
+        """Intensity (HU or normalized, (D, H, W), clipped to the window), changed."""
         self._transform.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
         share = ((intensity - self._low) / (self._high - self._low)).clamp(0, 1)
         changed = torch.as_tensor(self._transform(share[None])[0])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from NMSWSegment.data.prepared_case import PreparedCase
 from NMSWSegment.engine.resampling import block_averaged
+from NMSWSegment.files.normalization import FIXED, intensity_scale
 from NMSWSegment.files.orientation import Triple_mm
 from NMSWSegment.files.volume import Volume
 
@@ -24,19 +25,29 @@ class LoadedCase:
     case: PreparedCase
     """Where its voxels lie."""
     intensity: Tensor
-    """HU averaged over `blocks`, as inference does before it interpolates, (d, h, w) float32."""
+    """Normalized, bounded and averaged over `blocks`, as inference does before it interpolates, (d, h, w) float32; HU where the normalization is fixed."""
     labels: Tensor
     """(D, H, W) uint8, on the case's own grid."""
     blocks: tuple[int, int, int]
     """Voxels of the case per intensity voxel, KJI."""
+    outside: float
+    """Intensity beside the case, the lower bound."""
 
 
 class CaseMemory:
     """The cases used last, up to a number of bytes."""
 
-    def __init__(self, *, spacing_mm: Triple_mm, device: torch.device | str = "cpu", max_bytes: int | None = None) -> None:
-        """Args: spacing_mm: of the model; max_bytes: None takes CPU_BYTES, or GPU_SHARE of what a GPU has free."""
-        self.spacing_mm, self.device = spacing_mm, torch.device(device)
+    def __init__(
+        self,
+        *,
+        spacing_mm: Triple_mm,
+        bounds: tuple[float, float],
+        normalization: str = FIXED,
+        device: torch.device | str = "cpu",
+        max_bytes: int | None = None,
+    ) -> None:
+        """Args: spacing_mm, bounds, normalization: as of loaded_case; max_bytes: None takes CPU_BYTES, or GPU_SHARE of what a GPU has free."""
+        self.spacing_mm, self.bounds, self.normalization, self.device = spacing_mm, bounds, normalization, torch.device(device)
         if max_bytes is None:
             max_bytes = int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else CPU_BYTES
         self._max_bytes = max_bytes
@@ -45,7 +56,7 @@ class CaseMemory:
     def get(self, key: Hashable, load: Callable[[], PreparedCase]) -> LoadedCase:
         """The case of a key, loaded if it is not there; names are no keys, because two data sets may use the same."""
         if key not in self._kept:
-            self._kept[key] = loaded_case(load(), spacing_mm=self.spacing_mm, device=self.device)
+            self._kept[key] = loaded_case(load(), spacing_mm=self.spacing_mm, bounds=self.bounds, normalization=self.normalization, device=self.device)
         self._kept.move_to_end(key)
         result = self._kept[key]
         while sum(_num_bytes(case) for case in self._kept.values()) > self._max_bytes:
@@ -53,11 +64,20 @@ class CaseMemory:
         return result
 
 
-def loaded_case(case: PreparedCase, *, spacing_mm: Triple_mm, device: torch.device | str = "cpu") -> LoadedCase:
-    """A prepared case for a model spacing, averaged by the function that inference uses."""
-    intensity, _ = block_averaged(Volume(array=case.intensity, ijk_to_ras=case.ijk_to_ras), spacing_mm=spacing_mm)
+def loaded_case(
+    case: PreparedCase, *, spacing_mm: Triple_mm, bounds: tuple[float, float], normalization: str = FIXED, device: torch.device | str = "cpu"
+) -> LoadedCase:
+    """A prepared case for a model spacing, normalized, bounded and averaged by the functions that inference uses.
+
+    Args:
+        spacing_mm: of the model.
+        bounds: first and last of the model's intensity_points.
+        normalization: of the model.
+    """
+    scale = intensity_scale(case.intensity, normalization)
+    intensity, _ = block_averaged(Volume(array=case.intensity, ijk_to_ras=case.ijk_to_ras), spacing_mm=spacing_mm, bounds=bounds, scale=scale)
     blocks = tuple(-(-full // averaged) for full, averaged in zip(case.intensity.shape, intensity.shape))
-    return LoadedCase(case=case, intensity=intensity.to(device), labels=torch.from_numpy(case.labels).to(device), blocks=blocks)
+    return LoadedCase(case=case, intensity=intensity.to(device), labels=torch.from_numpy(case.labels).to(device), blocks=blocks, outside=bounds[0])
 
 
 def _num_bytes(loaded: LoadedCase) -> int:

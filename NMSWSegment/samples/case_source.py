@@ -57,7 +57,7 @@ def _scan(loaded: LoadedCase, *, options: SynthesisOptions, generator: torch.Gen
     box_mm = random_box(loaded.case.extent, min_range_mm=options.min_range_mm, generator=generator)
     warp = random_warp(box_mm, limits=options.warp, spacing_mm=options.spacing_mm, max_voxels=options.max_voxels, generator=generator)
     intensity, labels = resampled(loaded, warp)
-    body = intensity > BODY_THRESHOLD_HU
+    body = intensity > max(BODY_THRESHOLD_HU, loaded.outside)
     intensity = _recontrasted(intensity, labels, generator)
     add_pathology(intensity, labels, options=options, generator=generator)
     intensity = _rescanned(intensity, body, spacing_mm=options.spacing_mm, generator=generator)
@@ -74,7 +74,7 @@ def whole_warp(case: PreparedCase, *, spacing_mm: Triple_mm) -> Warp:
 
 
 def resampled(loaded: LoadedCase, warp: Warp) -> tuple[Tensor, Tensor]:
-    """Intensity (trilinear) and labels (nearest) through one warp of upright space; air and background beside the source, 255 above and below."""
+    """Intensity (trilinear) and labels (nearest) through one warp of upright space; the lower bound and background beside the source, 255 above and below."""
     case, labels = loaded.case, loaded.labels
     upright = replace(warp, matrix=torch.tensor(case.direction).T @ warp.matrix)
     index = upright.source_index(case.spacing_mm, device=labels.device)
@@ -85,7 +85,7 @@ def resampled(loaded: LoadedCase, warp: Warp) -> tuple[Tensor, Tensor]:
     for axis, block in enumerate(loaded.blocks):  # voxels of the case -> blocks
         index[axis].sub_((block - 1) / 2).div_(block)
     warped = _trilinear(loaded.intensity, index)
-    warped[beside], warped_labels[beside] = AIR_HU, 0
+    warped[beside], warped_labels[beside] = loaded.outside, 0
     warped_labels[beyond] = UNKNOWN_LABEL
     return warped, warped_labels
 

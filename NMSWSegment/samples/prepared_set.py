@@ -1,6 +1,6 @@
 """Prepared data: everything that training reads of cases and anatomies, in one folder that can go to another computer.
 
-    FOLDER/dataset.json                      label names
+    FOLDER/dataset.json                      label names, modality
     FOLDER/cases/<name>/                     intensity.npy, labels.npy, case.json        as in the cache of a run
     FOLDER/anatomies/<name>/                 tissue_map.npy, anatomy.json
 

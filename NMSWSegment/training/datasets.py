@@ -1,4 +1,4 @@
-"""Training data: the labelled CT and anatomies of a run, found, checked and opened."""
+"""Training data: the labelled volumes and anatomies of a run, found, checked and opened."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from NMSWSegment.samples.training_set import TrainingSet, check_not_empty
 from NMSWSegment.training.distributed import ProcessGroup
 from NMSWSegment.training.folds import case_roles
 from NMSWSegment.training.label_checks import label_warnings
-from NMSWSegment.training.options import CT_INTENSITY_POINTS, PAPER_INTENSITY_POINTS, TrainOptions
+from NMSWSegment.training.options import MR, TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +35,15 @@ class TrainingData:
     """What a run learns from and what it is validated on; lists only, no voxel is read yet."""
 
     requests: tuple[CaseRequest, ...]
-    """Labelled CT."""
+    """Labelled volumes."""
     prepared_cases: tuple[Path, ...]
-    """Labelled CT in folders of prepared data."""
+    """Labelled volumes in folders of prepared data."""
     anatomies: tuple[Path, ...]
     """Folders of tissue maps, prepared or not."""
     label_names: tuple[str, ...]
     """Classes without background, in label order."""
     num_held_out: int
     """Cases and anatomies that are not trained on."""
-    modality: str = CT
-    """CT, or what the first data set that is no CT calls its intensities."""
     validation: tuple[CaseRequest | Path, ...] = ()
     """Labelled CT that is not trained on, sorted by name: requests, and cases in folders of prepared data."""
 
@@ -64,50 +62,43 @@ def find_data(options: TrainOptions) -> TrainingData:
     """All cases and anatomies of a run.
 
     Raises:
-        UserError: a data argument, folder or list cannot be used, label lists differ, a held-out id does not exist, the folds do not fit, or
-            nothing is left to train on.
+        UserError: a data argument, folder or list cannot be used, the data is of another modality, label lists differ, a held-out id does not
+            exist, the folds do not fit, or nothing is left to train on.
     """
-    label_names, requests, prepared, anatomies, modalities = None, [], [], [], []
+    label_names, requests, prepared, anatomies = None, [], [], []
     for argument in options.data:
         kind, _, folder = argument.partition(":")
         if kind == PREPARED:
             entries, folders = prepared_entries(Path(folder))
             prepared += entries
             anatomies += folders
-            names = read_label_names(dataset_file(Path(folder)))
-            modalities.append(read_modality(dataset_file(Path(folder))))
+            names, modality = read_label_names(dataset_file(Path(folder))), read_modality(dataset_file(Path(folder)))
         elif kind == ANATOMIES:
             anatomies += read_anatomies(Path(folder))
-            names = read_label_names(dataset_file(Path(folder), also=(Path(folder).parent,)))
+            names, modality = read_label_names(dataset_file(Path(folder), also=(Path(folder).parent,))), CT
         else:
             cases = read_cases(argument, subset=options.subset)
             requests += [_request(files, cases) for files in cases.files]
-            names = cases.label_names
-            modalities.append(cases.modality)
+            names, modality = cases.label_names, cases.modality
+        if modality and (modality == CT) != (options.modality == CT):
+            raise UserError(
+                f"The data '{argument}' is {modality}, but the modality of the run is {options.modality}. Give --modality {MR if options.modality == CT else CT}, or leave this data out: one run learns one modality."
+            )
         if label_names is not None and names != label_names:
             raise UserError(
                 f"The label names of '{folder}' differ from those of the data before it ({_first_difference(label_names, names)}). Bring all data to one list."
             )
         label_names = names
+    if anatomies and options.modality != CT:
+        raise UserError(f"Anatomies are synthesized as CT, but the modality of the run is {options.modality}. Leave them out.")
     labelled = [*requests, *prepared]
     roles = case_roles(options, case_names=[_name(case) for case in labelled], anatomy_names=[_name(anatomy) for anatomy in anatomies])
     held_out = roles.validation | roles.left_out
     used = [tuple(source for source in sources if _name(source) not in held_out) for sources in (requests, prepared, anatomies)]
     num_used = sum(map(len, used))
     check_not_empty(range(num_used))
-    modality = next((name for name in modalities if name != CT), CT)
     validation = tuple(sorted((case for case in labelled if _name(case) in roles.validation), key=_name))
-    return TrainingData(*used, label_names=label_names, num_held_out=len(labelled) + len(anatomies) - num_used, modality=modality, validation=validation)
-
-
-def check_modality(data: TrainingData, options: TrainOptions) -> None:
-    """Raise UserError for data that are no CT with an intensity map for HU."""
-    points = options.intensity_points
-    if data.modality != CT and points in (CT_INTENSITY_POINTS, PAPER_INTENSITY_POINTS) and not options.force_modality:
-        raise UserError(
-            f"The data are {data.modality}, but the intensities are mapped as HU of a CT ({points[0][0]:g} to {points[-1][0]:g}). "
-            "Give their own range with --window LOW HIGH, or --force-modality if they are HU after all."
-        )
+    return TrainingData(*used, label_names=label_names, num_held_out=len(labelled) + len(anatomies) - num_used, validation=validation)
 
 
 def open_training_set(
@@ -133,9 +124,9 @@ def open_training_set(
     data = data or find_data(options)
     if cache and group:
         _fill_cache(data.requests, cache=cache, group=group)
-    points = options.intensity_points
-    paper_intensity = PaperIntensity(window_hu=(points[0][0], points[-1][0])) if options.augmentation == "paper" else None
-    memory = CaseMemory(spacing_mm=options.spacing_mm, device=device)
+    bounds = (options.intensity_points[0][0], options.intensity_points[-1][0])
+    paper_intensity = PaperIntensity(window=bounds) if options.augmentation == "paper" else None
+    memory = CaseMemory(spacing_mm=options.spacing_mm, bounds=bounds, normalization=options.normalization, device=device)
     anatomies = [read_anatomy(path, num_labels=len(data.label_names) + 1) for path in data.anatomies]
     cases = [*data.requests, *data.prepared_cases]
     if cache:

@@ -1,8 +1,10 @@
 """The model card of a bundle: what it segments, what it learned from, how good it is on data it did not see."""
 
 from NMSWSegment.files.bundle import BundleManifest
+from NMSWSegment.files.normalization import FIXED, PERCENTILES, ZSCORE
 
 PICTURE_NAME = "overlay.png"
+_INTENSITIES = {FIXED: "as they are", PERCENTILES: "between percentiles of the volume", ZSCORE: "z-scores of the volume"}
 
 
 def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
@@ -17,7 +19,7 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
         "**A research model. Not for clinical use.**",
         "",
         f"- Backbone: {manifest.backbone} (coarse net: unet), {manifest.architecture.get('preset', '')} preset",
-        f"- Modality: {manifest.modality}; model spacing {spacing} mm (S, A, R); patch {patch} voxels, overlap {manifest.overlap:g}",
+        f"- Modality: {manifest.modality}; intensities: {_INTENSITIES[manifest.normalization]}; model spacing {spacing} mm (S, A, R); patch {patch} voxels, overlap {manifest.overlap:g}",
         f"- Structures ({len(manifest.labels)}): {', '.join(label.title for label in manifest.labels)}",
         f"- License of the weights: {manifest.license}",
         "",

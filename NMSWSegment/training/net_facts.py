@@ -15,7 +15,8 @@ def net_facts(options: TrainOptions, net: NMSWNet, *, label_names: Sequence[str]
     """
     return {
         "backbone": options.backbone,
-        "modality": "CT",
+        "modality": options.modality,
+        "normalization": options.normalization,
         "spacing_mm": options.spacing_mm,
         "intensity_points": options.intensity_points,
         "patch_size": options.patch_size,

@@ -8,8 +8,10 @@ import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from NMSWSegment.data.layouts import CT
 from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.files.normalization import FIXED, NORMALIZATIONS, PERCENTILES, ZSCORE
 from NMSWSegment.nets.backbones import known_preset
 from NMSWSegment.protocol import UserError, reject_unknown_keys, unknown_name
 from NMSWSegment.training.config_file import read_config
@@ -17,6 +19,10 @@ from NMSWSegment.training.config_file import read_config
 OPTIONS_NAME = "options.json"
 CT_INTENSITY_POINTS = ((-1000.0, 0.0), (-200.0, 0.2), (300.0, 0.85), (1500.0, 1.0))
 PAPER_INTENSITY_POINTS = ((-250.0, 0.0), (500.0, 1.0))
+MR = "MR"
+MODALITIES = (CT, MR)
+INTENSITY_POINTS = {FIXED: CT_INTENSITY_POINTS, PERCENTILES: ((0.0, 0.0), (1.0, 1.0)), ZSCORE: ((-3.0, 0.0), (4.0, 1.0))}
+"""Defaults by normalization. Of z-scores, 4 because MR has a long bright tail."""
 SPARSE_BACKBONE = "e2enet"
 CHANGEABLE = ("data", "splits", "iterations", "patience")
 """What may be another on resume: places of the same cases, and how long the run goes on."""
@@ -59,10 +65,12 @@ class TrainOptions:
     """Optimizer steps between two changes of what a sparse e2enet leaves out; the paper's, for its long runs."""
     spacing_mm: tuple[float, float, float] = (3.0, 3.0, 3.0)
     """Model spacing in mm, KJI."""
+    modality: str = CT
+    """Of all data of the run."""
+    normalization: str = FIXED
+    """What intensity_points are counted in: fixed (HU), or the volume's own percentiles or zscore, for MR."""
     intensity_points: tuple[tuple[float, float], ...] = CT_INTENSITY_POINTS
     """See BundleManifest.intensity_points."""
-    force_modality: bool = False
-    """Take an intensity map for HU although the data are no CT."""
     patch_size: tuple[int, int, int] = (64, 64, 64)
     """Voxels of a patch, KJI."""
     overlap: float = 0.5
@@ -70,7 +78,7 @@ class TrainOptions:
     coarse_factor: tuple[int, int, int] = (2, 2, 2)
     """Voxels that the coarse net sees as one, KJI."""
     augmentation: str = "scan"
-    """scan: random scan ranges, warps, contrast and scanners (as the packaged model); paper: the paper's list, on whole volumes."""
+    """scan: random scan ranges, warps, contrast and scanners (as the packaged model), of CT in HU only; paper: the paper's list, on whole volumes."""
     max_sample_voxels: int = 160 * 128 * 160
     """Largest sample of the augmentation scan; raise it for a fine spacing."""
     iterations: int = 150_000
@@ -146,6 +154,10 @@ class TrainOptions:
             raise UserError("validate_every and patience must be 0 or more, validation_cases 1 or more.")
         if self.patience and not self.validate_every:
             raise UserError(f"patience is {self.patience}, but validate_every is 0, so that nothing is validated. Give --validate-every too.")
+        if self.augmentation == "scan" and (self.modality != CT or self.normalization != FIXED):
+            raise UserError(
+                f"The augmentation is 'scan', which changes Hounsfield units, but the data is {self.modality} with normalization {self.normalization}. Use --augmentation paper."
+            )
         if not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}. It is a decay from 0 (none) to below 1, for example 0.999.")
         if not 0 <= self.sparsity < 1 or (self.sparsity and self.backbone != SPARSE_BACKBONE):
@@ -165,6 +177,8 @@ class TrainOptions:
 
 
 CHOICES = {
+    "modality": MODALITIES,
+    "normalization": NORMALIZATIONS,
     "estimator": ("gain", "gate", "scale"),
     "precision": ("fp32", "bf16"),
     "augmentation": ("scan", "paper"),
@@ -178,6 +192,9 @@ RECIPES = {
     "paper-totalsegmentator": _PAPER | {"spacing_mm": (1.5, 1.5, 1.5), "coarse_factor": (4, 3, 3)},
 }
 """Options that go together, by name; a flag that is given overrides the recipe. Source: paper section 4 (its 3 x 3 x 4 is H W D)."""
+
+
+_BY_MODALITY = {CT: {}, MR: {"normalization": PERCENTILES, "augmentation": "paper"}}
 
 
 def add_option_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +218,7 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=argparse.SUPPRESS,
         metavar=("LOW", "HIGH"),
-        help="intensity window of the nets in HU (default: a piecewise line for CT)",
+        help="intensity window of the nets in HU, or in units of the normalization (default: a piecewise line for CT, 0 1 for percentiles, -3 4 for zscore)",
     )
     for field in fields(TrainOptions):
         flag = "--" + _FLAG_NAMES.get(field.name, field.name).replace("_", "-")
@@ -236,7 +253,16 @@ def options_from_arguments(arguments: argparse.Namespace) -> TrainOptions:
         raise UserError(unknown_name("recipe", recipe, list(RECIPES)))
     if not given.get("data"):
         raise UserError("There is no data to train on. Give --data KIND:FOLDER, or write data into the file of --config.")
-    return TrainOptions(**(RECIPES[recipe] | _as_in_bundle(given.get("initial_bundle")) | given))
+    bundle = _as_in_bundle(given.get("initial_bundle"))
+    modality = (bundle | given).get("modality", CT)
+    if modality not in MODALITIES:
+        raise UserError(unknown_name("modality", modality, MODALITIES))
+    if bundle and bundle["modality"] != modality:  # its weights are a start, its intensities mean nothing here
+        bundle = {name: value for name, value in bundle.items() if name not in ("normalization", "intensity_points")}
+    values = RECIPES[recipe] | _BY_MODALITY[modality] | bundle | given
+    if values.get("normalization", FIXED) != bundle.get("normalization", FIXED) and "intensity_points" not in given:
+        values["intensity_points"] = INTENSITY_POINTS[values["normalization"]]
+    return TrainOptions(**values)
 
 
 def changed_options(old: TrainOptions, new: TrainOptions) -> str:
@@ -250,7 +276,10 @@ def _as_in_bundle(name: str | None) -> dict:
     if not name:
         return {}
     manifest = load_bundle(name).manifest
-    kept = {name: getattr(manifest, name) for name in ("spacing_mm", "intensity_points", "patch_size", "overlap", "coarse_factor", "backbone")}
+    kept = {
+        name: getattr(manifest, name)
+        for name in ("modality", "normalization", "spacing_mm", "intensity_points", "patch_size", "overlap", "coarse_factor", "backbone")
+    }
     return kept | {"preset": manifest.architecture["preset"]}
 
 

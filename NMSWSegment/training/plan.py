@@ -15,7 +15,7 @@ from NMSWSegment.data.prepared_case import Header, check_headers, prepare_case
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.samples.prepared_set import prepared_grid, read_anatomy, read_prepared_case
-from NMSWSegment.training.datasets import TrainingData, check_modality, find_data, open_training_set, open_validation_cases
+from NMSWSegment.training.datasets import TrainingData, find_data, open_training_set, open_validation_cases
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
 from NMSWSegment.training.fingerprint import fingerprint_lines, geometry_lines, read_fingerprint
 from NMSWSegment.training.initial_weights import load_initial_weights
@@ -41,7 +41,6 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
         UserError: whatever would stop the run: data, headers that do not fit, nets that do not take the patch, an initial run that does not fit.
     """
     data = find_data(options)
-    check_modality(data, options)
     headers = [check_headers(request) for request in data.requests]
     for case in data.validation:
         if not isinstance(case, Path):
@@ -68,7 +67,7 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
 def _data_lines(data: TrainingData, headers: Sequence[Header], options: TrainOptions) -> Iterator[str]:
     """Cases, classes, grid."""
     names = [request.files.name for request in data.requests] + [entry.name for entry in data.prepared_cases]
-    yield f"Cases       {len(names)} labelled CT ({few(names)}), {len(data.anatomies)} anatomies, {data.num_held_out} held out"
+    yield f"Cases       {len(names)} labelled {options.modality} ({few(names)}), {len(data.anatomies)} anatomies, {data.num_held_out} held out"
     yield f"Classes     {len(data.label_names)}: {', '.join(data.label_names)}"
     yield f"Grid        patches of {_times(options.patch_size)} voxels of {_times(options.spacing_mm)} mm, overlap {options.overlap:g}, coarse factor {_times(options.coarse_factor)}"
     grids = [(header.shape, header.ijk_to_lps) for header in headers] + [prepared_grid(entry) for entry in data.prepared_cases]

@@ -59,7 +59,7 @@ class TrainingVolume:
 
 
 def prepare(sample: TrainingSample, options: TrainOptions) -> tuple[Tensor, Tensor, CandidateGrid]:
-    """x (1, 1, D, H, W) in [0, 1], labels (D, H, W) with padding unknown, and the grid: what inference would make of it."""
+    """x (1, 1, D, H, W) in [0, 1], labels (D, H, W) with padding unknown, and the grid: what inference would make of it; the sample is normalized already."""
     grid = CandidateGrid.covering(tuple(sample.intensity.shape), patch_size=options.patch_size, overlap=options.overlap, coarse_factor=options.coarse_factor)
     x = pad_to_grid(normalize_intensity(sample.intensity, options.intensity_points), grid=grid, value=0)
     return x[None, None], pad_to_grid(sample.labels, grid=grid, value=UNKNOWN_LABEL), grid

@@ -20,7 +20,7 @@ import torch
 from NMSWSegment.data.case_cache import CaseCache
 from NMSWSegment.data.training_sample import TrainingSample
 from NMSWSegment.samples.training_set import TrainingSet
-from NMSWSegment.training.datasets import check_modality, find_data, open_training_set, open_validation_cases
+from NMSWSegment.training.datasets import find_data, open_training_set, open_validation_cases
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
 from NMSWSegment.training.initial_weights import load_initial_weights
 from NMSWSegment.training.iteration import check_precision, new_schedule, new_state, temperature, train_step
@@ -73,7 +73,6 @@ def train(
         check_precision(options, group.device)
         previous = check_run_folder(output, options, resume=resume)
         data = find_data(options)
-        check_modality(data, options)
         names = {"label_names": data.label_names, "case_names": {"training": data.training_names, "validation": data.validation_names}}
         state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
         if resume and restore_checkpoint(output, state, **names):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from NMSWSegment.engine.aggregation import CoarseUpsampler, StreamingAggregator, aggregate, mixing_weights, patch_window
+from NMSWSegment.engine.aggregation import CoarseUpsampler, StreamingAggregator, aggregate, mixing_weights, patch_upsamplers, patch_window
 from NMSWSegment.files.grid import CandidateGrid
 
 CLASSES = 5
@@ -16,6 +16,12 @@ def a_case(seed, *, shape=(24, 16, 40), coarse_factor=2, overlap=0.5):
     patches = [torch.randn(CLASSES, 8, 8, 8, generator=generator) for _ in indices]
     class_weights = torch.randn(CLASSES, generator=generator) * 3
     return grid, coarse, indices, patches, class_weights
+
+
+def a_streaming(coarse, indices, *, grid, class_weights) -> StreamingAggregator:
+    """What `aggregate` is compared with."""
+    labels = CoarseUpsampler(coarse, grid=grid).labels()
+    return StreamingAggregator(patch_upsamplers(coarse, indices=indices, grid=grid), grid=grid, class_weights=class_weights, coarse_labels=labels)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -35,7 +41,7 @@ def test_streaming_equals_reference_bit_for_bit(seed, shape, overlap, coarse_fac
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     grid, coarse, indices, patches, class_weights = a_case(seed, shape=shape, overlap=overlap, coarse_factor=coarse_factor)
     expected, _ = aggregate(coarse, patches, indices=indices, grid=grid, class_weights=class_weights)
-    streaming = StreamingAggregator(coarse, indices=indices, grid=grid, class_weights=class_weights)
+    streaming = a_streaming(coarse, indices, grid=grid, class_weights=class_weights)
     for index, logits in zip(indices, patches):
         streaming.add(index, logits)
     assert torch.equal(streaming.finish(), expected.argmax(0).to(torch.uint8))
@@ -47,7 +53,7 @@ def test_streaming_without_patches_equals_upsampled_coarse(scale):
     grid, coarse, _, _, class_weights = a_case(7)
     coarse = (coarse * scale).round(decimals=7)  # rounding makes ties, which the fast path must not decide
     expected = CoarseUpsampler(coarse, grid=grid).region([slice(0, n) for n in grid.padded_shape]).argmax(0)
-    assert torch.equal(StreamingAggregator(coarse, indices=[], grid=grid, class_weights=class_weights).finish().long(), expected)
+    assert torch.equal(a_streaming(coarse, [], grid=grid, class_weights=class_weights).finish().long(), expected)
 
 
 def test_upsampling_is_trilinear():
@@ -106,8 +112,25 @@ def test_gate_gradient_is_the_benefit_of_its_patch():
         torch.testing.assert_close(gradient, (direction[(slice(None), *box)] * benefit).sum(), rtol=1e-3, atol=1e-3)  # sums of 2560 terms
 
 
+@pytest.mark.parametrize(("shape", "coarse_factor"), [((24, 16, 40), 2), ((17, 9, 25), 3), ((48, 48, 48), 4)])
+def test_few_patches_need_a_part_of_the_coarse_logits_and_give_the_same_labels(shape, coarse_factor):
+    grid, coarse, indices, patches, class_weights = a_case(11, shape=shape, coarse_factor=coarse_factor)
+    whole = CoarseUpsampler(coarse, grid=grid)
+    for few in (indices[:1], indices[:2], indices):
+        upsamplers = patch_upsamplers(coarse, indices=few, grid=grid)
+        held = {upsampler.coarse_logits.data_ptr(): upsampler.coarse_logits.numel() for upsampler in upsamplers.values()}
+        assert sum(held.values()) <= coarse.numel() and (few is indices or sum(held.values()) < 0.8 * coarse.numel())
+        for index in few:
+            assert torch.equal(upsamplers[index].region(grid.slices(index)), whole.region(grid.slices(index)))
+        streaming = StreamingAggregator(upsamplers, grid=grid, class_weights=class_weights, coarse_labels=whole.labels())
+        for index, logits in zip(few, patches):
+            streaming.add(index, logits)
+        expected, _ = aggregate(coarse, patches[: len(few)], indices=few, grid=grid, class_weights=class_weights)
+        assert torch.equal(streaming.finish(), expected.argmax(0).to(torch.uint8)) and not upsamplers
+
+
 def test_finish_without_an_announced_patch_is_refused():
     grid, coarse, indices, patches, class_weights = a_case(0)
-    streaming = StreamingAggregator(coarse, indices=indices, grid=grid, class_weights=class_weights)
+    streaming = a_streaming(coarse, indices, grid=grid, class_weights=class_weights)
     with pytest.raises(ValueError, match="announced but not added"):
         streaming.finish()

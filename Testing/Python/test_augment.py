@@ -7,6 +7,7 @@ pytest.importorskip("monai")
 
 from NMSWSegment.data.prepared_case import PreparedCase  # noqa: E402
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample  # noqa: E402
+from NMSWSegment.samples.acquisition import HU_RANGE  # noqa: E402
 from NMSWSegment.samples.augment import PaperIntensity, distortion, paper_warp  # noqa: E402
 from NMSWSegment.samples.case_memory import CaseMemory, loaded_case  # noqa: E402
 from NMSWSegment.samples.case_source import CaseSource, resampled, whole_warp  # noqa: E402
@@ -35,7 +36,7 @@ def generator(seed: int) -> torch.Generator:
 def source() -> CaseSource:
     intensity, labels = a_pair()
     case = PreparedCase(intensity=intensity.numpy(), labels=labels.numpy(), spacing_mm=(3.0, 3.0, 3.0), extent=None)
-    return CaseSource("pair", lambda: case, memory=CaseMemory(spacing_mm=case.spacing_mm), paper_intensity=PaperIntensity(window_hu=WINDOW))
+    return CaseSource("pair", lambda: case, memory=CaseMemory(spacing_mm=case.spacing_mm, bounds=WINDOW), paper_intensity=PaperIntensity(window=WINDOW))
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +90,9 @@ def test_distortion_ends_its_cells_where_monai_ends_them():
 def test_whole_case_at_its_own_spacing_comes_back_exactly():
     intensity, labels = a_pair()
     case = PreparedCase(intensity=intensity.numpy(), labels=labels.numpy(), spacing_mm=(3.0, 2.0, 1.5), extent=None)
-    same, same_labels = resampled(loaded_case(case, spacing_mm=case.spacing_mm), whole_warp(case, spacing_mm=case.spacing_mm))
+    same, same_labels = resampled(loaded_case(case, spacing_mm=case.spacing_mm, bounds=HU_RANGE), whole_warp(case, spacing_mm=case.spacing_mm))
     torch.testing.assert_close(same, intensity, rtol=0, atol=1e-2)  # grid_sample's float32 coordinates
     assert torch.equal(same_labels, labels)
     coarse = whole_warp(case, spacing_mm=(6.0, 4.0, 3.0))
-    half, half_labels = resampled(loaded_case(case, spacing_mm=(6.0, 4.0, 3.0)), coarse)
+    half, half_labels = resampled(loaded_case(case, spacing_mm=(6.0, 4.0, 3.0), bounds=HU_RANGE), coarse)
     assert coarse.shape == (40, 35, 60) and torch.equal(half_labels, labels[1::2, 1::2, 1::2]) | torch.equal(half_labels, labels[::2, ::2, ::2])

@@ -17,6 +17,7 @@ from NMSWSegment.data.layouts import read_cases  # noqa: E402
 from NMSWSegment.data.prepared_case import CaseRequest, check_headers, prepare_case  # noqa: E402
 from NMSWSegment.files.volume import Volume  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
+from NMSWSegment.samples.acquisition import HU_RANGE  # noqa: E402
 from NMSWSegment.samples.case_memory import CaseMemory, loaded_case  # noqa: E402
 from NMSWSegment.samples.case_source import CaseSource  # noqa: E402
 from NMSWSegment.samples.synthesis import SynthesisOptions  # noqa: E402
@@ -62,7 +63,7 @@ def test_labels_of_unknown_value_become_255(tmp_path):
 
 def test_fine_voxels_are_averaged_to_the_model_spacing(requests):
     case = prepare_case(requests[0])
-    loaded, raw = loaded_case(case, spacing_mm=(12.0, 6.0, 6.0)), a_case()[0].array.astype(np.float64)
+    loaded, raw = loaded_case(case, spacing_mm=(12.0, 6.0, 6.0), bounds=HU_RANGE), a_case()[0].array.astype(np.float64)
     np.testing.assert_allclose(loaded.intensity.numpy(), (raw[::2] + raw[1::2]) / 2, atol=0.01)
     assert loaded.blocks == (2, 1, 1) and loaded.labels.shape == case.labels.shape  # labels keep their own voxels
 
@@ -157,6 +158,6 @@ def test_source_draws_the_same_from_cache_and_from_memory(requests, tmp_path):
     options = SynthesisOptions(spacing_mm=(6.0, 6.0, 6.0))
     cache = CaseCache(tmp_path / "cache")
     loaders = (lambda: prepare_case(requests[1]), lambda: cache.load(requests[1], cache.ensure(requests[1])))
-    sources = [CaseSource("s0002", load, memory=CaseMemory(spacing_mm=options.spacing_mm)) for load in loaders]
+    sources = [CaseSource("s0002", load, memory=CaseMemory(spacing_mm=options.spacing_mm, bounds=HU_RANGE)) for load in loaders]
     samples = [source.draw(torch.Generator().manual_seed(4), options) for source in sources]
     assert torch.equal(samples[0].intensity, samples[1].intensity) and torch.equal(samples[0].labels, samples[1].labels)

@@ -11,7 +11,6 @@ from NMSWSegment.engine.resampling import resample_to_model_grid
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.orientation import to_sar
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.samples.acquisition import AIR_HU
 from NMSWSegment.samples.case_memory import CaseMemory, loaded_case
 from NMSWSegment.samples.case_source import CaseSource, resampled, whole_warp
 from NMSWSegment.samples.pathology import ABDOMINAL_WORDS, FAT_HU, FLUID_HU, add_ascites, add_effusion, labels_with
@@ -19,6 +18,7 @@ from NMSWSegment.samples.scan_range import SLAB_MM, SLAB_SHARE, random_box
 from NMSWSegment.samples.synthesis import SynthesisOptions
 
 MODEL_MM = (6.0, 6.0, 6.0)
+BOUNDS = (-1000.0, 1500.0)
 SHAPE, FINE_MM = (64, 48, 70), (3.2, 3.0, 2.5)  # blocks of 1, 2 and 2 voxels
 GEOMETRIES = {
     "axis-aligned": phantoms.upright_ijk_to_ras(FINE_MM, SHAPE),
@@ -29,10 +29,11 @@ GEOMETRIES = {
 
 
 def a_noisy_case(ijk_to_ras) -> tuple[Volume, np.ndarray, PreparedCase]:
-    """A phantom under noise of 30 HU, its labels, and both as training keeps them."""
+    """A phantom under noise of 30 HU with a spike and a mark, its labels, and both as training keeps them."""
     volume, labels = phantoms.phantom(SHAPE, ijk_to_ras=ijk_to_ras)
     noise = np.random.default_rng(0).normal(0, 30, SHAPE).astype(np.float32)
     volume = Volume(array=volume.array + noise, ijk_to_ras=volume.ijk_to_ras)
+    volume.array[30, 20, 33], volume.array[33, 28, 36] = 1e30, -3.4e38  # within the bounds they are what inference makes of them
     intensity, spacing_mm, direction = to_sar(volume)
     turned_labels = to_sar(Volume(array=labels, ijk_to_ras=volume.ijk_to_ras))[0]
     return volume, labels, PreparedCase(intensity=intensity, labels=turned_labels, spacing_mm=spacing_mm, extent=None, direction=direction)
@@ -41,10 +42,10 @@ def a_noisy_case(ijk_to_ras) -> tuple[Volume, np.ndarray, PreparedCase]:
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_training_resamples_as_inference_does(geometry):
     volume, labels, case = a_noisy_case(GEOMETRIES[geometry])
-    expected, model_grid = resample_to_model_grid(volume, spacing_mm=MODEL_MM, outside=float("nan"))
-    found, found_labels = resampled(loaded_case(case, spacing_mm=MODEL_MM), whole_warp(case, spacing_mm=MODEL_MM))
+    expected, model_grid = resample_to_model_grid(volume, spacing_mm=MODEL_MM, outside=float("nan"), bounds=BOUNDS)
+    found, found_labels = resampled(loaded_case(case, spacing_mm=MODEL_MM, bounds=BOUNDS), whole_warp(case, spacing_mm=MODEL_MM))
     assert found.shape == expected.shape == model_grid.shape
-    is_inside = ~expected.isnan() & ((found_labels != 0) | (found != AIR_HU)) & (found_labels != 255)
+    is_inside = ~expected.isnan() & ((found_labels != 0) | (found != BOUNDS[0])) & (found_labels != 255)
     assert float(is_inside.float().mean()) > (0.4 if geometry == "oblique" else 0.99)
     assert float((found - expected)[is_inside].abs().max()) < 0.1  # of 30 HU noise; 0.002 but for voxels on an oblique border
     # the organs lie where the file says, whatever its axes
@@ -60,8 +61,8 @@ def test_noise_is_as_strong_in_training_as_at_inference(geometry):
     volume = Volume(array=noise, ijk_to_ras=GEOMETRIES[geometry])
     intensity, spacing_mm, direction = to_sar(volume)
     case = PreparedCase(intensity=intensity, labels=np.ones(SHAPE, np.uint8), spacing_mm=spacing_mm, extent=None, direction=direction)
-    expected, _ = resample_to_model_grid(volume, spacing_mm=MODEL_MM, outside=float("nan"))
-    found, labels = resampled(loaded_case(case, spacing_mm=MODEL_MM), whole_warp(case, spacing_mm=MODEL_MM))
+    expected, _ = resample_to_model_grid(volume, spacing_mm=MODEL_MM, outside=float("nan"), bounds=BOUNDS)
+    found, labels = resampled(loaded_case(case, spacing_mm=MODEL_MM, bounds=BOUNDS), whole_warp(case, spacing_mm=MODEL_MM))
     is_inside = ~expected.isnan() & (labels == 1)
     assert float(found[is_inside].std()) == pytest.approx(float(expected[is_inside].std()), rel=0.01)
     assert 5 < float(expected[is_inside].std()) < 16  # blocks of 4 voxels leave 15 of 30, interpolation less
@@ -71,7 +72,7 @@ def test_sample_of_an_oblique_case_is_upright():
     volume, _, case = a_noisy_case(GEOMETRIES["oblique"])
     extent = BodyExtent(size_mm=tuple((n - 1) * s for n, s in zip(case.labels.shape, case.spacing_mm)), **_nothing_cut(case))
     case = PreparedCase(intensity=case.intensity, labels=case.labels, spacing_mm=case.spacing_mm, extent=extent, direction=case.direction)
-    source = CaseSource("oblique", lambda: case, memory=CaseMemory(spacing_mm=MODEL_MM))
+    source = CaseSource("oblique", lambda: case, memory=CaseMemory(spacing_mm=MODEL_MM, bounds=BOUNDS))
     sample = source.draw(torch.Generator().manual_seed(1), SynthesisOptions(spacing_mm=MODEL_MM))
     liver, spleen = ((sample.labels == value).nonzero().float().mean(0) for value in (1, 2))
     assert sample.labels.shape == sample.intensity.shape and liver[2] > spleen[2]
@@ -84,7 +85,7 @@ def _nothing_cut(case: PreparedCase) -> dict:
 
 
 def test_cases_of_the_same_name_in_two_data_sets_are_both_drawn():
-    memory = CaseMemory(spacing_mm=MODEL_MM)
+    memory = CaseMemory(spacing_mm=MODEL_MM, bounds=BOUNDS)
     cases = [PreparedCase(np.full((4, 4, 4), hu, np.int16), np.zeros((4, 4, 4), np.uint8), MODEL_MM, None) for hu in (10, 20)]
     sources = [CaseSource("case_0001", lambda case=case: case, memory=memory) for case in cases]
     assert [float(memory.get(source, source._load).intensity.mean()) for source in (*sources, *sources)] == [10, 20, 10, 20]
@@ -92,7 +93,7 @@ def test_cases_of_the_same_name_in_two_data_sets_are_both_drawn():
 
 def test_memory_forgets_the_case_that_was_used_first():
     case = PreparedCase(np.zeros((4, 4, 4), np.int16), np.zeros((4, 4, 4), np.uint8), MODEL_MM, None)
-    memory, loaded = CaseMemory(spacing_mm=MODEL_MM, max_bytes=2 * 5 * 64), []
+    memory, loaded = CaseMemory(spacing_mm=MODEL_MM, bounds=BOUNDS, max_bytes=2 * 5 * 64), []
     for key in ("a", "b", "a", "c", "a", "b"):
         memory.get(key, lambda key=key: loaded.append(key) or case)
     assert loaded == ["a", "b", "c", "b"]

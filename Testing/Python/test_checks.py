@@ -100,10 +100,13 @@ def test_problem_memory_short_is_advice_with_both_numbers(inputs):
     assert input_checks(replace(inputs, available_bytes=2 * needed)) == ()
 
 
-def test_problem_unlike_ct_is_advice_for_ct_models_only(inputs):
+def test_problem_unlike_ct_is_advice_for_ct_models_and_unlike_mr_for_mr_models(inputs):
     (check,) = input_checks(replace(inputs, intensity_range=(0.0, 4095.0)))
     assert check.kind is CheckKind.UNLIKE_CT and check.values == {"lowest": 0.0} and not is_blocked([check])
-    assert input_checks(replace(inputs, intensity_range=(0.0, 4095.0), manifest=replace(inputs.manifest, modality="MR"))) == ()
+    mr = replace(inputs, manifest=replace(inputs.manifest, modality="MR"))
+    assert input_checks(replace(mr, intensity_range=(0.0, 4095.0))) == () == input_checks(replace(mr, intensity_range=(-3.4e38, 900.0)))
+    (check,) = input_checks(replace(mr, intensity_range=(-1024.0, 3071.0)))
+    assert check.kind is CheckKind.UNLIKE_MR and check.values == {"lowest": -1024.0} and not is_blocked([check])
 
 
 def test_roi_that_touches_a_corner_of_the_volume_is_accepted(inputs):

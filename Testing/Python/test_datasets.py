@@ -11,6 +11,7 @@ import torch
 from NMSWSegment.data.layouts import CaseFiles, read_decathlon, read_label_names
 from NMSWSegment.data.prepared_case import CaseRequest, prepare_case
 from NMSWSegment.protocol import UserError
+from NMSWSegment.samples.acquisition import HU_RANGE
 from NMSWSegment.samples.case_memory import CaseMemory
 from NMSWSegment.samples.case_source import CaseSource
 from NMSWSegment.samples.synthesis import AnatomySource, SynthesisOptions, prepare_anatomy
@@ -82,7 +83,7 @@ def a_request(folder: Path, *, label_names=("liver", "spleen")) -> CaseRequest:
 def a_source(request: CaseRequest) -> CaseSource:
     """A case, read and checked now."""
     case = prepare_case(request)
-    return CaseSource(request.files.name, lambda: case, memory=CaseMemory(spacing_mm=OPTIONS.spacing_mm))
+    return CaseSource(request.files.name, lambda: case, memory=CaseMemory(spacing_mm=OPTIONS.spacing_mm, bounds=HU_RANGE))
 
 
 def test_read_decathlon_names_cases_and_labels(a_folder):

@@ -63,6 +63,7 @@ CHANGES = {
     "attributions of a text": ("attributions", "one", "attributions"),
     "architecture of a text": ("architecture", "unet", "architecture"),
     "preset of a number": ("architecture", {"preset": 3}, "architecture.preset"),
+    "normalization of tomorrow": ("normalization", "histogram", "normalization.*one of fixed, percentiles, zscore"),
     "format of a list": ("format_version", [1], "format"),
 }
 
@@ -112,7 +113,7 @@ def test_every_key_of_a_wrong_type_is_refused_by_name(a_tiny_bundle, tally):
 
 def test_every_missing_key_is_named(a_tiny_bundle, tally):
     values = values_of(a_tiny_bundle)
-    for key in set(values) - {"importance_has_entropy", "training", "scores", "license", "attributions", "format_version"}:
+    for key in set(values) - {"importance_has_entropy", "normalization", "training", "scores", "license", "attributions", "format_version"}:
         error = tally(lambda key=key: BundleManifest.from_dict({name: value for name, value in values.items() if name != key}))
         assert f"'{key}'" in str(error)
 

@@ -90,7 +90,7 @@ def test_nnunet_ignore_label_is_unknown(tmp_path):
 @pytest.mark.parametrize(
     ("change", "fix"),
     [
-        ({"channel_names": {"0": "CT", "1": "PET"}}, "has 2 channels.*Make a dataset of the CT alone"),
+        ({"channel_names": {"0": "CT", "1": "PET"}}, "has 2 channels.*Make a dataset of one of them alone"),
         ({"file_ending": None}, "no file_ending.*or use decathlon:"),
         ({"labels": {"background": 0, "both": [1, 2], "spleen": 2}}, "no usable labels"),
     ],

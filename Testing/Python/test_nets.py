@@ -12,7 +12,7 @@ from NMSWSegment.engine.resampling import run_coarse  # noqa: E402
 from NMSWSegment.engine.selection import log_entropy  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES, PATCH_MULTIPLES, check_patch_size, coarse_backbone, local_backbone  # noqa: E402
 from NMSWSegment.nets.macs import count_macs, published_macs  # noqa: E402
-from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
+from NMSWSegment.nets.nmsw_net import Architecture, CoarseNet, LocalNet, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
 
 PAPER_PATCH, PAPER_COARSE = (1, 1, 128, 128, 128), (1, 1, 160, 160, 160)
@@ -254,3 +254,19 @@ def test_smallest_patch_that_passes_the_check_runs_and_half_of_its_multiple_does
 def test_patch_size_that_a_backbone_cannot_take_says_which_it_can(name, preset, patch_size, fix):
     with pytest.raises(UserError, match=fix):
         check_patch_size(name, preset=preset, patch_size=patch_size)
+
+
+def test_archive_of_the_coarse_net_works_in_parts_and_gives_the_same_for_any_size(monkeypatch):
+    monkeypatch.setattr("NMSWSegment.nets.nmsw_net.VOXELS_AT_ONCE", 1 << 10)
+    torch.manual_seed(0)
+    net = CoarseNet(Architecture(num_classes=5)).eval()
+    torch.nn.init.normal_(net.importance_head.perceptron[-1].weight)
+    with torch.no_grad():
+        archive = torch.jit.trace(net, torch.rand(1, 1, 32, 32, 16), check_trace=False)
+    x = torch.rand(1, 1, 16, 48, 32)
+    whole = net(x)  # with a gradient nothing is done in parts
+    with torch.inference_mode():
+        for found in (net(x), archive(x)):
+            for have, want in zip(found, whole):
+                torch.testing.assert_close(have, want, rtol=0, atol=1e-6)
+    assert set(archive.state_dict()) == set(net.state_dict())

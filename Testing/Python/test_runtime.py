@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from NMSWSegment.engine.runtime import Nets, OutOfMemory, available_devices, memory_explained, open_nets, reproducible, resolve_device
+from NMSWSegment.engine.runtime import Nets, OutOfMemory, available_devices, memory_explained, open_nets, reproducible, resolve_device, without_padding
+from NMSWSegment.engine.selection import LEAST_ENTROPY, log_entropy
 from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.protocol import UserError
 
@@ -237,3 +238,22 @@ def test_default_threads_are_those_that_torch_takes_by_itself():
     before = torch.get_num_threads()
     with reproducible(None):
         assert torch.get_num_threads() == before
+
+
+def test_padding_of_the_coarse_net_is_taken_out_without_a_copy():
+    full = torch.randn(5, 8, 6, 7)
+    expected = full[:, :5, :6, :4].clone()
+    found = without_padding(full[:, :5, :6, :4])
+    assert found.is_contiguous() and torch.equal(found, expected) and found.data_ptr() == full.data_ptr()
+    whole = torch.randn(3, 4, 4, 4)
+    assert without_padding(whole) is whole
+    channels_last = torch.randn(4, 6, 6, 3).permute(3, 0, 1, 2)[:, :2]
+    assert torch.equal(without_padding(channels_last), channels_last.contiguous())
+
+
+@pytest.mark.parametrize("num_classes", [2, 25, 118])
+def test_entropy_in_parts_is_that_of_the_whole_bit_for_bit(num_classes):
+    logits = torch.randn(1, num_classes, 23, 31, 29) * 5  # 20677 voxels: more than one part, and no multiple of a vector
+    log_probabilities = torch.log_softmax(logits, dim=1)
+    whole = torch.log(-(log_probabilities.exp() * log_probabilities).sum(1, keepdim=True) + LEAST_ENTROPY)
+    assert torch.equal(log_entropy(logits), whole)

@@ -77,7 +77,7 @@ def test_labels_are_counted_once_and_a_damaged_or_older_entry_is_counted_again(d
 @pytest.mark.parametrize(
     ("values", "modality"),
     [
-        ({}, "CT"),
+        ({}, ""),
         ({"modality": {"0": "CT"}}, "CT"),
         ({"modality": {"0": "ct portal venous"}}, "CT"),
         ({"channel_names": {"0": "CBCT"}}, "CT"),
@@ -92,31 +92,20 @@ def test_data_set_says_what_its_intensities_are(tmp_path, values, modality):
     assert read_modality(tmp_path / "dataset.json") == modality
 
 
-def test_mr_with_an_intensity_map_for_hu_is_refused_in_run_and_dry_run(data, tmp_path):
+def test_data_of_another_modality_are_refused_in_run_and_dry_run(data, tmp_path):
     set_values(data, modality={"0": "MRI"})
     options = tiny_options(data)
-    expected = (
-        r"The data are MRI, but the intensities are mapped as HU of a CT \(-1000 to 1500\). Give their own range with --window LOW HIGH, or --force-modality"
-    )
+    expected = r"is MRI, but the modality of the run is CT. Give --modality MR, or leave this data out"
     with pytest.raises(UserError, match=expected):
         train(options, output=tmp_path / "run", num_workers=0)
     with pytest.raises(UserError, match=expected):
         list(plan_lines(options, output=tmp_path / "run", cache=tmp_path / "cache", device="cpu"))
     assert not (tmp_path / "run").exists()
-    for number, changes in enumerate(({"force_modality": True}, {"intensity_points": ((0.0, 0.0), (900.0, 1.0))})):
-        train(tiny_options(data, iterations=1, **changes), output=tmp_path / f"run{number}", num_workers=0)
 
 
 def test_prepared_data_remember_their_modality(tmp_path):
     folder = write_nnunet(tmp_path / "data", names=("a",))
     set_values(folder, channel_names={"0": "T1"})
-    assert main(["prepare", "--data", f"nnunet:{folder}", "--output", str(tmp_path / "prepared")]) == 0
-    assert find_data(tiny_options(tmp_path, data=(f"prepared:{tmp_path / 'prepared'}",))).modality == "T1"
-
-
-def test_flag_takes_the_map_for_hu_all_the_same(data, tmp_path, capsys):
-    set_values(data, modality={"0": "MRI"})
-    words = f"train --data decathlon:{data} --output {tmp_path / 'run'} --iterations 1 --workers 0 --device cpu --spacing 6 6 6 --patch-size 16 16 16"
-    small = "--coarse-factor 1 1 1 --top-k-patches 1 --random-patches 1"
-    assert main([*words.split(), *small.split()]) == 2 and "The data are MRI" in capsys.readouterr().err
-    assert main([*words.split(), *small.split(), "--force-modality"]) == 0
+    assert main(["prepare", "--data", f"nnunet:{folder}", "--modality", "MR", "--output", str(tmp_path / "prepared")]) == 0
+    with pytest.raises(UserError, match="is MR, but the modality of the run is CT"):
+        find_data(tiny_options(tmp_path, data=(f"prepared:{tmp_path / 'prepared'}",)))

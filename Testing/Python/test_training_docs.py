@@ -1,5 +1,6 @@
 """docs/training.md: every command runs, on small folders of exactly the layouts that are downloaded, through to a segmentation."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -39,7 +40,9 @@ def run(line: str) -> None:
         assert list(Path(words[words.index("--logdir") + 1]).glob("events*"))
         return
     assert words[0] == "nmsw", line
-    small = {"train": shlex.split(SMALL), "segment": ["--force-modality"]}.get(words[1], [])  # the small volumes show no air
+    small = {"train": shlex.split(SMALL.replace("--augmentation scan", "") if "MR" in words else SMALL), "segment": ["--force-modality"]}.get(
+        words[1], []
+    )  # the small volumes show no air
     assert main([*words[1:], *small]) == 0, line
 
 
@@ -107,6 +110,17 @@ def test_word_commands_end_in_a_segmentation_that_can_be_installed(here, capsys)
     assert "word-unet" in capsys.readouterr().out
 
 
+def test_mr_commands_end_in_a_segmentation(here, monkeypatch):
+    monkeypatch.setattr("NMSWSegment.samples.augment.SHIFT_VOXELS", 2)  # the volumes have 26 voxels
+    folder = write_nnunet(here / "Dataset001_MR", names=("a", "b"))
+    values = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(values | {"channel_names": {"0": "T1"}}))
+    for line in commands("MR"):
+        run(line)
+    manifest = load_bundle(here / "mr-unet").manifest
+    assert (manifest.modality, manifest.normalization) == ("MR", "zscore") and read_array(here / "mr.nii.gz").shape == (26, 20, 24)
+
+
 def test_launchers_start_commands_that_exist():
     lines = commands("Several GPUs and computers")
     assert [line.split()[0] for line in lines] == list(LAUNCHERS)
@@ -126,6 +140,7 @@ def test_every_command_of_the_document_is_in_a_section_that_is_run():
         "WORD",
         "From a packaged model to your own structures",
         "Folds",
+        "MR",
         "In stages",
         "Into the panel",
         "Several GPUs and computers",
