@@ -38,12 +38,12 @@ from NMSWSegment.panel.messages import (
     died_message,
     done_message,
     estimate_message,
+    exported_question,
     model_tooltip,
     progress_message,
     structures_title,
-    torch_missing_message,
-    torch_not_installed_message,
 )
+from NMSWSegment.panel.packages import ensure_highdicom, ensure_torch
 from NMSWSegment.panel.run_state import Run
 from NMSWSegment.panel.self_test import NMSWSegmentTest
 from NMSWSegment.protocol import AUTO, OnProgress, SegmentOptions, UserError, ignore_progress
@@ -56,8 +56,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NMSWSegment", "NMSWSegmentLogic", "NMSWSegmentTest", "NMSWSegmentWidget"]
 
-TORCH_REQUIREMENT = ">=2.2"
-"""The first torch that reads the TorchScript archives of the bundles."""
 MAX_PATCHES = 1000
 LIVE_UPDATE_MS = 250
 """How long the slider has to rest before the result follows it."""
@@ -103,27 +101,6 @@ def registerSampleData() -> None:
         # Sample Data reuses a file of the same name in its cache; the hash replaces one of an older version.
         checksums="SHA256:" + file_sha256(SAMPLE_PATH),
     )
-
-
-def ensureTorch() -> bool:
-    """Whether PyTorch is there; where it is not, offer to install it with the PyTorch extension."""
-    if importlib.util.find_spec("torch"):
-        return True
-    try:
-        import PyTorchUtils
-    except ModuleNotFoundError:
-        slicer.util.errorDisplay(torch_missing_message().format(python=sys.version.split()[0]))
-        return False
-    details = ""
-    try:
-        PyTorchUtils.PyTorchUtilsLogic().installTorch(askConfirmation=True, torchVersionRequirement=TORCH_REQUIREMENT)
-    except Exception as error:  # it imports torch at its end, also where the user declined or the download failed
-        details = f"{type(error).__name__}: {error}"
-    importlib.invalidate_caches()
-    if importlib.util.find_spec("torch"):
-        return True
-    slicer.util.errorDisplay(torch_not_installed_message().format(python=sys.version.split()[0]), detailedText=details)
-    return False
 
 
 @parameterNodeWrapper
@@ -291,6 +268,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.showPatchesCheckBox.connect("clicked(bool)", self._showOverlays)
         ui.showImportanceCheckBox.connect("clicked(bool)", self._showOverlays)
         ui.show3DCheckBox.connect("clicked(bool)", self.onShow3D)
+        ui.exportDicomButton.connect("clicked(bool)", self.onExportDicomButton)
 
     def onModelOrDeviceChosen(self) -> None:
         """Show what the choice means for the run."""
@@ -313,7 +291,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._showRunState(_("Cancelling..."))
             return
         with slicer.util.tryWithErrorDisplay(_("The segmentation could not be started.")):
-            if ensureTorch():
+            if ensure_torch():
                 self._start(segmentation=self._outputToReplace())
 
     def _outputToReplace(self) -> vtkMRMLSegmentationNode | None:
@@ -482,10 +460,21 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         table = self._volumesTable()
         self.ui.volumesTable.setMRMLTableNode(table)
         self.ui.volumesTable.visible = table is not None
+        self._updateExport()
         self.ui.segmentButton.enabled = self._run.is_button_enabled(is_blocked=bool(blocking))
         self.ui.segmentButton.toolTip = blocking[0] if blocking else _("Segment the input volume. The previous result is kept until the new one is complete.")
         if not self.segmenter.is_running:
             self.ui.statusLabel.text = blocking[0] if blocking else self._status
+
+    def _updateExport(self) -> None:
+        """Offer DICOM SEG below a result; where there can be none, the button says why."""
+        from NMSWSegment.panel.dicom_export import export_obstacle, is_result
+
+        button, segmentation = self.ui.exportDicomButton, self._parameterNode.outputSegmentation
+        button.visible = is_result(segmentation)
+        obstacle = export_obstacle(segmentation) if is_result(segmentation) else ""
+        button.enabled = not obstacle and not self.segmenter.is_running
+        button.toolTip = obstacle or _("Write the segments as a DICOM segmentation of the patient and study that the input volume was loaded from.")
 
     def _estimateMessage(self, inputs: checks.Inputs) -> str:
         """The line under the slider; the slider ends at the number of candidates."""
@@ -536,6 +525,25 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             show_importance(importance, parent_node=node.inputVolume, volume=volume_in_node(node.inputVolume))
         else:
             hide_importance(slicer.mrmlScene)
+
+    def onExportDicomButton(self, checked: bool = False) -> None:
+        """Write the result as DICOM SEG, and offer it to the DICOM database."""
+        from NMSWSegment.panel.dicom_export import add_to_database, write_dicom_seg
+
+        segmentation = self._parameterNode.outputSegmentation
+        with slicer.util.tryWithErrorDisplay(_("The DICOM segmentation could not be written.")):
+            if not ensure_highdicom():
+                return
+            chosen = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), _("Export DICOM SEG"), f"{segmentation.GetName()}.dcm", "DICOM (*.dcm)")
+            if not chosen:
+                return
+            try:
+                with slicer.util.WaitCursor():
+                    path = write_dicom_seg(segmentation, chosen if chosen.lower().endswith(".dcm") else f"{chosen}.dcm")
+                if slicer.util.confirmYesNoDisplay(exported_question(str(path))):
+                    add_to_database(path)
+            except UserError as error:
+                slicer.util.errorDisplay(str(error))
 
     def onShow3D(self, isShown: bool) -> None:
         """Show the result in the 3D views, or remove it from them."""

@@ -146,6 +146,49 @@ def torch_not_installed_message() -> str:
     )
 
 
+def highdicom_question() -> str:
+    """Before highdicom is installed."""
+    return _(
+        "Writing DICOM SEG needs the Python package highdicom, which is not installed. Download and install it now?\n\n"
+        "It needs pydicom 3 and installs it in place of an older version that came with the application; the application has to be restarted then."
+    )
+
+
+def openvino_question() -> str:
+    """Before OpenVINO is installed."""
+    return _(
+        "OpenVINO runs the local network on Intel and other processors, often faster than PyTorch. It is not installed. Download and install it now (about 50 MB)?"
+    )
+
+
+def restart_message(name: str) -> str:
+    """After an installation that a running application cannot take up."""
+    return _("{name} is installed. Restart the application to use it.").format(name=name)
+
+
+def package_not_installed_message(name: str, requirement: str) -> str:
+    """After an installation that failed or was declined."""
+    return _(
+        "The Python package {name} was not installed, so nothing was changed.\n\n"
+        "Online: check the internet connection and the proxy settings (environment variable HTTPS_PROXY), and click again to retry.\n\n"
+        "Offline: download it on another computer ('pip download {name}'), copy the folder to this computer, and run in the Python console:\n"
+        "slicer.util.pip_install('--no-index --find-links FOLDER {requirement}')"
+    ).format(name=name, requirement=requirement)
+
+
+def not_from_dicom_message(volume: str) -> str:
+    """Why there can be no DICOM SEG of a result."""
+    return _(
+        "The volume '{volume}' was not loaded from DICOM, so there are no DICOM images that a DICOM SEG could refer to. Load the series with the DICOM module "
+        "and segment it, or save the segmentation as .seg.nrrd."
+    ).format(volume=volume)
+
+
+def exported_question(path: str) -> str:
+    """After a DICOM SEG was written."""
+    return _("The segmentation was written to {path}.\n\nAdd a copy to the DICOM database of the application too?").format(path=path)
+
+
 def _offline_message() -> str:
     """The way to torch without internet."""
     return _(

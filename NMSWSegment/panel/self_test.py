@@ -107,6 +107,8 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         self.assertOutlinesCannotBeDragged()
         table = node.outputSegmentation.GetNodeReference("NMSW.Volumes")
         self.assertEqual(table.GetNumberOfRows(), node.outputSegmentation.GetSegmentation().GetNumberOfSegments())
+        self.assertFalse(widget.ui.exportDicomButton.enabled)
+        self.assertIn("was not loaded from DICOM", widget.ui.exportDicomButton.toolTip)
         self.assertEqual(len({self.hierarchyParent(item) for item in (node.inputVolume, node.outputSegmentation, table)}), 1)
 
     def test_panel_afterAClosedScene_everySegmentIsVisible(self) -> None:
