@@ -20,7 +20,7 @@ from NMSWSegment.files.bundle import (
     file_sha256,
     load_bundle,
 )
-from NMSWSegment.files.rates import Rate, Rates
+from NMSWSegment.files.rates import Rate, Rates, rate_device
 from NMSWSegment.files.resources import SAMPLE_NAME, SAMPLE_PATH, resources_folder
 from NMSWSegment.panel import checks
 from NMSWSegment.panel.application import (
@@ -43,10 +43,10 @@ from NMSWSegment.panel.messages import (
     progress_message,
     structures_title,
 )
-from NMSWSegment.panel.packages import ensure_highdicom, ensure_torch
+from NMSWSegment.panel.packages import ensure_highdicom, ensure_openvino, ensure_torch
 from NMSWSegment.panel.run_state import Run
 from NMSWSegment.panel.self_test import NMSWSegmentTest
-from NMSWSegment.protocol import AUTO, OnProgress, SegmentOptions, UserError, ignore_progress
+from NMSWSegment.protocol import AUTO, EXACT, OnProgress, SegmentOptions, UserError, ignore_progress
 
 if hasattr(slicer, "app"):
     import qt
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["NMSWSegment", "NMSWSegmentLogic", "NMSWSegmentTest", "NMSWSegmentWidget"]
 
 MAX_PATCHES = 1000
+MAX_ISLAND_ML = 100
 LIVE_UPDATE_MS = 250
 """How long the slider has to rest before the result follows it."""
 IDLE_MS = 10 * 60 * 1000
@@ -116,8 +117,10 @@ class NMSWSegmentParameterNode:
     autoPatches: bool = False
     liveUpdate: bool = True
     device: str = SegmentOptions.device
+    runtime: str = SegmentOptions.runtime
     policy: Annotated[str, Choice(["greedy", "top_k"])] = "greedy"
     threads: Annotated[int, WithinRange(0, 256)] = 0
+    minIslandMl: Annotated[float, WithinRange(0, MAX_ISLAND_ML)] = 0
     showPatches: bool = True
     showImportance: bool = False
     show3D: bool = False
@@ -268,6 +271,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.showPatchesCheckBox.connect("clicked(bool)", self._showOverlays)
         ui.showImportanceCheckBox.connect("clicked(bool)", self._showOverlays)
         ui.show3DCheckBox.connect("clicked(bool)", self.onShow3D)
+        ui.installOpenvinoButton.connect("clicked(bool)", self.onInstallOpenvinoButton)
         ui.exportDicomButton.connect("clicked(bool)", self.onExportDicomButton)
 
     def onModelOrDeviceChosen(self) -> None:
@@ -365,10 +369,11 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _on_devices(self, event: dict) -> None:
         self._log(_("PyTorch {version} is ready.").format(version=event["torch"]))
         self._models.show_devices(event["devices"])
+        self._models.show_runtimes(event["runtimes"])
         self._measure()
 
     def _on_rate(self, event: dict) -> None:
-        self._rates.expect(event["bundle"], event["device"], Rate(**event["rate"]))
+        self._rates.expect(event["bundle"], rate_device(event["device"], runtime=event["runtime"]), Rate(**event["rate"]))
         self._updatePanel()
 
     def _on_progress(self, event: dict) -> None:
@@ -382,13 +387,15 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _on_done(self, event: dict) -> None:
         node = self._parameterNode or self.logic.getParameterNode()
         node.outputSegmentation = event["segmentation"]
-        self._lastRunInfo = event["run_info"]
-        rate = Rate.from_run_info(event["run_info"])
+        runInfo = self._lastRunInfo = event["run_info"]
+        rate = Rate.from_run_info(runInfo)
         if rate is not None:
-            self._rates.learn(event["run_info"]["bundle"]["name"], event["run_info"]["device"], rate)
+            self._rates.learn(runInfo["bundle"]["name"], rate_device(runInfo["device"], runtime=runInfo["options"]["runtime"]), rate)
             qt.QSettings().setValue(RATES_KEY, self._rates.to_json())
+        if runInfo["options"]["runtime"] != EXACT:
+            self._log(runInfo["runtime_note"])
         self._run.done(event["id"], signature=self._signature())
-        self._endRun(done_message(event["run_info"], device=self._models.device_title(event["run_info"]["device"]), seconds=event["seconds"]))
+        self._endRun(done_message(runInfo, device=self._models.device_title(runInfo["device"]), seconds=event["seconds"]))
 
     def _on_cancelled(self, event: dict) -> None:
         if self._run.cancelled(event["id"], by_user=self._isCancelledByUser):
@@ -426,7 +433,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Ask the worker how fast the chosen model is here, unless a run has shown it."""
         node = self._parameterNode
         if node and self._models.manifest and self.segmenter.worker.is_alive and not self.segmenter.is_running and self._rate() is None:
-            self.segmenter.measure(bundle=node.model, device=node.device, threads=node.threads or None)
+            self.segmenter.measure(bundle=node.model, device=node.device, threads=node.threads or None, runtime=node.runtime)
 
     # What the panel says
 
@@ -526,6 +533,13 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         else:
             hide_importance(slicer.mrmlScene)
 
+    def onInstallOpenvinoButton(self, checked: bool = False) -> None:
+        """Install OpenVINO if the user agrees; a new worker finds it."""
+        with slicer.util.tryWithErrorDisplay(_("OpenVINO could not be installed.")):
+            if ensure_openvino() and not self.segmenter.is_running:
+                self.segmenter.close()
+                self._startWorker()
+
     def onExportDicomButton(self, checked: bool = False) -> None:
         """Write the result as DICOM SEG, and offer it to the DICOM database."""
         from NMSWSegment.panel.dicom_export import add_to_database, write_dicom_seg
@@ -611,6 +625,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             structures=() if all(structures.values()) else tuple(name for name, isChecked in structures.items() if isChecked),
             roi_to_ras=roi_to_ras(node.regionOfInterest) if node.regionOfInterest else None,
             threads=node.threads or None,
+            runtime=node.runtime,
+            min_island_ml=node.minIslandMl,
         )
 
     def _inputs(self) -> checks.Inputs:
@@ -636,12 +652,14 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         node = self._parameterNode or self.logic.getParameterNode()
         segmentation = node.outputSegmentation
         nodeIds = tuple(item.GetID() if item else None for item in (node.inputVolume, node.regionOfInterest, segmentation))
-        choices = (node.model, tuple(node.omittedStructures), node.policy, node.device, node.threads)
+        choices = (node.model, tuple(node.omittedStructures), node.policy, node.device, node.threads, node.runtime, node.minIslandMl)
         return (*nodeIds, *choices, segments_state(segmentation) if segmentation else ())
 
     def _rate(self) -> "Rate | None":
         """How fast the chosen model is on the chosen device."""
-        return self._rates.get(self._models.manifest.name, self._models.device()) if self._models.manifest else None
+        if self._models.manifest is None:
+            return None
+        return self._rates.get(self._models.manifest.name, rate_device(self._models.device(), runtime=self._parameterNode.runtime))
 
     def _patchesOfLastRun(self) -> int | None:
         """How many patches Auto took last."""

@@ -157,7 +157,7 @@ def highdicom_question() -> str:
 def openvino_question() -> str:
     """Before OpenVINO is installed."""
     return _(
-        "OpenVINO runs the local network on Intel and other processors, often faster than PyTorch. It is not installed. Download and install it now (about 50 MB)?"
+        "The Python package OpenVINO can run the local network faster than PyTorch where there is no GPU. It is not installed. Download and install it now?"
     )
 
 

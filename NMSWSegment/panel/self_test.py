@@ -256,7 +256,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         widget.ui.sampleButton.click()
         node = widget.logic.getParameterNode()
         node.omittedStructures = ["ribs"]
-        node.policy = "top_k"
+        node.policy, node.runtime, node.minIslandMl = "top_k", "auto", 1.5
         with tempfile.TemporaryDirectory() as folder:
             slicer.util.saveScene(str(Path(folder) / "scene.mrb"))
             slicer.mrmlScene.Clear()
@@ -266,6 +266,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         widget.initializeParameterNode()  # which the application does where the module is open
         node = widget.logic.getParameterNode()
         self.assertEqual((node.numPatches, node.omittedStructures, node.policy), (7, ["ribs"], "top_k"))
+        self.assertEqual((node.runtime, node.minIslandMl, widget.ui.runtimeComboBox.currentData, widget.ui.minIslandSpinBox.value), ("auto", 1.5, "auto", 1.5))
         self.assertEqual(node.inputVolume.GetName(), SAMPLE_NAME)
         self.assertEqual(widget.ui.numPatchesSlider.value, 7)
 

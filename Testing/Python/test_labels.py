@@ -5,7 +5,7 @@ import json
 import pytest
 
 from NMSWSegment.files.bundle import Code
-from NMSWSegment.files.labels import ANATOMY_PATH, MAX_LABELS, codes_of_terminology, coded_labels
+from NMSWSegment.files.labels import ANATOMY_PATH, MAX_LABELS, coded_labels, codes_of_terminology
 from NMSWSegment.protocol import UserError
 
 TORSO = (
