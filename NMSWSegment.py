@@ -34,12 +34,17 @@ from NMSWSegment.panel.application import (
     translate,
 )
 from NMSWSegment.panel.messages import (
+    batch_done_message,
+    batch_failures_message,
+    batch_progress_message,
+    batch_question,
     check_message,
     died_message,
     done_message,
     estimate_message,
     exported_question,
     model_tooltip,
+    no_structure_message,
     progress_message,
     structures_title,
 )
@@ -53,6 +58,7 @@ if hasattr(slicer, "app"):
 
 if TYPE_CHECKING:
     from NMSWSegment.engine.segment import SegmentResult
+    from NMSWSegment.panel.volume_batch import BatchVolume
 
 __all__ = ["NMSWSegment", "NMSWSegmentLogic", "NMSWSegmentTest", "NMSWSegmentWidget"]
 
@@ -144,6 +150,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._availableBytes = None
         self._observedNodes = ()
         self._isCancelledByUser = False
+        self._batch = None
         self._surfacesTask = None
         self._shownIn3D = set()
 
@@ -174,6 +181,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self) -> None:
         """End the worker and let go of the scene when the application closes or the module is reloaded."""
+        self._batch = None
         if self.segmenter:
             self.segmenter.close()
         self._stopSurfaces()
@@ -202,6 +210,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._liveTimer.stop()
         self._stopSurfaces()
         self._shownIn3D.clear()
+        self._batch = None
         self.segmenter.abandon()
         self._run = Run()
         self._setParameterNode(None)
@@ -271,6 +280,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.showPatchesCheckBox.connect("clicked(bool)", self._showOverlays)
         ui.showImportanceCheckBox.connect("clicked(bool)", self._showOverlays)
         ui.show3DCheckBox.connect("clicked(bool)", self.onShow3D)
+        ui.segmentAllButton.connect("clicked(bool)", self.onSegmentAllButton)
         ui.installOpenvinoButton.connect("clicked(bool)", self.onInstallOpenvinoButton)
         ui.exportDicomButton.connect("clicked(bool)", self.onExportDicomButton)
 
@@ -288,15 +298,72 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._parameterNode.inputVolume = sample
 
     def onSegmentButton(self, checked: bool = False) -> None:
-        """Start a run, or ask the one that is going on to stop."""
-        if self.segmenter.is_running:
+        """Start a run, or ask the one that is going on to stop, and with it all that were to follow."""
+        if self.segmenter.is_running or self._batch is not None:
             self._isCancelledByUser = True
+            if self._batch is not None:
+                self._batch.cancel()
             self._cancel()
             self._showRunState(_("Cancelling..."))
             return
         with slicer.util.tryWithErrorDisplay(_("The segmentation could not be started.")):
             if ensure_torch():
                 self._start(segmentation=self._outputToReplace())
+
+    def onSegmentAllButton(self, checked: bool = False) -> None:
+        """Segment the volumes of the scene one after the other, with the settings of now."""
+        from NMSWSegment.panel.volume_batch import volumes_of_scene
+
+        volumes = volumes_of_scene(slicer.mrmlScene)
+        structures = self._models.structures()
+        with slicer.util.tryWithErrorDisplay(_("The segmentation could not be started.")):
+            if not volumes:
+                slicer.util.infoDisplay(_("There is no volume in the scene. Load one or more CT volumes."))
+            elif structures and not any(structures.values()):
+                slicer.util.infoDisplay(no_structure_message())
+            elif ensure_torch() and slicer.util.confirmYesNoDisplay(batch_question([volume.name for volume in volumes])):
+                self.segmentVolumes(volumes)
+
+    def segmentVolumes(self, volumes: "list[BatchVolume]") -> None:
+        """Segment volumes one after the other, with the settings of now."""
+        from NMSWSegment.panel.volume_batch import VolumeBatch
+
+        self._batch = VolumeBatch(volumes, self._options())
+        self._startNextOfBatch()
+
+    def _startNextOfBatch(self) -> None:
+        """Start the next volume that can be segmented; after the last one, say what became of all."""
+        from NMSWSegment.panel.volume_batch import hide_results
+
+        batch = self._batch
+        if batch is None:  # the scene was closed
+            return
+        node = self._parameterNode or self.logic.getParameterNode()
+        while (turn := batch.next()) is not None:
+            volume = slicer.mrmlScene.GetNodeByID(turn.node_id)
+            if volume is None:
+                batch.failed(_("It was deleted before its turn."))
+                continue
+            node.inputVolume, node.outputSegmentation = volume, None
+            blocking = [
+                check_message(check)
+                for check in checks.input_checks(self._inputsOf(volume, batch.options.num_patches, batch.options.roi_to_ras))
+                if check.severity is checks.Severity.ERROR
+            ]
+            if blocking:
+                batch.failed(blocking[0])
+                continue
+            hide_results(slicer.mrmlScene, batch)
+            slicer.util.setSliceViewerLayers(background=volume, fit=True)
+            try:
+                self._send(batch.options, volume=volume, segmentation=None)
+                return
+            except UserError as error:
+                batch.failed(str(error))
+        self._batch = None
+        self._endRun(batch_done_message(len(batch.results), batch.total, is_cancelled=batch.is_cancelled))
+        if batch.failures:
+            slicer.util.warningDisplay(batch_failures_message(len(batch.results), batch.total, batch.failures))
 
     def _outputToReplace(self) -> vtkMRMLSegmentationNode | None:
         """The chosen output; None, for a new one, where a user wants to keep what it holds."""
@@ -311,18 +378,15 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _start(self, *, segmentation: vtkMRMLSegmentationNode | None, isLive: bool = False) -> None:
         """Send a run to the worker; a live one follows a change of k, and starts from the result that is there."""
-        options = self._options()
         try:
-            runId = self.segmenter.start(
-                self._parameterNode.inputVolume,
-                segmentation,
-                options,
-                output_name=_("{volume} segmentation").format(volume=self._parameterNode.inputVolume.GetName()),
-                coarse_first=not isLive,
-            )
+            self._send(self._options(), volume=self._parameterNode.inputVolume, segmentation=segmentation, isLive=isLive)
         except UserError as error:
             slicer.util.errorDisplay(str(error))
-            return
+
+    def _send(self, options: SegmentOptions, *, volume: vtkMRMLScalarVolumeNode, segmentation: vtkMRMLSegmentationNode | None, isLive: bool = False) -> None:
+        """The same; raises UserError where nothing was started."""
+        name = _("{volume} segmentation").format(volume=volume.GetName())
+        runId = self.segmenter.start(volume, segmentation, options, output_name=name, coarse_first=not isLive)
         self._idleTimer.stop()
         self._stopSurfaces()
         self._isCancelledByUser = False
@@ -378,8 +442,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _on_progress(self, event: dict) -> None:
         if self._run.progress(event["id"]):
-            self.ui.progressBar.value = round(100 * event["fraction"])
-            self.ui.statusLabel.text = progress_message(event)
+            self._showProgress(event["fraction"], progress_message(event))
 
     def _on_coarse(self, event: dict) -> None:
         self._showOverlays()
@@ -394,6 +457,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             qt.QSettings().setValue(RATES_KEY, self._rates.to_json())
         if runInfo["options"]["runtime"] != EXACT:
             self._log(runInfo["runtime_note"])
+        if self._batch is not None:
+            self._batch.done(event["segmentation"].GetID())
         self._run.done(event["id"], signature=self._signature())
         self._endRun(done_message(runInfo, device=self._models.device_title(runInfo["device"]), seconds=event["seconds"]))
 
@@ -405,24 +470,35 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._log(event["details"] or event["message"])
         if event["id"] is None or not self._run.failed(event["id"]):
             return
-        self._endRun(_("The run failed. The previous result is kept."))
-        if event["kind"] == "user":
-            slicer.util.errorDisplay(event["message"])
-        else:
-            slicer.util.errorDisplay(_("The segmentation failed. Please report this with the details."), detailedText=event["details"] or event["message"])
+        message = event["message"] if event["kind"] == "user" else _("The segmentation failed. Please report this with the details.")
+        details = "" if event["kind"] == "user" else event["details"] or event["message"]
+        self._failRun(_("The run failed. The previous result is kept."), message, details=details)
 
     def _on_stopped(self, event: dict) -> None:
         if self._run.cancelled(event["id"], by_user=False):
+            if self._batch is not None:
+                self._batch.failed(event["message"])
             self._endRun(event["message"])
 
     def _on_died(self, event: dict) -> None:
         self._log(_("The segmentation process ended: {reason}").format(reason=event["message"]))
         if self._run.worker_died():
-            self._endRun(_("The run stopped. The previous result is kept."))
-            slicer.util.errorDisplay(died_message(event["message"]), detailedText=event["details"])
+            self._failRun(_("The run stopped. The previous result is kept."), died_message(event["message"]), details=event["details"])
+
+    def _failRun(self, status: str, message: str, *, details: str) -> None:
+        """Show how a run failed; of many volumes, all that failed are told at the end."""
+        if self._batch is not None:
+            self._batch.failed(message)
+            self._endRun(status)
+        else:
+            self._endRun(status)
+            slicer.util.errorDisplay(message, detailedText=details)
 
     def _endRun(self, status: str) -> None:
-        """Show how a run ended, and follow the slider if it moved meanwhile."""
+        """Show how a run ended, and follow the slider if it moved meanwhile; of many volumes, go on with the next one."""
+        if self._batch is not None:
+            qt.QTimer.singleShot(0, self._startNextOfBatch)  # once the event that ended this run has been dealt with
+            return
         self._idleTimer.start()
         self._showRunState(status)
         self._showOverlays()
@@ -457,7 +533,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         blocking = [check_message(check) for check in inputChecks if check.severity is checks.Severity.ERROR]
         structures = self._models.structures()
         if structures and not any(structures.values()):
-            blocking.append(_("No structure is selected. Select at least one."))
+            blocking.append(no_structure_message())
         advice = [check_message(check) for check in inputChecks if check.severity is checks.Severity.WARNING]
         lines = [*([] if blocking else [self._estimateMessage(inputs)]), *(f'<font color="red">{text}</font>' for text in advice)]
         self.ui.workLabel.text = "<br>".join(lines)
@@ -503,13 +579,19 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Turn the button into Cancel and back; the choices rest while a run goes on."""
         self._status = status
         isRunning = self.segmenter.is_running
-        self.ui.progressBar.value = 0
         self.ui.progressBar.visible = isRunning
         for widget in (self.ui.volumeSection, self.ui.modelSection, self.ui.advancedSection):
             widget.enabled = self._run.are_settings_enabled or self._run.is_live
         self.ui.segmentButton.text = _("Cancel") if isRunning else _("Segment")
-        self.ui.statusLabel.text = status
+        self._showProgress(0, status)
         self._updatePanel()
+
+    def _showProgress(self, fraction: float, text: str) -> None:
+        """The bar and the line below it; of many volumes, which one it is."""
+        if self._batch is not None:
+            fraction, text = self._batch.fraction(fraction), batch_progress_message(self._batch.number, self._batch.total, self._batch.volume.name, text)
+        self.ui.progressBar.value = round(100 * fraction)
+        self.ui.statusLabel.text = text
 
     def _volumesTable(self) -> vtkMRMLTableNode | None:
         """The table of the chosen segmentation."""
@@ -631,18 +713,20 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _inputs(self) -> checks.Inputs:
         """What panel/checks.py has to know."""
-        from NMSWSegment.files.memory import available_memory_bytes
-        from NMSWSegment.panel.nodes import roi_to_ras, volume_inputs
+        from NMSWSegment.panel.nodes import roi_to_ras
 
         node = self._parameterNode
+        return self._inputsOf(node.inputVolume, self._numPatches(), roi_to_ras(node.regionOfInterest) if node.regionOfInterest else None)
+
+    def _inputsOf(self, volume: vtkMRMLScalarVolumeNode | None, numPatches: int | str | None, roiToRas) -> checks.Inputs:
+        """The same of any volume, with numPatches and roiToRas as in SegmentOptions."""
+        from NMSWSegment.files.memory import available_memory_bytes
+        from NMSWSegment.panel.nodes import volume_inputs
+
         if not self.segmenter.worker.is_alive:
             self._availableBytes = available_memory_bytes()  # what a worker holds is part of what it needs
         return dataclasses.replace(
-            volume_inputs(node.inputVolume),
-            manifest=self._models.manifest,
-            num_patches=self._numPatches(),
-            roi_to_ras=roi_to_ras(node.regionOfInterest) if node.regionOfInterest else None,
-            available_bytes=self._availableBytes,
+            volume_inputs(volume), manifest=self._models.manifest, num_patches=numPatches, roi_to_ras=roiToRas, available_bytes=self._availableBytes
         )
 
     def _signature(self) -> tuple:

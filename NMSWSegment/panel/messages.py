@@ -124,6 +124,35 @@ def structures_title(*, chosen: int, total: int) -> str:
     return _("Structures: {chosen} of {total}").format(chosen=chosen, total=total)
 
 
+def no_structure_message() -> str:
+    """Nothing is left to segment."""
+    return _("No structure is selected. Select at least one.")
+
+
+def batch_question(names: list[str]) -> str:
+    """Before many volumes are segmented."""
+    return _(
+        "Segment {count} volumes one after the other, with the settings of the panel?\n\n{names}\n\nEach gets a new segmentation that is named after it."
+    ).format(count=len(names), names="\n".join(names))
+
+
+def batch_progress_message(number: int, total: int, name: str, text: str) -> str:
+    """What a run is doing, of many."""
+    return _("{number} of {total}, {name}: {text}").format(number=number, total=total, name=name, text=text)
+
+
+def batch_done_message(num_done: int, total: int, *, is_cancelled: bool) -> str:
+    """How many volumes were segmented."""
+    text = _("{done} of {total} volumes were segmented.").format(done=num_done, total=total)
+    return _("Cancelled.") + " " + text if is_cancelled else text
+
+
+def batch_failures_message(num_done: int, total: int, failures: list[tuple[str, str]]) -> str:
+    """Volumes without a result, and why."""
+    lines = [f"{name}: {reason}" for name, reason in failures]
+    return "\n\n".join([_("{done} of {total} volumes were segmented. Not segmented:").format(done=num_done, total=total), *lines])
+
+
 def torch_missing_message() -> str:
     """The way to torch, with and without internet."""
     return (

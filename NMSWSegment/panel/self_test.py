@@ -12,6 +12,7 @@ import vtk
 from NMSWSegment.files.bundle import BUNDLES_FOLDER, list_bundles, load_bundle
 from NMSWSegment.files.resources import SAMPLE_NAME, SAMPLE_PATH
 from NMSWSegment.panel.application import ScriptedLoadableModuleTest
+from NMSWSegment.panel.volume_batch import volumes_of_scene
 from NMSWSegment.protocol import SegmentOptions
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
             self.test_panel_afterAClosedScene_everySegmentIsVisible,
             self.test_panel_kChange_runsOnlyNewPatches,
             self.test_panel_cancel_keepsThePreviousResult,
+            self.test_panel_allVolumes_getASegmentationEach,
             self.test_panel_volumeDeletedInARun_stopsAtOnce,
             self.test_panel_3D_fitsTheCameraToTheResult,
             self.test_panel_importanceMap_isClippedToTheBody,
@@ -175,6 +177,22 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         self.assertTrue((after == before).all())
         self.assertEqual(node.outputSegmentation.GetAttribute("NMSW.NumPatches"), "1")
         self.assertEverySegmentIsVisible(node.outputSegmentation)
+
+    def test_panel_allVolumes_getASegmentationEach(self) -> None:
+        """Two volumes one after the other; only the segmentation of the last one, which the views show, is visible."""
+        self.delayDisplay("Segmenting all volumes of the scene")
+        names = ("First", "Second")
+        for name in names:
+            slicer.util.loadVolume(str(SAMPLE_PATH), {"name": name})
+        widget = self.openPanel(numPatches=0)
+        widget.segmentVolumes(volumes_of_scene(slicer.mrmlScene))
+        self.assertIn("1 of 2, First", widget.ui.statusLabel.text)
+        self.waitUntil(lambda: widget.ui.statusLabel.text == "2 of 2 volumes were segmented.", "both volumes are segmented")
+        results = [slicer.util.getNode(f"{name} segmentation") for name in names]
+        for segmentation in results:
+            self.assertSegmentsOfATorso(segmentation)
+        self.assertEqual([bool(segmentation.GetDisplayVisibility()) for segmentation in results], [False, True])
+        self.assertEverySegmentIsVisible(results[1])
 
     def test_panel_volumeDeletedInARun_stopsAtOnce(self) -> None:
         """A volume that is deleted while its segmentation runs ends the run, and nothing of it stays."""
