@@ -20,7 +20,7 @@ from NMSWSegment.files.bundle import (
     file_sha256,
     load_bundle,
 )
-from NMSWSegment.files.rates import Rate, Rates
+from NMSWSegment.files.rates import Rate, Rates, rate_device
 from NMSWSegment.files.resources import SAMPLE_NAME, SAMPLE_PATH, resources_folder
 from NMSWSegment.panel import checks
 from NMSWSegment.panel.application import (
@@ -34,31 +34,36 @@ from NMSWSegment.panel.application import (
     translate,
 )
 from NMSWSegment.panel.messages import (
+    batch_done_message,
+    batch_failures_message,
+    batch_progress_message,
+    batch_question,
     check_message,
     died_message,
     done_message,
     estimate_message,
+    exported_question,
     model_tooltip,
+    no_structure_message,
     progress_message,
     structures_title,
-    torch_missing_message,
-    torch_not_installed_message,
 )
+from NMSWSegment.panel.packages import ensure_highdicom, ensure_openvino, ensure_torch
 from NMSWSegment.panel.run_state import Run
 from NMSWSegment.panel.self_test import NMSWSegmentTest
-from NMSWSegment.protocol import AUTO, OnProgress, SegmentOptions, UserError, ignore_progress
+from NMSWSegment.protocol import AUTO, EXACT, OnProgress, SegmentOptions, UserError, ignore_progress
 
 if hasattr(slicer, "app"):
     import qt
 
 if TYPE_CHECKING:
     from NMSWSegment.engine.segment import SegmentResult
+    from NMSWSegment.panel.volume_batch import BatchVolume
 
 __all__ = ["NMSWSegment", "NMSWSegmentLogic", "NMSWSegmentTest", "NMSWSegmentWidget"]
 
-TORCH_REQUIREMENT = ">=2.2"
-"""The first torch that reads the TorchScript archives of the bundles."""
 MAX_PATCHES = 1000
+MAX_ISLAND_ML = 100
 LIVE_UPDATE_MS = 250
 """How long the slider has to rest before the result follows it."""
 IDLE_MS = 10 * 60 * 1000
@@ -105,27 +110,6 @@ def registerSampleData() -> None:
     )
 
 
-def ensureTorch() -> bool:
-    """Whether PyTorch is there; where it is not, offer to install it with the PyTorch extension."""
-    if importlib.util.find_spec("torch"):
-        return True
-    try:
-        import PyTorchUtils
-    except ModuleNotFoundError:
-        slicer.util.errorDisplay(torch_missing_message().format(python=sys.version.split()[0]))
-        return False
-    details = ""
-    try:
-        PyTorchUtils.PyTorchUtilsLogic().installTorch(askConfirmation=True, torchVersionRequirement=TORCH_REQUIREMENT)
-    except Exception as error:  # it imports torch at its end, also where the user declined or the download failed
-        details = f"{type(error).__name__}: {error}"
-    importlib.invalidate_caches()
-    if importlib.util.find_spec("torch"):
-        return True
-    slicer.util.errorDisplay(torch_not_installed_message().format(python=sys.version.split()[0]), detailedText=details)
-    return False
-
-
 @parameterNodeWrapper
 class NMSWSegmentParameterNode:
     """What the scene remembers of the panel."""
@@ -139,8 +123,10 @@ class NMSWSegmentParameterNode:
     autoPatches: bool = False
     liveUpdate: bool = True
     device: str = SegmentOptions.device
+    runtime: str = SegmentOptions.runtime
     policy: Annotated[str, Choice(["greedy", "top_k"])] = "greedy"
     threads: Annotated[int, WithinRange(0, 256)] = 0
+    minIslandMl: Annotated[float, WithinRange(0, MAX_ISLAND_ML)] = 0
     showPatches: bool = True
     showImportance: bool = False
     show3D: bool = False
@@ -164,6 +150,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._availableBytes = None
         self._observedNodes = ()
         self._isCancelledByUser = False
+        self._batch = None
         self._surfacesTask = None
         self._shownIn3D = set()
 
@@ -194,6 +181,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def cleanup(self) -> None:
         """End the worker and let go of the scene when the application closes or the module is reloaded."""
+        self._batch = None
         if self.segmenter:
             self.segmenter.close()
         self._stopSurfaces()
@@ -222,6 +210,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._liveTimer.stop()
         self._stopSurfaces()
         self._shownIn3D.clear()
+        self._batch = None
         self.segmenter.abandon()
         self._run = Run()
         self._setParameterNode(None)
@@ -291,6 +280,9 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.showPatchesCheckBox.connect("clicked(bool)", self._showOverlays)
         ui.showImportanceCheckBox.connect("clicked(bool)", self._showOverlays)
         ui.show3DCheckBox.connect("clicked(bool)", self.onShow3D)
+        ui.segmentAllButton.connect("clicked(bool)", self.onSegmentAllButton)
+        ui.installOpenvinoButton.connect("clicked(bool)", self.onInstallOpenvinoButton)
+        ui.exportDicomButton.connect("clicked(bool)", self.onExportDicomButton)
 
     def onModelOrDeviceChosen(self) -> None:
         """Show what the choice means for the run."""
@@ -306,15 +298,72 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._parameterNode.inputVolume = sample
 
     def onSegmentButton(self, checked: bool = False) -> None:
-        """Start a run, or ask the one that is going on to stop."""
-        if self.segmenter.is_running:
+        """Start a run, or ask the one that is going on to stop, and with it all that were to follow."""
+        if self.segmenter.is_running or self._batch is not None:
             self._isCancelledByUser = True
+            if self._batch is not None:
+                self._batch.cancel()
             self._cancel()
             self._showRunState(_("Cancelling..."))
             return
         with slicer.util.tryWithErrorDisplay(_("The segmentation could not be started.")):
-            if ensureTorch():
+            if ensure_torch():
                 self._start(segmentation=self._outputToReplace())
+
+    def onSegmentAllButton(self, checked: bool = False) -> None:
+        """Segment the volumes of the scene one after the other, with the settings of now."""
+        from NMSWSegment.panel.volume_batch import volumes_of_scene
+
+        volumes = volumes_of_scene(slicer.mrmlScene)
+        structures = self._models.structures()
+        with slicer.util.tryWithErrorDisplay(_("The segmentation could not be started.")):
+            if not volumes:
+                slicer.util.infoDisplay(_("There is no volume in the scene. Load one or more CT volumes."))
+            elif structures and not any(structures.values()):
+                slicer.util.infoDisplay(no_structure_message())
+            elif ensure_torch() and slicer.util.confirmYesNoDisplay(batch_question([volume.name for volume in volumes])):
+                self.segmentVolumes(volumes)
+
+    def segmentVolumes(self, volumes: "list[BatchVolume]") -> None:
+        """Segment volumes one after the other, with the settings of now."""
+        from NMSWSegment.panel.volume_batch import VolumeBatch
+
+        self._batch = VolumeBatch(volumes, self._options())
+        self._startNextOfBatch()
+
+    def _startNextOfBatch(self) -> None:
+        """Start the next volume that can be segmented; after the last one, say what became of all."""
+        from NMSWSegment.panel.volume_batch import hide_results
+
+        batch = self._batch
+        if batch is None:  # the scene was closed
+            return
+        node = self._parameterNode or self.logic.getParameterNode()
+        while (turn := batch.next()) is not None:
+            volume = slicer.mrmlScene.GetNodeByID(turn.node_id)
+            if volume is None:
+                batch.failed(_("It was deleted before its turn."))
+                continue
+            node.inputVolume, node.outputSegmentation = volume, None
+            blocking = [
+                check_message(check)
+                for check in checks.input_checks(self._inputsOf(volume, batch.options.num_patches, batch.options.roi_to_ras))
+                if check.severity is checks.Severity.ERROR
+            ]
+            if blocking:
+                batch.failed(blocking[0])
+                continue
+            hide_results(slicer.mrmlScene, batch)
+            slicer.util.setSliceViewerLayers(background=volume, fit=True)
+            try:
+                self._send(batch.options, volume=volume, segmentation=None)
+                return
+            except UserError as error:
+                batch.failed(str(error))
+        self._batch = None
+        self._endRun(batch_done_message(len(batch.results), batch.total, is_cancelled=batch.is_cancelled))
+        if batch.failures:
+            slicer.util.warningDisplay(batch_failures_message(len(batch.results), batch.total, batch.failures))
 
     def _outputToReplace(self) -> vtkMRMLSegmentationNode | None:
         """The chosen output; None, for a new one, where a user wants to keep what it holds."""
@@ -329,18 +378,15 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _start(self, *, segmentation: vtkMRMLSegmentationNode | None, isLive: bool = False) -> None:
         """Send a run to the worker; a live one follows a change of k, and starts from the result that is there."""
-        options = self._options()
         try:
-            runId = self.segmenter.start(
-                self._parameterNode.inputVolume,
-                segmentation,
-                options,
-                output_name=_("{volume} segmentation").format(volume=self._parameterNode.inputVolume.GetName()),
-                coarse_first=not isLive,
-            )
+            self._send(self._options(), volume=self._parameterNode.inputVolume, segmentation=segmentation, isLive=isLive)
         except UserError as error:
             slicer.util.errorDisplay(str(error))
-            return
+
+    def _send(self, options: SegmentOptions, *, volume: vtkMRMLScalarVolumeNode, segmentation: vtkMRMLSegmentationNode | None, isLive: bool = False) -> None:
+        """The same; raises UserError where nothing was started."""
+        name = _("{volume} segmentation").format(volume=volume.GetName())
+        runId = self.segmenter.start(volume, segmentation, options, output_name=name, coarse_first=not isLive)
         self._idleTimer.stop()
         self._stopSurfaces()
         self._isCancelledByUser = False
@@ -387,16 +433,16 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _on_devices(self, event: dict) -> None:
         self._log(_("PyTorch {version} is ready.").format(version=event["torch"]))
         self._models.show_devices(event["devices"])
+        self._models.show_runtimes(event["runtimes"])
         self._measure()
 
     def _on_rate(self, event: dict) -> None:
-        self._rates.expect(event["bundle"], event["device"], Rate(**event["rate"]))
+        self._rates.expect(event["bundle"], rate_device(event["device"], runtime=event["runtime"]), Rate(**event["rate"]))
         self._updatePanel()
 
     def _on_progress(self, event: dict) -> None:
         if self._run.progress(event["id"]):
-            self.ui.progressBar.value = round(100 * event["fraction"])
-            self.ui.statusLabel.text = progress_message(event)
+            self._showProgress(event["fraction"], progress_message(event))
 
     def _on_coarse(self, event: dict) -> None:
         self._showOverlays()
@@ -404,13 +450,17 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _on_done(self, event: dict) -> None:
         node = self._parameterNode or self.logic.getParameterNode()
         node.outputSegmentation = event["segmentation"]
-        self._lastRunInfo = event["run_info"]
-        rate = Rate.from_run_info(event["run_info"])
+        runInfo = self._lastRunInfo = event["run_info"]
+        rate = Rate.from_run_info(runInfo)
         if rate is not None:
-            self._rates.learn(event["run_info"]["bundle"]["name"], event["run_info"]["device"], rate)
+            self._rates.learn(runInfo["bundle"]["name"], rate_device(runInfo["device"], runtime=runInfo["options"]["runtime"]), rate)
             qt.QSettings().setValue(RATES_KEY, self._rates.to_json())
+        if runInfo["options"]["runtime"] != EXACT:
+            self._log(runInfo["runtime_note"])
+        if self._batch is not None:
+            self._batch.done(event["segmentation"].GetID())
         self._run.done(event["id"], signature=self._signature())
-        self._endRun(done_message(event["run_info"], device=self._models.device_title(event["run_info"]["device"]), seconds=event["seconds"]))
+        self._endRun(done_message(runInfo, device=self._models.device_title(runInfo["device"]), seconds=event["seconds"]))
 
     def _on_cancelled(self, event: dict) -> None:
         if self._run.cancelled(event["id"], by_user=self._isCancelledByUser):
@@ -420,24 +470,35 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._log(event["details"] or event["message"])
         if event["id"] is None or not self._run.failed(event["id"]):
             return
-        self._endRun(_("The run failed. The previous result is kept."))
-        if event["kind"] == "user":
-            slicer.util.errorDisplay(event["message"])
-        else:
-            slicer.util.errorDisplay(_("The segmentation failed. Please report this with the details."), detailedText=event["details"] or event["message"])
+        message = event["message"] if event["kind"] == "user" else _("The segmentation failed. Please report this with the details.")
+        details = "" if event["kind"] == "user" else event["details"] or event["message"]
+        self._failRun(_("The run failed. The previous result is kept."), message, details=details)
 
     def _on_stopped(self, event: dict) -> None:
         if self._run.cancelled(event["id"], by_user=False):
+            if self._batch is not None:
+                self._batch.failed(event["message"])
             self._endRun(event["message"])
 
     def _on_died(self, event: dict) -> None:
         self._log(_("The segmentation process ended: {reason}").format(reason=event["message"]))
         if self._run.worker_died():
-            self._endRun(_("The run stopped. The previous result is kept."))
-            slicer.util.errorDisplay(died_message(event["message"]), detailedText=event["details"])
+            self._failRun(_("The run stopped. The previous result is kept."), died_message(event["message"]), details=event["details"])
+
+    def _failRun(self, status: str, message: str, *, details: str) -> None:
+        """Show how a run failed; of many volumes, all that failed are told at the end."""
+        if self._batch is not None:
+            self._batch.failed(message)
+            self._endRun(status)
+        else:
+            self._endRun(status)
+            slicer.util.errorDisplay(message, detailedText=details)
 
     def _endRun(self, status: str) -> None:
-        """Show how a run ended, and follow the slider if it moved meanwhile."""
+        """Show how a run ended, and follow the slider if it moved meanwhile; of many volumes, go on with the next one."""
+        if self._batch is not None:
+            qt.QTimer.singleShot(0, self._startNextOfBatch)  # once the event that ended this run has been dealt with
+            return
         self._idleTimer.start()
         self._showRunState(status)
         self._showOverlays()
@@ -448,7 +509,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Ask the worker how fast the chosen model is here, unless a run has shown it."""
         node = self._parameterNode
         if node and self._models.manifest and self.segmenter.worker.is_alive and not self.segmenter.is_running and self._rate() is None:
-            self.segmenter.measure(bundle=node.model, device=node.device, threads=node.threads or None)
+            self.segmenter.measure(bundle=node.model, device=node.device, threads=node.threads or None, runtime=node.runtime)
 
     # What the panel says
 
@@ -472,7 +533,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         blocking = [check_message(check) for check in inputChecks if check.severity is checks.Severity.ERROR]
         structures = self._models.structures()
         if structures and not any(structures.values()):
-            blocking.append(_("No structure is selected. Select at least one."))
+            blocking.append(no_structure_message())
         advice = [check_message(check) for check in inputChecks if check.severity is checks.Severity.WARNING]
         lines = [*([] if blocking else [self._estimateMessage(inputs)]), *(f'<font color="red">{text}</font>' for text in advice)]
         self.ui.workLabel.text = "<br>".join(lines)
@@ -482,10 +543,21 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         table = self._volumesTable()
         self.ui.volumesTable.setMRMLTableNode(table)
         self.ui.volumesTable.visible = table is not None
+        self._updateExport()
         self.ui.segmentButton.enabled = self._run.is_button_enabled(is_blocked=bool(blocking))
         self.ui.segmentButton.toolTip = blocking[0] if blocking else _("Segment the input volume. The previous result is kept until the new one is complete.")
         if not self.segmenter.is_running:
             self.ui.statusLabel.text = blocking[0] if blocking else self._status
+
+    def _updateExport(self) -> None:
+        """Offer DICOM SEG below a result; where there can be none, the button says why."""
+        from NMSWSegment.panel.dicom_export import export_obstacle, is_result
+
+        button, segmentation = self.ui.exportDicomButton, self._parameterNode.outputSegmentation
+        button.visible = is_result(segmentation)
+        obstacle = export_obstacle(segmentation) if is_result(segmentation) else ""
+        button.enabled = not obstacle and not self.segmenter.is_running
+        button.toolTip = obstacle or _("Write the segments as a DICOM segmentation of the patient and study that the input volume was loaded from.")
 
     def _estimateMessage(self, inputs: checks.Inputs) -> str:
         """The line under the slider; the slider ends at the number of candidates."""
@@ -507,13 +579,19 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Turn the button into Cancel and back; the choices rest while a run goes on."""
         self._status = status
         isRunning = self.segmenter.is_running
-        self.ui.progressBar.value = 0
         self.ui.progressBar.visible = isRunning
         for widget in (self.ui.volumeSection, self.ui.modelSection, self.ui.advancedSection):
             widget.enabled = self._run.are_settings_enabled or self._run.is_live
         self.ui.segmentButton.text = _("Cancel") if isRunning else _("Segment")
-        self.ui.statusLabel.text = status
+        self._showProgress(0, status)
         self._updatePanel()
+
+    def _showProgress(self, fraction: float, text: str) -> None:
+        """The bar and the line below it; of many volumes, which one it is."""
+        if self._batch is not None:
+            fraction, text = self._batch.fraction(fraction), batch_progress_message(self._batch.number, self._batch.total, self._batch.volume.name, text)
+        self.ui.progressBar.value = round(100 * fraction)
+        self.ui.statusLabel.text = text
 
     def _volumesTable(self) -> vtkMRMLTableNode | None:
         """The table of the chosen segmentation."""
@@ -536,6 +614,32 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             show_importance(importance, parent_node=node.inputVolume, volume=volume_in_node(node.inputVolume))
         else:
             hide_importance(slicer.mrmlScene)
+
+    def onInstallOpenvinoButton(self, checked: bool = False) -> None:
+        """Install OpenVINO if the user agrees; a new worker finds it."""
+        with slicer.util.tryWithErrorDisplay(_("OpenVINO could not be installed.")):
+            if ensure_openvino() and not self.segmenter.is_running:
+                self.segmenter.close()
+                self._startWorker()
+
+    def onExportDicomButton(self, checked: bool = False) -> None:
+        """Write the result as DICOM SEG, and offer it to the DICOM database."""
+        from NMSWSegment.panel.dicom_export import add_to_database, write_dicom_seg
+
+        segmentation = self._parameterNode.outputSegmentation
+        with slicer.util.tryWithErrorDisplay(_("The DICOM segmentation could not be written.")):
+            if not ensure_highdicom():
+                return
+            chosen = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), _("Export DICOM SEG"), f"{segmentation.GetName()}.dcm", "DICOM (*.dcm)")
+            if not chosen:
+                return
+            try:
+                with slicer.util.WaitCursor():
+                    path = write_dicom_seg(segmentation, chosen if chosen.lower().endswith(".dcm") else f"{chosen}.dcm")
+                if slicer.util.confirmYesNoDisplay(exported_question(str(path))):
+                    add_to_database(path)
+            except UserError as error:
+                slicer.util.errorDisplay(str(error))
 
     def onShow3D(self, isShown: bool) -> None:
         """Show the result in the 3D views, or remove it from them."""
@@ -603,22 +707,26 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             structures=() if all(structures.values()) else tuple(name for name, isChecked in structures.items() if isChecked),
             roi_to_ras=roi_to_ras(node.regionOfInterest) if node.regionOfInterest else None,
             threads=node.threads or None,
+            runtime=node.runtime,
+            min_island_ml=node.minIslandMl,
         )
 
     def _inputs(self) -> checks.Inputs:
         """What panel/checks.py has to know."""
-        from NMSWSegment.files.memory import available_memory_bytes
-        from NMSWSegment.panel.nodes import roi_to_ras, volume_inputs
+        from NMSWSegment.panel.nodes import roi_to_ras
 
         node = self._parameterNode
+        return self._inputsOf(node.inputVolume, self._numPatches(), roi_to_ras(node.regionOfInterest) if node.regionOfInterest else None)
+
+    def _inputsOf(self, volume: vtkMRMLScalarVolumeNode | None, numPatches: int | str | None, roiToRas) -> checks.Inputs:
+        """The same of any volume, with numPatches and roiToRas as in SegmentOptions."""
+        from NMSWSegment.files.memory import available_memory_bytes
+        from NMSWSegment.panel.nodes import volume_inputs
+
         if not self.segmenter.worker.is_alive:
             self._availableBytes = available_memory_bytes()  # what a worker holds is part of what it needs
         return dataclasses.replace(
-            volume_inputs(node.inputVolume),
-            manifest=self._models.manifest,
-            num_patches=self._numPatches(),
-            roi_to_ras=roi_to_ras(node.regionOfInterest) if node.regionOfInterest else None,
-            available_bytes=self._availableBytes,
+            volume_inputs(volume), manifest=self._models.manifest, num_patches=numPatches, roi_to_ras=roiToRas, available_bytes=self._availableBytes
         )
 
     def _signature(self) -> tuple:
@@ -628,12 +736,14 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         node = self._parameterNode or self.logic.getParameterNode()
         segmentation = node.outputSegmentation
         nodeIds = tuple(item.GetID() if item else None for item in (node.inputVolume, node.regionOfInterest, segmentation))
-        choices = (node.model, tuple(node.omittedStructures), node.policy, node.device, node.threads)
+        choices = (node.model, tuple(node.omittedStructures), node.policy, node.device, node.threads, node.runtime, node.minIslandMl)
         return (*nodeIds, *choices, segments_state(segmentation) if segmentation else ())
 
     def _rate(self) -> "Rate | None":
         """How fast the chosen model is on the chosen device."""
-        return self._rates.get(self._models.manifest.name, self._models.device()) if self._models.manifest else None
+        if self._models.manifest is None:
+            return None
+        return self._rates.get(self._models.manifest.name, rate_device(self._models.device(), runtime=self._parameterNode.runtime))
 
     def _patchesOfLastRun(self) -> int | None:
         """How many patches Auto took last."""

@@ -112,10 +112,9 @@ def possible_runtimes() -> list[str]:
     """What this computer has besides torch in float32. bfloat16 only where the processor computes with it: elsewhere torch is up to 140 times slower."""
     names = ["torch-bf16"] if _torch_has_bfloat16() else []
     try:
-        openvino = _openvino()
-    except Unusable:
+        has_bfloat16 = "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except (Unusable, RuntimeError):  # not there, or without a part of it that drives this processor
         return names
-    has_bfloat16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [*names, "openvino", *(["openvino-bf16"] if has_bfloat16 else [])]
 
 
@@ -127,7 +126,7 @@ def prepared_runtime(name: str, bundle: Bundle, net: LocalNet, *, patch: Tensor,
     """
     if name not in possible_runtimes():
         _openvino() if name.startswith("openvino") else None  # tells what is missing
-        raise Unusable("the processor has no bfloat16 instructions")
+        raise Unusable("OpenVINO does not start" if name == "openvino" else "the processor has no bfloat16 instructions")
     try:
         prepared = _in_bfloat16(net) if name == "torch-bf16" else _OpenVinoNet(_converted(bundle, net), patch=patch, in_bfloat16=name.endswith("bf16"))
         with torch.inference_mode():

@@ -85,13 +85,15 @@ def serve(*, folder: Path | None = None) -> int:
     try:
         import torch
 
+        from NMSWSegment.engine.net_runtimes import TITLES, possible_runtimes
         from NMSWSegment.engine.runtime import available_devices
     except ImportError as error:
         message = f"PyTorch cannot be loaded ({error}). Install it with the extension PyTorch, then restart."
         print(message, file=sys.stderr)
         send(_error_event(None, "user", message))
         return NO_TORCH
-    send({"event": "devices", "devices": available_devices(), "torch": torch.__version__})
+    runtimes = {name: TITLES[name] for name in (EXACT, *possible_runtimes())}
+    send({"event": "devices", "devices": available_devices(), "runtimes": runtimes, "torch": torch.__version__})
     server = Server(inbox, send)
     while True:
         server.answer(*inbox.get())
@@ -192,8 +194,9 @@ class Server:
         from NMSWSegment.files.bundle import load_bundle
 
         bundle = load_bundle(request["bundle"])
-        device, rate = self._session.measure(bundle, device=request["device"], threads=request["threads"], runtime=request.get("runtime", EXACT))
-        self._send({"event": "rate", "bundle": bundle.manifest.name, "device": device, "rate": asdict(rate)})
+        runtime = request.get("runtime", EXACT)
+        device, rate = self._session.measure(bundle, device=request["device"], threads=request["threads"], runtime=runtime)
+        self._send({"event": "rate", "bundle": bundle.manifest.name, "device": device, "runtime": runtime, "rate": asdict(rate)})
 
 
 def set_priority() -> None:

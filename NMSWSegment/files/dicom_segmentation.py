@@ -39,11 +39,19 @@ class Algorithm:
 
     @classmethod
     def from_run(cls, run_info: dict) -> "Algorithm":
-        """Of a run, from the run_info of the engine: model, its hash, and how many patches were chosen how."""
-        options = run_info["options"]
+        """Of a run, from the run_info of the engine."""
+        options, bundle = run_info["options"], run_info["bundle"]
         num_patches = "all" if options["num_patches"] is None else str(options["num_patches"])
-        parameters = {"model_sha256": run_info["bundle"]["sha256"], "k": num_patches, "policy": options["policy"], "patches": str(len(run_info["patches"]))}
-        return cls(name=f"NMSWSegment {run_info['bundle']['name']}", version=run_info["versions"]["NMSWSegment"], parameters=parameters)
+        version = run_info["versions"]["NMSWSegment"]
+        return cls.of_bundle(
+            bundle["name"], sha256=bundle["sha256"], k=num_patches, policy=options["policy"], patches=len(run_info["patches"]), version=version
+        )
+
+    @classmethod
+    def of_bundle(cls, name: str, *, sha256: str, k: str, policy: str, patches: int, version: str, is_edited: bool = False) -> "Algorithm":
+        """Model, its hash, and how many patches were chosen how; k is a number, "auto" or "all"."""
+        parameters = {"model_sha256": sha256, "k": k, "policy": policy, "patches": str(patches)}
+        return cls(name=f"NMSWSegment {name}", version=version, parameters=parameters, is_edited=is_edited)
 
 
 @dataclass(frozen=True)

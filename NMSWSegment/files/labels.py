@@ -52,6 +52,16 @@ def coded_labels(names: Sequence[str]) -> tuple[Label, ...]:
     return tuple(labels)
 
 
+def codes_of_terminology(entry: str) -> tuple[Code, Code, Code | None]:
+    """Category, type and modifier of a terminology entry string of Slicer, the inverse of Label.terminology.
+
+    An entry without a category or a type, as of a segment that a user added, gives tissue and the generic code 'Organ'.
+    """
+    codes = [Code(*parts) if len(parts) == 3 and all(parts) else None for parts in (text.split("^") for text in entry.split("~")[1:4])]
+    category, type_code, modifier = [*codes, None, None, None][:3]
+    return category or CATEGORIES["tissue"], type_code or GENERIC_TYPE, modifier
+
+
 def _check_names(names: Sequence[str]) -> None:
     """Raise UserError on names that cannot be the classes of one bundle."""
     if len(names) > MAX_LABELS:

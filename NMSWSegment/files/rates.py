@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import asdict, astuple, dataclass
 
+from NMSWSegment.protocol import EXACT
+
 NEWEST_RUN = 0.5
 """Share of the newest run in a remembered rate; the rest is what was known before."""
 VOXEL_STAGES = ("canonical", "coarse", "select", "upsample")
@@ -43,8 +45,13 @@ class Rate:
         )
 
 
+def rate_device(device: str, *, runtime: str) -> str:
+    """What a rate belongs to: a device, and on the CPU the runtime too."""
+    return device if runtime == EXACT or device != "cpu" else f"{device} {runtime}"
+
+
 class Rates:
-    """The rates of this computer, by bundle name and device."""
+    """The rates of this computer, by bundle name and device; see rate_device."""
 
     def __init__(self) -> None:
         self._learned: dict[tuple[str, str], Rate] = {}

@@ -127,6 +127,35 @@ def structures_title(*, chosen: int, total: int) -> str:
     return _("Structures: {chosen} of {total}").format(chosen=chosen, total=total)
 
 
+def no_structure_message() -> str:
+    """Nothing is left to segment."""
+    return _("No structure is selected. Select at least one.")
+
+
+def batch_question(names: list[str]) -> str:
+    """Before many volumes are segmented."""
+    return _(
+        "Segment {count} volumes one after the other, with the settings of the panel?\n\n{names}\n\nEach gets a new segmentation that is named after it."
+    ).format(count=len(names), names="\n".join(names))
+
+
+def batch_progress_message(number: int, total: int, name: str, text: str) -> str:
+    """What a run is doing, of many."""
+    return _("{number} of {total}, {name}: {text}").format(number=number, total=total, name=name, text=text)
+
+
+def batch_done_message(num_done: int, total: int, *, is_cancelled: bool) -> str:
+    """How many volumes were segmented."""
+    text = _("{done} of {total} volumes were segmented.").format(done=num_done, total=total)
+    return _("Cancelled.") + " " + text if is_cancelled else text
+
+
+def batch_failures_message(num_done: int, total: int, failures: list[tuple[str, str]]) -> str:
+    """Volumes without a result, and why."""
+    lines = [f"{name}: {reason}" for name, reason in failures]
+    return "\n\n".join([_("{done} of {total} volumes were segmented. Not segmented:").format(done=num_done, total=total), *lines])
+
+
 def torch_missing_message() -> str:
     """The way to torch, with and without internet."""
     return (
@@ -147,6 +176,49 @@ def torch_not_installed_message() -> str:
         )
         + _offline_message()
     )
+
+
+def highdicom_question() -> str:
+    """Before highdicom is installed."""
+    return _(
+        "Writing DICOM SEG needs the Python package highdicom, which is not installed. Download and install it now?\n\n"
+        "It needs pydicom 3 and installs it in place of an older version that came with the application; the application has to be restarted then."
+    )
+
+
+def openvino_question() -> str:
+    """Before OpenVINO is installed."""
+    return _(
+        "The Python package OpenVINO can run the local network faster than PyTorch where there is no GPU. It is not installed. Download and install it now?"
+    )
+
+
+def restart_message(name: str) -> str:
+    """After an installation that a running application cannot take up."""
+    return _("{name} is installed. Restart the application to use it.").format(name=name)
+
+
+def package_not_installed_message(name: str, requirement: str) -> str:
+    """After an installation that failed or was declined."""
+    return _(
+        "The Python package {name} was not installed, so nothing was changed.\n\n"
+        "Online: check the internet connection and the proxy settings (environment variable HTTPS_PROXY), and click again to retry.\n\n"
+        "Offline: download it on another computer ('pip download {name}'), copy the folder to this computer, and run in the Python console:\n"
+        "slicer.util.pip_install('--no-index --find-links FOLDER {requirement}')"
+    ).format(name=name, requirement=requirement)
+
+
+def not_from_dicom_message(volume: str) -> str:
+    """Why there can be no DICOM SEG of a result."""
+    return _(
+        "The volume '{volume}' was not loaded from DICOM, so there are no DICOM images that a DICOM SEG could refer to. Load the series with the DICOM module "
+        "and segment it, or save the segmentation as .seg.nrrd."
+    ).format(volume=volume)
+
+
+def exported_question(path: str) -> str:
+    """After a DICOM SEG was written."""
+    return _("The segmentation was written to {path}.\n\nAdd a copy to the DICOM database of the application too?").format(path=path)
 
 
 def _offline_message() -> str:

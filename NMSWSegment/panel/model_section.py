@@ -1,4 +1,4 @@
-"""The lists of the panel that depend on this computer or on the model: models, devices, structures."""
+"""The lists of the panel that depend on this computer or on the model: models, devices, runtimes, structures."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import slicer
 from NMSWSegment.files.bundle import USER_FOLDER_VARIABLE, BundleManifest, install_bundle, list_bundles, load_bundle, remove_bundle, user_bundles_folder
 from NMSWSegment.panel.application import _
 from NMSWSegment.panel.messages import model_summary, model_tooltip
-from NMSWSegment.protocol import SegmentOptions, UserError
+from NMSWSegment.protocol import EXACT, SegmentOptions, UserError
 
 BUNDLES_FOLDER_KEY = "NMSWSegment/BundlesFolder"
 
@@ -23,7 +23,7 @@ class ModelSection:
 
         Args:
             ui: the widgets of the panel by name.
-            on_chosen: called when another model or device is chosen.
+            on_chosen: called when another model, device or runtime is chosen.
             on_log: takes one line of the log.
             close_worker: ends the worker, which keeps the model folder it was started with.
         """
@@ -37,12 +37,14 @@ class ModelSection:
         self._on_chosen, self._on_log, self._close_worker = on_chosen, on_log, close_worker
         self._manifests: dict[str, BundleManifest] = {}
         self._are_devices_known = False
+        self.ui.installOpenvinoButton.visible = False
         if setting(BUNDLES_FOLDER_KEY):
             os.environ[USER_FOLDER_VARIABLE] = setting(BUNDLES_FOLDER_KEY)
         self.ui.bundlesFolderLineEdit.filters = ctk.ctkPathLineEdit.Dirs
         self.ui.bundlesFolderLineEdit.currentPath = str(user_bundles_folder())
         self.fill_models()
         self._fill_devices({"cpu": _("CPU")})
+        self._fill_runtimes({EXACT: _("PyTorch (float32)")})
         self._connect()
 
     def show_settings(self) -> None:
@@ -50,10 +52,11 @@ class ModelSection:
         node = self.parameter_node
         if self.ui.modelComboBox.currentData != node.model and self.ui.modelComboBox.findData(node.model) >= 0:
             self.ui.modelComboBox.currentIndex = self.ui.modelComboBox.findData(node.model)
-        if self.ui.deviceComboBox.findData(node.device) < 0 and not self._are_devices_known:
-            self.ui.deviceComboBox.addItem(node.device, node.device)
-        if self.ui.deviceComboBox.currentData != node.device:
-            self.ui.deviceComboBox.currentIndex = max(0, self.ui.deviceComboBox.findData(node.device))
+        for combo_box, chosen in ((self.ui.deviceComboBox, node.device), (self.ui.runtimeComboBox, node.runtime)):
+            if combo_box.findData(chosen) < 0 and not self._are_devices_known:
+                combo_box.addItem(chosen, chosen)
+            if combo_box.currentData != chosen:
+                combo_box.currentIndex = max(0, combo_box.findData(chosen))
         omitted = {name for name, is_checked in self.structures().items() if not is_checked}
         if omitted != set(node.omittedStructures) & set(self.structures()):
             self._fill_structures()
@@ -62,6 +65,11 @@ class ModelSection:
         """Show the devices that the worker found: device -> title."""
         self._are_devices_known = True
         self._fill_devices(titles)
+
+    def show_runtimes(self, titles: dict[str, str]) -> None:
+        """Show the runtimes that the worker found: runtime -> title; offer OpenVINO where it is not installed."""
+        self._fill_runtimes(titles)
+        self.ui.installOpenvinoButton.visible = "openvino" not in titles
 
     def device(self) -> str:
         """The device that a run would take."""
@@ -86,6 +94,7 @@ class ModelSection:
         """What happens on a click."""
         self.ui.modelComboBox.connect("currentIndexChanged(int)", self._on_model_chosen)
         self.ui.deviceComboBox.connect("currentIndexChanged(int)", self._on_device_chosen)
+        self.ui.runtimeComboBox.connect("currentIndexChanged(int)", self._on_runtime_chosen)
         self.ui.structuresList.connect("itemChanged(QListWidgetItem*)", self._on_structure_checked)
         self.ui.structuresSearchBox.connect("textChanged(QString)", self._on_structure_search)
         self.ui.allStructuresButton.connect("clicked()", lambda: self._check_structures(True))
@@ -116,13 +125,24 @@ class ModelSection:
     def _fill_devices(self, titles: dict[str, str]) -> None:
         """Fill the list of devices; one that a scene names but this computer lacks becomes Automatic."""
         chosen = self.parameter_node.device if self.parameter_node else SegmentOptions.device
+        if not self._fill(self.ui.deviceComboBox, {"auto": _("Automatic"), **titles}, chosen=chosen):
+            self._on_device_chosen()
+
+    def _fill_runtimes(self, titles: dict[str, str]) -> None:
+        """Fill the list of runtimes; one that a scene names but this computer lacks becomes the first, PyTorch in float32."""
+        chosen = self.parameter_node.runtime if self.parameter_node else SegmentOptions.runtime
+        if not self._fill(self.ui.runtimeComboBox, {**titles, "auto": _("Fastest of these")}, chosen=chosen):
+            self._on_runtime_chosen()
+
+    def _fill(self, combo_box: "qt.QComboBox", titles: dict[str, str], *, chosen: str) -> bool:
+        """Fill a list with value -> title and choose a value, or the first where it is not there; whether it is."""
         self.is_filling = True
-        self.ui.deviceComboBox.clear()
-        self.ui.deviceComboBox.addItem(_("Automatic"), "auto")
-        for device, title in titles.items():
-            self.ui.deviceComboBox.addItem(title, device)
+        combo_box.clear()
+        for value, title in titles.items():
+            combo_box.addItem(title, value)
+        combo_box.currentIndex = max(0, combo_box.findData(chosen))
         self.is_filling = False
-        self.ui.deviceComboBox.currentIndex = max(0, self.ui.deviceComboBox.findData(chosen))
+        return combo_box.currentData == chosen
 
     def _fill_structures(self) -> None:
         """Fill the checklist with the structures of the model."""
@@ -154,6 +174,12 @@ class ModelSection:
         """Take the device into the parameter node."""
         if not self.is_filling and self.parameter_node and self.ui.deviceComboBox.currentData:
             self.parameter_node.device = self.ui.deviceComboBox.currentData
+            self._on_chosen()
+
+    def _on_runtime_chosen(self, index: int = 0) -> None:
+        """Take the runtime into the parameter node."""
+        if not self.is_filling and self.parameter_node and self.ui.runtimeComboBox.currentData:
+            self.parameter_node.runtime = self.ui.runtimeComboBox.currentData
             self._on_chosen()
 
     def _on_structure_checked(self, item=None) -> None:

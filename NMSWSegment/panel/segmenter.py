@@ -151,9 +151,9 @@ class Segmenter:
         self._importance = None
         self._own_states.clear()
 
-    def measure(self, *, bundle: str, device: str, threads: int | None) -> None:
+    def measure(self, *, bundle: str, device: str, threads: int | None, runtime: str) -> None:
         """Warm the nets up and ask how fast they are; the event "rate" follows."""
-        self._worker.send({"request": "measure", "bundle": bundle, "device": device, "threads": threads})
+        self._worker.send({"request": "measure", "bundle": bundle, "device": device, "threads": threads, "runtime": runtime})
 
     def close(self) -> None:
         """End the worker; nothing of it stays. A result that has arrived still enters the scene; else no event follows."""

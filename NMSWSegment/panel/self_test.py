@@ -12,6 +12,7 @@ import vtk
 from NMSWSegment.files.bundle import BUNDLES_FOLDER, list_bundles, load_bundle
 from NMSWSegment.files.resources import SAMPLE_NAME, SAMPLE_PATH
 from NMSWSegment.panel.application import ScriptedLoadableModuleTest
+from NMSWSegment.panel.volume_batch import volumes_of_scene
 from NMSWSegment.protocol import SegmentOptions
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
             self.test_panel_afterAClosedScene_everySegmentIsVisible,
             self.test_panel_kChange_runsOnlyNewPatches,
             self.test_panel_cancel_keepsThePreviousResult,
+            self.test_panel_allVolumes_getASegmentationEach,
             self.test_panel_volumeDeletedInARun_stopsAtOnce,
             self.test_panel_3D_fitsTheCameraToTheResult,
             self.test_panel_importanceMap_isClippedToTheBody,
@@ -107,6 +109,8 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         self.assertOutlinesCannotBeDragged()
         table = node.outputSegmentation.GetNodeReference("NMSW.Volumes")
         self.assertEqual(table.GetNumberOfRows(), node.outputSegmentation.GetSegmentation().GetNumberOfSegments())
+        self.assertFalse(widget.ui.exportDicomButton.enabled)
+        self.assertIn("was not loaded from DICOM", widget.ui.exportDicomButton.toolTip)
         self.assertEqual(len({self.hierarchyParent(item) for item in (node.inputVolume, node.outputSegmentation, table)}), 1)
 
     def test_panel_afterAClosedScene_everySegmentIsVisible(self) -> None:
@@ -173,6 +177,22 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         self.assertTrue((after == before).all())
         self.assertEqual(node.outputSegmentation.GetAttribute("NMSW.NumPatches"), "1")
         self.assertEverySegmentIsVisible(node.outputSegmentation)
+
+    def test_panel_allVolumes_getASegmentationEach(self) -> None:
+        """Two volumes one after the other; only the segmentation of the last one, which the views show, is visible."""
+        self.delayDisplay("Segmenting all volumes of the scene")
+        names = ("First", "Second")
+        for name in names:
+            slicer.util.loadVolume(str(SAMPLE_PATH), {"name": name})
+        widget = self.openPanel(numPatches=0)
+        widget.segmentVolumes(volumes_of_scene(slicer.mrmlScene))
+        self.assertIn("1 of 2, First", widget.ui.statusLabel.text)
+        self.waitUntil(lambda: widget.ui.statusLabel.text == "2 of 2 volumes were segmented.", "both volumes are segmented")
+        results = [slicer.util.getNode(f"{name} segmentation") for name in names]
+        for segmentation in results:
+            self.assertSegmentsOfATorso(segmentation)
+        self.assertEqual([bool(segmentation.GetDisplayVisibility()) for segmentation in results], [False, True])
+        self.assertEverySegmentIsVisible(results[1])
 
     def test_panel_volumeDeletedInARun_stopsAtOnce(self) -> None:
         """A volume that is deleted while its segmentation runs ends the run, and nothing of it stays."""
@@ -254,7 +274,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         widget.ui.sampleButton.click()
         node = widget.logic.getParameterNode()
         node.omittedStructures = ["ribs"]
-        node.policy = "top_k"
+        node.policy, node.runtime, node.minIslandMl = "top_k", "auto", 1.5
         with tempfile.TemporaryDirectory() as folder:
             slicer.util.saveScene(str(Path(folder) / "scene.mrb"))
             slicer.mrmlScene.Clear()
@@ -264,6 +284,7 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
         widget.initializeParameterNode()  # which the application does where the module is open
         node = widget.logic.getParameterNode()
         self.assertEqual((node.numPatches, node.omittedStructures, node.policy), (7, ["ribs"], "top_k"))
+        self.assertEqual((node.runtime, node.minIslandMl, widget.ui.runtimeComboBox.currentData, widget.ui.minIslandSpinBox.value), ("auto", 1.5, "auto", 1.5))
         self.assertEqual(node.inputVolume.GetName(), SAMPLE_NAME)
         self.assertEqual(widget.ui.numPatchesSlider.value, 7)
 

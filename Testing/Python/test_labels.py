@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from NMSWSegment.files.labels import ANATOMY_PATH, MAX_LABELS, coded_labels
+from NMSWSegment.files.bundle import Code
+from NMSWSegment.files.labels import ANATOMY_PATH, MAX_LABELS, coded_labels, codes_of_terminology
 from NMSWSegment.protocol import UserError
 
 TORSO = (
@@ -70,6 +71,14 @@ def test_coded_labels_terminology_of_a_sided_organ_is_slicers_entry():
         "Segmentation category and type - DICOM master list~SCT^123037004^Anatomical Structure~SCT^39607008^Lung~SCT^24028007^Right"
         "~Anatomic codes - DICOM master list~^^~^^"
     )
+
+
+def test_codes_of_terminology_are_those_of_the_label_and_generic_where_an_entry_is_empty():
+    for label in coded_labels(["lung_right", "liver", "gizmo"]):
+        assert codes_of_terminology(label.terminology) == (label.category, label.type, label.modifier)
+    generic = (Code("SCT", "85756007", "Tissue"), Code("SCT", "113343008", "Organ"), None)
+    assert codes_of_terminology("") == generic
+    assert codes_of_terminology("Segmentation category and type~^^~^^~^^~Anatomic codes~^^~^^") == generic
 
 
 @pytest.mark.parametrize(

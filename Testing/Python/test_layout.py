@@ -179,7 +179,7 @@ def test_panel_uses_only_widgets_of_the_ui_file():
     assert used
 
 
-BOUND_BY_HAND = {"model", "device", "omittedStructures"}
+BOUND_BY_HAND = {"model", "device", "runtime", "omittedStructures"}
 """Their lists depend on the computer or on the model."""
 
 

@@ -424,6 +424,7 @@ def test_scene_comes_back_with_the_settings_of_the_panel(app, widget, tmp_path):
     segment(app, widget)
     node = widget.logic.getParameterNode()
     node.numPatches, node.policy, node.omittedStructures, node.threads, node.showPatches = 7, "top_k", ["spleen"], 3, False
+    node.runtime, node.minIslandMl = "auto", 1.5
     scene_file = app.save_scene(tmp_path / "saved")
     app.close_scene()
     assert widget.logic.getParameterNode().numPatches == 10
@@ -433,6 +434,12 @@ def test_scene_comes_back_with_the_settings_of_the_panel(app, widget, tmp_path):
     node = widget.logic.getParameterNode()
     assert (node.numPatches, node.policy, node.omittedStructures, node.threads, node.showPatches) == (7, "top_k", ["spleen"], 3, False)
     assert (node.inputVolume.GetName(), node.outputSegmentation.GetName()) == ("Phantom", "Phantom segmentation")
+    assert (node.runtime, node.minIslandMl, widget.ui.runtimeComboBox.currentText, widget.ui.minIslandSpinBox.text) == (
+        "auto",
+        1.5,
+        "Fastest of these",
+        "1.5 ml",
+    )
     assert (widget.ui.numPatchesSlider.value, widget.ui.policyComboBox.currentText, widget.ui.modelComboBox.currentData) == (7, "top_k", "tiny")
     assert widget.ui.structuresSection.text == "Structures: 2 of 3"
     assert node.outputSegmentation.GetAttribute("NMSW.Bundle") == "tiny"

@@ -91,6 +91,7 @@ def a_worker():
     assert client.event() == {"event": "ready", "pid": client.process.pid, "version": "0.1.0"}
     devices = client.event()
     assert devices["event"] == "devices" and "cpu" in devices["devices"] and devices["torch"]
+    assert devices["runtimes"]["exact"] == "PyTorch (float32)" and "auto" not in devices["runtimes"]
     yield client
     assert client.leave() < 5 and client.process.returncode == 0
 
@@ -234,7 +235,7 @@ def test_line_that_is_no_request_is_a_bug_and_the_worker_lives_on(a_worker, line
 def test_measure_tells_the_rate(a_worker, a_tiny_bundle):
     a_worker.ask({"request": "measure", "bundle": str(a_tiny_bundle), "device": "auto", "threads": None})
     event = a_worker.event()
-    assert (event["event"], event["bundle"]) == ("rate", "tiny") and event["device"]
+    assert (event["event"], event["bundle"], event["runtime"]) == ("rate", "tiny", "exact") and event["device"]
     assert set(event["rate"]) == {"patch_s", "voxel_s", "source_voxel_s"} and min(event["rate"].values()) > 0
 
 
