@@ -124,9 +124,8 @@ def open_training_set(
     data = data or find_data(options)
     if cache and group:
         _fill_cache(data.requests, cache=cache, group=group)
-    bounds = (options.intensity_points[0][0], options.intensity_points[-1][0])
-    paper_intensity = PaperIntensity(window=bounds) if options.augmentation == "paper" else None
-    memory = CaseMemory(spacing_mm=options.spacing_mm, bounds=bounds, normalization=options.normalization, device=device)
+    paper_intensity = PaperIntensity(window=_bounds(options)) if options.augmentation == "paper" else None
+    memory = CaseMemory(spacing_mm=options.spacing_mm, bounds=_bounds(options), normalization=options.normalization, device=device)
     anatomies = [read_anatomy(path, num_labels=len(data.label_names) + 1) for path in data.anatomies]
     cases = [*data.requests, *data.prepared_cases]
     if cache:
@@ -158,7 +157,7 @@ def open_validation_cases(options: TrainOptions, *, data: TrainingData, group: P
     chosen = [data.validation[place] for place in places]
     if cache:
         _fill_cache([case for case in chosen if isinstance(case, CaseRequest)], cache=cache, group=group)
-    memory = CaseMemory(spacing_mm=options.spacing_mm, device=group.device, max_bytes=0)
+    memory = CaseMemory(spacing_mm=options.spacing_mm, bounds=_bounds(options), normalization=options.normalization, device=group.device, max_bytes=0)
     return [CaseSource(_name(case), _loader(case, cache), memory=memory) for case in chosen]
 
 
@@ -174,6 +173,11 @@ def read_anatomies(folder: Path) -> tuple[Path, ...]:
             f"'{folder}' holds no anatomies. Give the folder whose sub-folders hold {MAP_NAME} and tissues.json, or another kind: {', '.join(KINDS)}."
         )
     return found
+
+
+def _bounds(options: TrainOptions) -> tuple[float, float]:
+    """Intensities beyond which the nets see nothing."""
+    return options.intensity_points[0][0], options.intensity_points[-1][0]
 
 
 def _request(files: CaseFiles, cases: Cases) -> CaseRequest:

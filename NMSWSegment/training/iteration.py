@@ -58,7 +58,7 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
 def new_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, *, iteration: int = 0) -> torch.optim.lr_scheduler.OneCycleLR:
     """The learning rate of a run of options.iterations from an iteration on; what came before does not matter."""
     warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
-    max_lr = [options.learning_rate * group["rate"] for group in optimizer.param_groups]
+    max_lr = [options.learning_rate * group["rate"] for group in optimizer.param_groups]  # see _parameter_groups
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=max_lr, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False, last_epoch=iteration - 1
     )

@@ -43,7 +43,7 @@ def rates(monkeypatch) -> list[float]:
 def test_schedule_from_an_iteration_on_is_the_rest_of_the_whole_one():
     options = tiny_options(Path("nowhere"), iterations=10)
     weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([weight], lr=options.learning_rate)
+    optimizer = torch.optim.AdamW([{"params": [weight], "rate": 1.0}], lr=options.learning_rate)
     schedule, whole = new_schedule(optimizer, options), []
     for _ in range(10):
         whole.append(optimizer.param_groups[0]["lr"])
