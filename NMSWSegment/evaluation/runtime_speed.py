@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from NMSWSegment.data.metrics import dice_per_class
 from NMSWSegment.engine.net_runtimes import TITLES, Unusable, possible_runtimes, prepared_runtime, probe_patch
 from NMSWSegment.engine.runtime import Nets, open_nets, reproducible
 from NMSWSegment.engine.segment import RunCache, segment_volume
 from NMSWSegment.evaluation.comparison_page import machine_paragraph
 from NMSWSegment.evaluation.comparison_run import open_results, write_results
 from NMSWSegment.evaluation.measurement import in_own_process
-from NMSWSegment.evaluation.metrics import dice_per_class
 from NMSWSegment.evaluation.tables import markdown
 from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.files.resources import SAMPLE_PATH

@@ -1,11 +1,10 @@
 """Several processes, one run: who is who, and the sums over all of them.
 
-Started by torchrun or by srun, every process (rank) holds the same nets, works on its share of an iteration's volumes, and the
+Started by torchrun, every process (rank) holds the same nets, works on its share of an iteration's volumes, and the
 gradients are added up before the step, so that the weights stay the same everywhere. Alone, all of this does nothing.
 """
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from NMSWSegment.protocol import UserError
 
 TIMEOUT = timedelta(hours=12)
 """How long a process waits for the others; the first use of a large data set is read and cached by all of them, some slower."""
-_FIRST_PORT, _NUM_PORTS = 20000, 20000
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def joined_group(device: str) -> Iterator[ProcessGroup]:
     Raises:
         UserError: the processes cannot find each other, or there are more of them than GPUs.
     """
-    rank, size, local_rank = process_place(os.environ)
+    rank, size, local_rank = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     own = torch.device(device)
     if own.type == "cuda" and own.index is None:
         if local_rank >= torch.cuda.device_count():
@@ -100,40 +98,13 @@ def joined_group(device: str) -> Iterator[ProcessGroup]:
     if size == 1:
         yield ProcessGroup(device=own)
         return
-    for name, value in rendezvous(os.environ).items():
-        os.environ.setdefault(name, value)
     try:
         torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"The {size} processes cannot find each other ({error}). Check MASTER_ADDR and MASTER_PORT, or start them with torchrun or srun."
+            f"The {size} processes cannot find each other ({error}). Start them with torchrun, whose --rdzv-endpoint all computers can reach."
         ) from error
     try:
         yield ProcessGroup(device=own, rank=rank, size=size)
     finally:
         torch.distributed.destroy_process_group()
-
-
-def process_place(environment: dict[str, str]) -> tuple[int, int, int]:
-    """Rank, number of processes and rank on this computer, from torchrun's or srun's variables; (0, 1, 0) without.
-
-    Only a step of srun counts: a batch script itself also sees SLURM_NTASKS, but is one process.
-    """
-    for rank, size, local_rank in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
-        if rank in environment and size in environment:
-            return int(environment[rank]), int(environment[size]), int(environment.get(local_rank, 0))
-    return 0, 1, 0
-
-
-def rendezvous(environment: dict[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT of a step of srun: the first computer of the step, a port that follows from the job's id."""
-    if "SLURM_STEP_NODELIST" not in environment:
-        return {}
-    port = _FIRST_PORT + int(environment.get("SLURM_JOB_ID", 0)) % _NUM_PORTS
-    return {"MASTER_ADDR": _first_host(environment["SLURM_STEP_NODELIST"]), "MASTER_PORT": str(port)}
-
-
-def _first_host(nodelist: str) -> str:
-    """'node[01-03,07],gpu5' -> 'node01'."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodelist)
-    return match.group(1) + (match.group(2) or "") + match.group(3)

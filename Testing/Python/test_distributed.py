@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ pytest.importorskip("tensorboard")
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
 from NMSWSegment.protocol import UserError  # noqa: E402
-from NMSWSegment.training.distributed import ProcessGroup, joined_group, process_place, rendezvous  # noqa: E402
+from NMSWSegment.training.distributed import ProcessGroup, joined_group  # noqa: E402
 from NMSWSegment.training.iteration import new_state  # noqa: E402
 from NMSWSegment.training.run_folder import BEST_NAME, load_checkpoint  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
@@ -27,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--spacing 6 6 6 --patch-size 16 16 16 --coarse-factor 1 1 1 --top-k-patches 1 --random-patches 1 --seed 3 --device cpu --threads 1 --log-every 1 --show-every 0"
 
 
-def a_process(data: Path, output: Path, flags: str, **environment: str) -> subprocess.Popen:
-    """`nmsw train` on its own."""
-    words = [sys.executable, "-m", "NMSWSegment", "train", "--data", f"decathlon:{data}", "--output", str(output), *FLAGS.split(), *flags.split()]
+def a_process(data: Path, output: Path, flags: str, *, launcher: Sequence[str] = (), **environment: str) -> subprocess.Popen:
+    """`nmsw train` on its own, or started by a launcher."""
+    words = [sys.executable, *launcher, "-m", "NMSWSegment", "train", "--data", f"decathlon:{data}", "--output", str(output), *FLAGS.split(), *flags.split()]
     places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     return subprocess.Popen(words, env=os.environ | places | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -54,10 +55,12 @@ def data(tmp_path_factory) -> Path:
     return a_data_folder(tmp_path_factory.mktemp("data"))
 
 
-def test_two_processes_give_losses_and_weights_of_one(data, tmp_path):
-    port = a_port()
+def test_torchrun_on_two_computers_gives_losses_and_weights_of_one_process(data, tmp_path):
+    # two launchers that know each other by address only, each with one process, as in docs/training.md
+    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{a_port()}"]
+    launchers = [["-m", "torch.distributed.run", *meeting, "--local-addr", address] for address in ("127.0.0.1", "127.0.0.2")]
     flags = "--iterations 3 --batch-size 3 --workers 0 --hold-out two"  # three volumes: the first process has two of them, and the validation
-    processes = [a_process(data, tmp_path / "two", flags, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_PORT=port) for rank in (0, 1)]
+    processes = [a_process(data, tmp_path / "two", flags, launcher=launcher) for launcher in launchers]
     train(tiny_options(data, iterations=3, batch_size=3, hold_out=("two",)), output=tmp_path / "one", num_workers=0, log_every=1, show_every=0)
     for process in processes:
         output = process.communicate(timeout=300)[0]
@@ -93,20 +96,6 @@ def test_run_killed_and_resumed_equals_one_that_was_not(data, tmp_path):
     assert [key for key, value in expected["net"].items() if not torch.equal(found["net"][key], value)] == []
     moments = [(found["optimizer"]["state"][key]["exp_avg_sq"], state["exp_avg_sq"]) for key, state in expected["optimizer"]["state"].items()]
     assert all(torch.equal(one, other) for one, other in moments)
-
-
-def test_place_comes_from_torchrun_or_srun_and_not_from_a_batch_script():
-    assert process_place({}) == (0, 1, 0)
-    assert process_place({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (5, 8, 1)
-    srun = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
-    assert process_place(srun) == (3, 4, 1)
-    assert process_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == (0, 1, 0)
-
-
-@pytest.mark.parametrize(("nodes", "first"), [("node[01-03,07],gpu5", "node01"), ("gpu5", "gpu5"), ("a7,b2", "a7"), ("rack1-[9,11]-ib", "rack1-9-ib")])
-def test_srun_meets_on_its_first_computer(nodes, first):
-    assert rendezvous({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "70001"}) == {"MASTER_ADDR": first, "MASTER_PORT": "30001"}
-    assert rendezvous({}) == {}
 
 
 def test_error_of_one_process_ends_all_with_a_sentence_each(tmp_path):
