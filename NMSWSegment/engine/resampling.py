@@ -249,10 +249,11 @@ def _looked_up(source: Tensor, index: list[Tensor]) -> Tensor:
 
 
 def _axis_order(coordinates: list[Tensor]) -> list[int] | None:
-    """Which coordinate changes along each axis of the result where each changes along one at most, as in a volume that is upright, whatever
-    the order of its axes; None where one changes along several."""
+    """Which coordinate changes along each axis of the result where each changes along one at most of its own, as in a volume that is upright,
+    whatever the order of its axes; None elsewhere."""
     follows = [[axis for axis in range(3) if coordinate.shape[axis] > 1] for coordinate in coordinates]
-    if any(len(axes) > 1 for axes in follows):
+    alone = [axes[0] for axes in follows if len(axes) == 1]
+    if any(len(axes) > 1 for axes in follows) or len(set(alone)) < len(alone):  # or two along the same axis, in an oblique volume of few voxels
         return None
     order = [next((d for d in range(3) if follows[d] == [axis]), None) for axis in range(3)]
     constant = iter(d for d in range(3) if d not in order)

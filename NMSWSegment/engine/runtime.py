@@ -121,7 +121,7 @@ def without_padding(logits: Tensor) -> Tensor:
     with torch.inference_mode():
         memory = logits.as_strided((len(logits) * num_voxels,), (1,))
         for value, voxels in enumerate(logits):  # what is overwritten has been moved, or is of this class and copied
-            memory[value * num_voxels : (value + 1) * num_voxels] = voxels.flatten()
+            memory[value * num_voxels : (value + 1) * num_voxels] = voxels.clone(memory_format=torch.contiguous_format).view(-1)
     return memory.view(logits.shape)
 
 

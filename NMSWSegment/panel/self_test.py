@@ -12,7 +12,6 @@ import vtk
 from NMSWSegment.files.bundle import BUNDLES_FOLDER, list_bundles, load_bundle
 from NMSWSegment.files.resources import SAMPLE_NAME, SAMPLE_PATH
 from NMSWSegment.panel.application import ScriptedLoadableModuleTest
-from NMSWSegment.panel.volume_batch import volumes_of_scene
 from NMSWSegment.protocol import SegmentOptions
 
 if TYPE_CHECKING:
@@ -180,6 +179,8 @@ class NMSWSegmentTest(ScriptedLoadableModuleTest):
 
     def test_panel_allVolumes_getASegmentationEach(self) -> None:
         """Two volumes one after the other; only the segmentation of the last one, which the views show, is visible."""
+        from NMSWSegment.panel.volume_batch import volumes_of_scene
+
         self.delayDisplay("Segmenting all volumes of the scene")
         names = ("First", "Second")
         for name in names:

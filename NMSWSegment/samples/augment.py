@@ -16,6 +16,7 @@ from monai.transforms import (
     RandShiftIntensity,
     RandSimulateLowResolution,
 )
+from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from NMSWSegment.samples.warp import Warp, chance, rotation, uniform
@@ -83,5 +84,5 @@ class PaperIntensity:
         """Intensity (HU or normalized, (D, H, W), clipped to the window), changed."""
         self._transform.set_random_state(seed=int(torch.randint(2**31, (), generator=generator)))
         share = ((intensity - self._low) / (self._high - self._low)).clamp(0, 1)
-        changed = torch.as_tensor(self._transform(share[None])[0])
+        changed = convert_to_tensor(self._transform(share[None])[0], track_meta=False)
         return changed.clamp(0, 1) * (self._high - self._low) + self._low

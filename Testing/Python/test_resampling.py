@@ -148,3 +148,20 @@ def test_absurd_extent_is_refused():
     volume = Volume(array=np.zeros((10, 10, 10), dtype=np.float32), ijk_to_ras=np.diag([5000.0, 5000.0, 5000.0, 1.0]))
     with pytest.raises(UserError, match="check its spacing"):
         resample_to_model_grid(volume, spacing_mm=SPACING, outside=0)
+
+
+def test_oblique_volume_of_few_voxels_is_interpolated_along_its_own_axes():
+    matrix = np.array([[-1.0, 0, 0, 0], [0, 0.28, 2.88, 0], [0, 0.96, -0.84, 0], [0, 0, 0, 1]])  # turned about the axis of right
+    array = np.array([[[701, 273], [22, -461]], [[-385, -919], [-850, -967]]], dtype=np.float32)
+    shape = array.shape
+    found, model_grid = resample_to_model_grid(Volume(array, matrix), spacing_mm=(3.0, 3.0, 3.0), outside=-2000.0)
+    assert tuple(found.shape) == model_grid.shape
+    to_source = np.linalg.inv(matrix) @ model_grid.ijk_to_ras
+    for kji in np.ndindex(*model_grid.shape):
+        ijk = (to_source @ [*kji[::-1], 1.0])[:3]
+        if not ((ijk >= -0.5) & (ijk <= np.array(shape[::-1]) - 0.5)).all():
+            assert float(found[kji]) == -2000
+            continue
+        low = np.clip(ijk, 0, np.array(shape[::-1]) - 1)
+        wanted = sum(np.prod([1 - abs(low[axis] - corner[axis]) for axis in range(3)]) * array[corner[::-1]] for corner in np.ndindex(2, 2, 2))
+        assert float(found[kji]) == pytest.approx(wanted, abs=0.1)

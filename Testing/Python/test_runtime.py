@@ -257,3 +257,11 @@ def test_entropy_in_parts_is_that_of_the_whole_bit_for_bit(num_classes):
     log_probabilities = torch.log_softmax(logits, dim=1)
     whole = torch.log(-(log_probabilities.exp() * log_probabilities).sum(1, keepdim=True) + LEAST_ENTROPY)
     assert torch.equal(log_entropy(logits), whole)
+
+
+@pytest.mark.parametrize("kept", [(3, 6, 8), (5, 4, 8), (5, 6, 7), (2, 3, 4), (5, 6, 8)])  # padded along each axis alone, along all, and not at all
+def test_logits_without_padding_are_the_corner_in_memory_of_their_own(kept):
+    padded = torch.randn(4, 5, 6, 8)
+    expected = padded[(slice(None), *map(slice, kept))].clone()
+    found = without_padding(padded[(slice(None), *map(slice, kept))])
+    assert torch.equal(found, expected) and found.is_contiguous()
