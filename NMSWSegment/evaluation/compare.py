@@ -57,8 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
             carry_out = speed.run_speed
         elif arguments.fusion:
             carry_out = fusion_speed.run_fusion
+        elif arguments.runtimes:
+            carry_out = runtime_speed.run_runtimes
         else:
-            carry_out = runtime_speed.run_runtimes if arguments.runtimes else _compare
+            carry_out = _compare
         page, pictures, sentence = carry_out(arguments, on_progress=on_progress)
     _write_text(arguments.output / "table.md", page)
     if arguments.docs:

@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from NMSWSegment.engine.segment import RunCache, segment_volume
 from NMSWSegment.evaluation.comparison_page import machine_paragraph
 from NMSWSegment.evaluation.comparison_run import open_results, write_results
 from NMSWSegment.evaluation.measurement import in_own_process
+from NMSWSegment.evaluation.speed_measurement import FirstCalls
 from NMSWSegment.evaluation.tables import markdown
 from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.files.resources import SAMPLE_PATH
@@ -77,16 +77,18 @@ def measure_runtimes(name: str, options: RuntimeOptions) -> list[dict]:
             except Unusable as error:
                 record["unusable"] = str(error)
             records.append(record)
-        seconds = {runtime: [] for runtime in runtimes}
-        for _ in range(options.rounds):
-            for runtime, net in runtimes.items():
-                seconds[runtime].append(round(_seconds(net, patch), 4))
+        timed_nets = {runtime: FirstCalls(net, limit=options.rounds) for runtime, net in runtimes.items()}
+        with torch.inference_mode():
+            for _ in range(options.rounds):
+                for net in timed_nets.values():
+                    net(patch)
         labelmaps = {runtime: _sample_labels(bundle, nets, net, threads=options.threads) for runtime, net in runtimes.items()}
     for record in records:
         if (runtime := record["runtime"]) in runtimes:
             scores = dice_per_class(labelmaps[runtime], labelmaps[EXACT], num_classes=bundle.manifest.num_classes)[1:]
             present = scores[scores == scores]
-            record |= {"seconds": seconds[runtime], "mean_dsc": float(present.mean()), "least_dsc": float(present.min())}
+            seconds = [round(each, 4) for each in timed_nets[runtime].seconds_per_patch]
+            record |= {"seconds": seconds, "mean_dsc": float(present.mean()), "least_dsc": float(present.min())}
     return records
 
 
@@ -127,14 +129,6 @@ def _times_as_fast(record: dict, records: list[dict]) -> float:
     """Over torch in float32 for the same bundle."""
     exact = next(other for other in records if other["bundle"] == record["bundle"] and other["runtime"] == EXACT)
     return statistics.median(exact["seconds"]) / statistics.median(record["seconds"])
-
-
-def _seconds(net: Callable[[Tensor], Tensor], patch: Tensor) -> float:
-    """Of one call."""
-    before = time.perf_counter()
-    with torch.inference_mode():
-        net(patch)
-    return time.perf_counter() - before
 
 
 def _sample_labels(bundle: Bundle, nets: Nets, local_net: Callable[[Tensor], Tensor], *, threads: int | None) -> Tensor:

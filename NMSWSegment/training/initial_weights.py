@@ -66,17 +66,18 @@ def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str])
     given = {prefix + key: value.float() for prefix, path in archives for key, value in torch.jit.load(path, map_location="cpu").state_dict().items()}
     given[CLASS_WEIGHTS] = torch.tensor(manifest.class_weights)
     their_names, our_names = [BACKGROUND, *manifest.label_names], [BACKGROUND, *label_names]
-    has_importance = manifest.importance_has_entropy and their_names == our_names
+    has_same_classes = their_names == our_names
+    takes_importance = has_same_classes and manifest.importance_has_entropy
     pairs = [(row, their_names.index(name)) for row, name in enumerate(our_names) if name in their_names]
     our_rows, their_rows = (torch.tensor(rows) for rows in zip(*pairs))
     weights, class_axes = dict(net.state_dict()), _class_axes(ours)
     for key, value in weights.items():
-        if key.startswith(IMPORTANCE_PREFIX) and not has_importance:
+        if key.startswith(IMPORTANCE_PREFIX) and not takes_importance:
             continue
         if key not in given:
             raise UserError(f"The bundle '{manifest.name}' has no weights '{key}': another version made it. Start from a bundle of this version.")
         axis = class_axes.get(key)
-        if axis is None or has_importance:
+        if axis is None or has_same_classes:
             weights[key] = given[key]
         else:
             weights[key] = value.cpu().index_copy(axis, our_rows, given[key].index_select(axis, their_rows))

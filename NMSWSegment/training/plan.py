@@ -124,8 +124,8 @@ def _file_lines(output: Path, cache: Path, headers: Sequence[Header], *, num_par
 
 def _timed(state: TrainingState, data: TrainingData, *, options: TrainOptions, group: ProcessGroup) -> tuple[float, float]:
     """Seconds of an iteration and of drawing its samples; of the last one, because the first warms up."""
-    few = replace(data, requests=data.requests[:CASES_TIMED], prepared_cases=data.prepared_cases[:CASES_TIMED], anatomies=data.anatomies[:CASES_TIMED])
-    training_set = open_training_set(options, data=few)
+    first_cases = replace(data, requests=data.requests[:CASES_TIMED], prepared_cases=data.prepared_cases[:CASES_TIMED], anatomies=data.anatomies[:CASES_TIMED])
+    training_set = open_training_set(options, data=first_cases)
     for iteration in range(TIMED_ITERATIONS):
         started = time.perf_counter()
         numbers = group.share(range(iteration * options.batch_size, (iteration + 1) * options.batch_size))

@@ -38,6 +38,17 @@ def click_all(app, widget) -> None:  # noqa: F811
     widget.ui.segmentAllButton.click()
 
 
+def started_batch(app):  # noqa: F811
+    """The panel, with three volumes in the scene that are being segmented."""
+    for name in ("First", "Second", "Third"):
+        add_phantom(app.scene, name=name)
+    panel = app.open_panel("NMSWSegment")
+    node = panel.logic.getParameterNode()
+    node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 2
+    click_all(app, panel)
+    return panel
+
+
 def wait_for_end(app, widget) -> None:  # noqa: F811
     """Let the application run until the last volume had its turn."""
     app.wait_until(lambda: "volumes were segmented" in widget.ui.statusLabel.text, 2 * TIMEOUT_S)
@@ -101,12 +112,7 @@ def test_all_volumes_are_segmented_and_a_bad_one_is_told_at_the_end(app, widget)
 
 def test_cancel_stops_the_rest_and_keeps_what_is_finished(app, own_folder, tmp_path, monkeypatch):  # noqa: F811
     slow_down(monkeypatch, tmp_path, 0.5)
-    for name in ("First", "Second", "Third"):
-        add_phantom(app.scene, name=name)
-    panel = app.open_panel("NMSWSegment")
-    node = panel.logic.getParameterNode()
-    node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 2
-    click_all(app, panel)
+    panel = started_batch(app)
     app.wait_until(lambda: panel.ui.statusLabel.text.startswith("2 of 3, Second: Patch"), TIMEOUT_S)
 
     panel.ui.segmentButton.click()
@@ -120,12 +126,7 @@ def test_cancel_stops_the_rest_and_keeps_what_is_finished(app, own_folder, tmp_p
 
 def test_killed_process_and_a_deleted_volume_stop_no_other(app, own_folder, tmp_path, monkeypatch):  # noqa: F811
     slow_down(monkeypatch, tmp_path, 0.3)
-    for name in ("First", "Second", "Third"):
-        add_phantom(app.scene, name=name)
-    panel = app.open_panel("NMSWSegment")
-    node = panel.logic.getParameterNode()
-    node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 2
-    click_all(app, panel)
+    panel = started_batch(app)
     app.wait_until(lambda: panel.ui.statusLabel.text.startswith("1 of 3, First: Patch"), TIMEOUT_S)
     app.scene.RemoveNode(app.scene.GetFirstNodeByName("Second"))
     os.kill(panel.segmenter.worker.pid, signal.SIGKILL)
