@@ -73,6 +73,17 @@ class CoarseUpsampler:
         lower_upper = [taps.parts[:2] for taps in self.taps]
         return tuple(slice(int(lower[along][0]), int(upper[along][-1]) + 1) for (lower, upper), along in zip(lower_upper, box))
 
+    def part(self, box: Sequence[slice]) -> Tensor:
+        """The coarse logits of a box that consists of whole coarse voxels, (C, box / r); those of the edge go on where the coarse volume ends early.
+
+        This is what the local net of a cascade reads.
+        """
+        values = self.coarse_logits
+        for axis, (taps, along) in enumerate(zip(self.taps, box), start=1):
+            voxels = np.arange(along.start // taps.factor, along.stop // taps.factor).clip(0, taps.coarse - 1) - taps.origin
+            values = values.index_select(axis, torch.from_numpy(voxels).to(values.device))
+        return values
+
     def region(self, box: Sequence[slice]) -> Tensor:
         """y_up in a box of full-resolution voxels, (C, box); differentiable."""
         values = self.coarse_logits

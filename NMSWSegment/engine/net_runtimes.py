@@ -29,7 +29,9 @@ from NMSWSegment.protocol import EXACT, UserError
 
 logger = logging.getLogger(__name__)
 
-LocalNet = Callable[[Tensor], Tensor]
+LocalNet = Callable[..., Tensor]
+"""Patches (B, 1, P, P, P) and, for a cascade, their coarse logits -> local logits."""
+Inputs = tuple[Tensor, ...]
 
 TITLES = {
     EXACT: "PyTorch (float32)",
@@ -47,6 +49,8 @@ MEASURED_S = 0.25
 """For each runtime, beside one call to warm up."""
 NOISE = 0.05
 """Standard deviation of the noise in the phantom, of normalized intensity."""
+COARSE_NOISE = 4.0
+"""Standard deviation of the coarse logits that a cascade is tried with."""
 
 
 @dataclass(frozen=True)
@@ -86,22 +90,22 @@ def choose_runtime(bundle: Bundle, net: LocalNet, *, runtime: str) -> tuple[Loca
     """
     if runtime == EXACT:
         return net, RuntimeChoice(EXACT)
-    patch = probe_patch(bundle.manifest)
+    inputs = probe_inputs(bundle.manifest)
     with torch.inference_mode():
-        expected = net(patch)
+        expected = net(*inputs)
     if runtime != "auto":
         try:
-            return prepared_runtime(runtime, bundle, net, patch=patch, expected=expected)
+            return prepared_runtime(runtime, bundle, net, inputs=inputs, expected=expected)
         except Unusable as error:
             raise UserError(f"The runtime {runtime} cannot be used on this computer: {error}. Use the runtime 'exact', or 'auto'.") from error
     key = _choice_key(bundle)
     remembered = _remembered_choice(key)
     if remembered is None:
-        return _measured(bundle, net, patch=patch, expected=expected, key=key)
+        return _measured(bundle, net, inputs=inputs, expected=expected, key=key)
     if remembered.name == EXACT:
         return net, remembered
     try:
-        prepared, choice = prepared_runtime(remembered.name, bundle, net, patch=patch, expected=expected)
+        prepared, choice = prepared_runtime(remembered.name, bundle, net, inputs=inputs, expected=expected)
         return prepared, RuntimeChoice(choice.name, speedup=remembered.speedup, agreement=choice.agreement)
     except Unusable as error:
         logger.warning("The local net of %s goes on in %s: %s", bundle.manifest.name, TITLES[EXACT], error)
@@ -118,7 +122,7 @@ def possible_runtimes() -> list[str]:
     return [*names, "openvino", *(["openvino-bf16"] if has_bfloat16 else [])]
 
 
-def prepared_runtime(name: str, bundle: Bundle, net: LocalNet, *, patch: Tensor, expected: Tensor) -> tuple[LocalNet, RuntimeChoice]:
+def prepared_runtime(name: str, bundle: Bundle, net: LocalNet, *, inputs: Inputs, expected: Tensor) -> tuple[LocalNet, RuntimeChoice]:
     """The net in a runtime, if its answer agrees with the expected one.
 
     Raises:
@@ -128,9 +132,9 @@ def prepared_runtime(name: str, bundle: Bundle, net: LocalNet, *, patch: Tensor,
         _openvino() if name.startswith("openvino") else None  # tells what is missing
         raise Unusable("OpenVINO does not start" if name == "openvino" else "the processor has no bfloat16 instructions")
     try:
-        prepared = _in_bfloat16(net) if name == "torch-bf16" else _OpenVinoNet(_converted(bundle, net), patch=patch, in_bfloat16=name.endswith("bf16"))
+        prepared = _in_bfloat16(net) if name == "torch-bf16" else _OpenVinoNet(_converted(bundle, net), in_bfloat16=name.endswith("bf16"))
         with torch.inference_mode():
-            found = prepared(patch).float()
+            found = prepared(*inputs).float()
     except Exception as error:  # whatever a converter or a compiler of another project raises: torch in float32 remains
         raise Unusable(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}") from error
     share = agreement(found, expected)
@@ -142,15 +146,20 @@ def prepared_runtime(name: str, bundle: Bundle, net: LocalNet, *, patch: Tensor,
     return prepared, RuntimeChoice(name, agreement=share)
 
 
-def probe_patch(manifest: BundleManifest) -> Tensor:
-    """A patch of a phantom with noise, (1, 1, P, P, P) in [0, 1]; the same at every call."""
+def probe_inputs(manifest: BundleManifest) -> Inputs:
+    """A patch of a phantom with noise, (1, 1, P, P, P) in [0, 1], and, for a cascade, smooth random coarse logits; the same at every call."""
     shape = manifest.patch_size
     spacing_mm = [2 * radius / length for radius, length in zip(phantoms.BODY_RADII_MM[::-1], shape)]
     volume, _ = phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras(spacing_mm, shape))
     intensity = intensity_scale(volume.array, manifest.normalization).normalized(torch.from_numpy(volume.array))
     patch = normalize_intensity(intensity, manifest.intensity_points)
-    noise = NOISE * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return (patch + noise).clamp(0, 1)[None, None]
+    generator = torch.Generator().manual_seed(0)
+    image = (patch + NOISE * torch.randn(shape, generator=generator)).clamp(0, 1)[None, None]
+    if not manifest.is_cascade:
+        return (image,)
+    logits = COARSE_NOISE * torch.randn(1, manifest.num_classes, 3, 3, 3, generator=generator)
+    size = [length // factor for length, factor in zip(shape, manifest.coarse_factor)]
+    return image, torch.log_softmax(torch.nn.functional.interpolate(logits, size=size, mode="trilinear", align_corners=True), dim=1)
 
 
 def agreement(found: Tensor, expected: Tensor) -> float:
@@ -158,17 +167,17 @@ def agreement(found: Tensor, expected: Tensor) -> float:
     return float((found.argmax(1) == expected.argmax(1)).float().mean())
 
 
-def _measured(bundle: Bundle, net: LocalNet, *, patch: Tensor, expected: Tensor, key: str) -> tuple[LocalNet, RuntimeChoice]:
+def _measured(bundle: Bundle, net: LocalNet, *, inputs: Inputs, expected: Tensor, key: str) -> tuple[LocalNet, RuntimeChoice]:
     """Try what the computer has, take the fastest and remember it."""
     best, choice = net, RuntimeChoice(EXACT)
-    exact_s, least_s = _seconds(net, patch), None
+    exact_s, least_s = _seconds(net, inputs), None
     for name in possible_runtimes():
         try:
-            candidate, facts = prepared_runtime(name, bundle, net, patch=patch, expected=expected)
+            candidate, facts = prepared_runtime(name, bundle, net, inputs=inputs, expected=expected)
         except Unusable as error:
             logger.info("%s is left out for %s: %s", TITLES[name], bundle.manifest.name, error)
             continue
-        seconds = _seconds(candidate, patch)
+        seconds = _seconds(candidate, inputs)
         if seconds * LEAST_GAIN < exact_s and (least_s is None or seconds < least_s):
             best, least_s = candidate, seconds
             choice = RuntimeChoice(name, speedup=exact_s / seconds, agreement=facts.agreement)
@@ -177,13 +186,13 @@ def _measured(bundle: Bundle, net: LocalNet, *, patch: Tensor, expected: Tensor,
     return best, choice
 
 
-def _seconds(net: LocalNet, patch: Tensor) -> float:
+def _seconds(net: LocalNet, inputs: Inputs) -> float:
     """Least seconds of a call. The net has run before, so that nothing is planned or compiled any more."""
     least, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < MEASURED_S:
         before = time.perf_counter()
         with torch.inference_mode():
-            net(patch)
+            net(*inputs)
         least = min(least, time.perf_counter() - before)
     return least
 
@@ -191,9 +200,9 @@ def _seconds(net: LocalNet, patch: Tensor) -> float:
 def _in_bfloat16(net: LocalNet) -> LocalNet:
     """The net under torch's automatic choice of bfloat16."""
 
-    def run(x: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return net(x)
+            return net(*inputs)
 
     return run
 
@@ -201,7 +210,7 @@ def _in_bfloat16(net: LocalNet) -> LocalNet:
 class _OpenVinoNet:
     """A converted net, compiled for the threads that torch has now."""
 
-    def __init__(self, folder: Path, *, patch: Tensor, in_bfloat16: bool) -> None:
+    def __init__(self, folder: Path, *, in_bfloat16: bool) -> None:
         core = _openvino().Core()
         options = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -209,11 +218,11 @@ class _OpenVinoNet:
             "PERFORMANCE_HINT": "LATENCY",
         }
         self._request = core.compile_model(core.read_model(folder / "local.xml"), "CPU", options).create_infer_request()
-        self._shape = tuple(patch.shape)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, 1, P, P, P) -> (B, C, P, P, P); one patch after the other."""
-        answers = [torch.from_numpy(self._request.infer({0: one[None].contiguous().numpy()})[0].copy()) for one in x]
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Inputs of B patches -> (B, C, P, P, P); one patch after the other."""
+        patches = ({number: part[None].contiguous().numpy() for number, part in enumerate(parts)} for parts in zip(*inputs))
+        answers = [torch.from_numpy(self._request.infer(patch)[0].copy()) for patch in patches]
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 
 
@@ -230,8 +239,8 @@ def _converted(bundle: Bundle, net: LocalNet) -> Path:
 def _convert(manifest: BundleManifest, net: LocalNet, *, place: Path) -> None:
     """Write local.xml and local.bin, in float32."""
     openvino = _openvino()
-    example = torch.zeros(1, 1, *manifest.patch_size)
-    model = openvino.convert_model(net, example_input=example, input=[list(example.shape)])
+    inputs = probe_inputs(manifest)
+    model = openvino.convert_model(net, example_input=inputs, input=[list(one.shape) for one in inputs])
     openvino.save_model(model, place / "local.xml", compress_to_fp16=False)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from NMSWSegment.engine.net_runtimes import RuntimeChoice, choose_runtime
+from NMSWSegment.engine.net_runtimes import LocalNet, RuntimeChoice, choose_runtime
 from NMSWSegment.engine.resampling import run_coarse
 from NMSWSegment.engine.selection import log_entropy
 from NMSWSegment.files.bundle import Bundle, BundleManifest
@@ -36,8 +36,8 @@ class Nets:
     manifest: BundleManifest
     coarse_net: Callable[[Tensor], tuple[Tensor, Tensor]]
     """x_low (1, 1, d, h, w) -> coarse logits (1, C, d, h, w), importance map (1, 1, d, h, w)."""
-    local_net: Callable[[Tensor], Tensor]
-    """(B, 1, P, P, P) -> local logits (B, C, P, P, P)."""
+    local_net: LocalNet
+    """(B, 1, P, P, P) and, for a cascade, coarse logits (B, C, P/r, P/r, P/r) -> local logits (B, C, P, P, P)."""
     device: torch.device
     device_steps: list[str] = field(default_factory=list)
     runtime: RuntimeChoice = RuntimeChoice(EXACT)
@@ -57,18 +57,23 @@ class Nets:
             importance_map = importance_map + log_entropy(coarse_logits[None])
         return coarse_logits, importance_map[0, 0].contiguous()
 
-    def local(self, patches: Tensor) -> Tensor:
-        """Local logits (B, C, P, P, P) of patches (B, P, P, P); more than `batch_size` go one batch after the other."""
+    def local(self, patches: Tensor, coarse_parts: Sequence[Tensor] | None = None) -> Tensor:
+        """Local logits (B, C, P, P, P) of patches (B, P, P, P); more than `batch_size` go one batch after the other.
+
+        Args:
+            coarse_parts: for a cascade the coarse logits of every patch, (C, P/r, P/r, P/r) each.
+        """
         batches, num_done = [], 0
+        inputs = (patches[:, None],) if coarse_parts is None else (patches[:, None], torch.stack(list(coarse_parts)))
         while num_done < len(patches):
-            batches.append(self._run("local_net", patches[num_done : num_done + self.batch_size, None]))
+            batches.append(self._run("local_net", *(one[num_done : num_done + self.batch_size] for one in inputs)))
             num_done += len(batches[-1])
         return batches[0] if len(batches) == 1 else torch.cat(batches)
 
-    def _run(self, name: str, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Call a net on as much of x as there is memory for; the only place where a GPU that cannot go on is caught."""
+    def _run(self, name: str, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Call a net on as much of its inputs as there is memory for; the only place where a GPU that cannot go on is caught."""
         try:
-            return self._call(name, x)
+            return self._call(name, *inputs)
         except RuntimeError as error:
             reason = _reason_to_leave(error)
             if self.device.type == "cpu" or reason is None:
@@ -79,18 +84,18 @@ class Nets:
             logger.info("%s %s: %s", self.device, reason, error)
         # After the except block, because the error keeps the frames of the failed call alive, and with them their memory.
         _free_cached_memory(self.device)
-        if reason == OUT_OF_MEMORY and len(x) > 1:
-            self.batch_size = len(x) // 2
-            self.device_steps.append(f"{self.device} {reason}; the batch went from {len(x)} to {self.batch_size}")
+        if reason == OUT_OF_MEMORY and len(inputs[0]) > 1:
+            self.batch_size = len(inputs[0]) // 2
+            self.device_steps.append(f"{self.device} {reason}; the batch went from {len(inputs[0])} to {self.batch_size}")
         else:
             self._move_to_cpu(reason)
-        return self._run(name, x[: self.batch_size])
+        return self._run(name, *(one[: self.batch_size] for one in inputs))
 
-    def _call(self, name: str, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def _call(self, name: str, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The net's outputs on the CPU."""
         with torch.inference_mode():
-            outputs = getattr(self, name)(x.to(self.device))
-            self._check_outputs(name, x, outputs if isinstance(outputs, tuple) else (outputs,))
+            outputs = getattr(self, name)(*(one.to(self.device) for one in inputs))
+            self._check_outputs(name, inputs[0], outputs if isinstance(outputs, tuple) else (outputs,))
             return tuple(output.float().cpu() for output in outputs) if isinstance(outputs, tuple) else outputs.float().cpu()
 
     def _check_outputs(self, name: str, x: Tensor, outputs: tuple[Tensor, ...]) -> None:

@@ -240,7 +240,7 @@ def refine(
         if upsamplers is None:
             upsamplers = dict.fromkeys(selection.indices, CoarseUpsampler(coarse.coarse_logits, grid=coarse.grid))
         aggregator = StreamingAggregator(upsamplers, grid=coarse.grid, class_weights=class_weights, coarse_labels=coarse.coarse_labels)
-    logits_of_patches = _patch_logits(coarse, order, nets, patches=patches, timings=timings)
+    logits_of_patches = _patch_logits(coarse, order, nets, upsamplers=upsamplers, patches=patches, timings=timings)
     for done in range(1, len(order) + 1):
         index, logits = next(logits_of_patches)
         with timed(timings, "aggregate"):
@@ -307,8 +307,14 @@ def _voxels_in_roi(volume: Volume, *, options: SegmentOptions, timings: dict[str
         return voxels_in_roi(volume.shape, ijk_to_ras=volume.ijk_to_ras, roi_to_ras=options.roi_to_ras)
 
 
-def _patch_logits(coarse: CoarsePass, order: list[int], nets: Nets, *, patches: PatchCache, timings: dict[str, float]) -> Iterator[tuple[int, Tensor]]:
-    """Candidate and local logits of every candidate of `order`, from the cache or, in batches, from the local net."""
+def _patch_logits(
+    coarse: CoarsePass, order: list[int], nets: Nets, *, upsamplers: dict[int, CoarseUpsampler], patches: PatchCache, timings: dict[str, float]
+) -> Iterator[tuple[int, Tensor]]:
+    """Candidate and local logits of every candidate of `order`, from the cache or, in batches, from the local net.
+
+    Args:
+        upsamplers: of the candidates that have not been aggregated yet.
+    """
     missing = [index for index in order if index not in patches]
     ready: dict[int, Tensor] = {}
     for index in order:
@@ -316,7 +322,9 @@ def _patch_logits(coarse: CoarsePass, order: list[int], nets: Nets, *, patches: 
             batch = missing[: nets.batch_size]
             missing = missing[nets.batch_size :]
             with timed(timings, "patches"):
-                logits = nets.local(torch.stack([coarse.x[0, 0][coarse.grid.slices(other)] for other in batch]))
+                boxes = [coarse.grid.slices(other) for other in batch]
+                parts = [upsamplers[other].part(box) for other, box in zip(batch, boxes)] if nets.manifest.is_cascade else None
+                logits = nets.local(torch.stack([coarse.x[0, 0][box] for box in boxes]), parts)
             for other, patch in zip(batch, logits):
                 patches.put(other, patch, wanted=order)
                 ready[other] = patch

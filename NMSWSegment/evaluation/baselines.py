@@ -5,13 +5,13 @@ in what goes through the local net and how it is put together.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from NMSWSegment.engine.aggregation import patch_window
+from NMSWSegment.engine.aggregation import CoarseUpsampler, patch_window
 from NMSWSegment.engine.resampling import restore_labelmap, to_model_grid
 from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reproducible
 from NMSWSegment.engine.segment import CoarsePass, RunCache, SegmentResult, coarse_pass, patch_boxes, refine, segment_volume, timed
@@ -54,18 +54,29 @@ class MethodRun:
         """The engine's coarse pass."""
         return coarse_pass(volume, self.nets, on_progress=self.on_progress, timings=self.timings)
 
-    def local(self, patches: Tensor, *, done: int, total: int) -> Tensor:
-        """Local logits (B, C, P, P, P) of patches (B, P, P, P)."""
+    @property
+    def is_cascade(self) -> bool:
+        """Whether the local net needs the coarse answer."""
+        return self.nets.manifest.is_cascade
+
+    def local(self, patches: Tensor, parts: Sequence[Tensor] | None, *, done: int, total: int) -> Tensor:
+        """Local logits (B, C, P, P, P) of patches (B, P, P, P) and, for a cascade, their coarse logits (C, P/r, P/r, P/r)."""
         self.on_progress(Progress("patches", 0.2 + 0.7 * done / max(total, 1), f"Patch {done + 1} of {total}", done=done, total=total))
         with timed(self.timings, "patches"):
-            return self.nets.local(patches)
+            return self.nets.local(patches, parts)
 
 
 def sliding_window(volume: Volume, run: MethodRun, *, overlap: float) -> Answer:
-    """The local net everywhere; the coarse net and the class weights have no part.
+    """The local net everywhere; the class weights have no part, and the coarse net only where the local net of a cascade reads its answer.
 
-    It runs on the volume on the model grid before padding, where it needs the fewest windows.
+    It runs on the volume on the model grid before padding, where it needs the fewest windows; that of a cascade on the padded volume, where
+    every window begins with a whole coarse voxel.
     """
+    if run.is_cascade:
+        coarse = run.coarse(volume)
+        upsampler = CoarseUpsampler(coarse.coarse_logits, grid=coarse.grid)
+        labels, windows = slide(coarse.x, run, grid=coarse.grid, overlap=overlap, upsampler=upsampler)
+        return Answer(labels=labels, model_grid=coarse.model_grid, windows=windows, candidates=coarse.grid.num_candidates)
     run.on_progress(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
     with timed(run.timings, "canonical"):
         x, model_grid, grid = to_model_grid(volume, run.nets.manifest)
@@ -74,20 +85,25 @@ def sliding_window(volume: Volume, run: MethodRun, *, overlap: float) -> Answer:
     return Answer(labels=labels, model_grid=model_grid, windows=windows, candidates=grid.num_candidates)
 
 
-def slide(x: Tensor, run: MethodRun, *, grid: CandidateGrid, overlap: float) -> tuple[Tensor, int]:
-    """Labels (D, H, W) uint8 and number of windows of MONAI's sliding_window_inference with Gaussian weights on x (1, 1, D, H, W)."""
+def slide(x: Tensor, run: MethodRun, *, grid: CandidateGrid, overlap: float, upsampler: CoarseUpsampler | None = None) -> tuple[Tensor, int]:
+    """Labels (D, H, W) uint8 and number of windows of MONAI's sliding_window_inference with Gaussian weights on x (1, 1, D, H, W).
+
+    Args:
+        upsampler: of the coarse logits that a cascade's windows read.
+    """
     from monai.inferers import sliding_window_inference
 
     windows = 0
 
-    def run_windows(patches: Tensor) -> Tensor:
+    def run_windows(patches: Tensor, places: list[list[slice]]) -> Tensor:
         nonlocal windows
         windows += len(patches)
-        return run.local(patches[:, 0], done=windows - len(patches), total=grid.num_candidates)
+        parts = [upsampler.part(place[-3:]) for place in places] if upsampler else None
+        return run.local(patches[:, 0], parts, done=windows - len(patches), total=grid.num_candidates)
 
     started = time.perf_counter()
     with torch.inference_mode():  # MONAI weights the nets' answers in place
-        logits = sliding_window_inference(x, grid.patch_size, run.nets.batch_size, run_windows, overlap=overlap, mode="gaussian")
+        logits = sliding_window_inference(x, grid.patch_size, run.nets.batch_size, run_windows, overlap=overlap, mode="gaussian", with_coord=True)
         labels = logits[0].max(0).indices.to(torch.uint8)
     run.timings["aggregate"] = time.perf_counter() - started - run.timings["patches"]
     return labels, windows
@@ -101,10 +117,12 @@ def sliding_window_on_foreground(volume: Volume, run: MethodRun) -> Answer:
     with timed(run.timings, "aggregate"):
         window = patch_window(coarse.grid.patch_size)
         total = torch.zeros(len(coarse.coarse_logits), *coarse.grid.padded_shape)
+    upsampler = CoarseUpsampler(coarse.coarse_logits, grid=coarse.grid)
     for done, index in enumerate(chosen):
-        logits = run.local(coarse.x[0, 0][coarse.grid.slices(index)][None], done=done, total=len(chosen))[0]
+        box = coarse.grid.slices(index)
+        logits = run.local(coarse.x[0, 0][box][None], [upsampler.part(box)] if run.is_cascade else None, done=done, total=len(chosen))[0]
         with timed(run.timings, "aggregate"):
-            total[(slice(None), *coarse.grid.slices(index))] += window * logits
+            total[(slice(None), *box)] += window * logits
     with timed(run.timings, "aggregate"):
         labels = total.max(0).indices.to(torch.uint8)  # all zero where no window came, and the lowest of equal classes is background
     return Answer(labels=labels, model_grid=coarse.model_grid, windows=len(chosen), candidates=coarse.grid.num_candidates)
@@ -155,7 +173,8 @@ def zoom_out(volume: Volume, run: MethodRun) -> Answer:
         with timed(run.timings, "select"):
             box = grown_box(coarse.coarse_labels == value, least=coarse.grid.patch_size)
             patch = torch.nn.functional.interpolate(coarse.x[(..., *box)], size=coarse.grid.patch_size, mode="trilinear")
-        logits = run.local(patch[0], done=done, total=len(classes))
+            parts = [_zoomed_part(coarse, box)] if run.is_cascade else None
+        logits = run.local(patch[0], parts, done=done, total=len(classes))
         with timed(run.timings, "aggregate"):
             logits = torch.nn.functional.interpolate(logits, size=[side.stop - side.start for side in box], mode="trilinear")[0]
             share = torch.exp(logits[value] - torch.logsumexp(logits, dim=0))
@@ -218,6 +237,13 @@ def grown_box(mask: Tensor, *, least: tuple[int, int, int]) -> tuple[slice, slic
         start = min(max((first + last + 1 - extent) // 2, 0), length - extent)
         box.append(slice(start, start + extent))
     return tuple(box)
+
+
+def _zoomed_part(coarse: CoarsePass, box: tuple[slice, slice, slice]) -> Tensor:
+    """What a cascade reads of a box that is zoomed to a patch, (C, P/r, P/r, P/r)."""
+    upsampled = CoarseUpsampler(coarse.coarse_logits, grid=coarse.grid).region(box)
+    size = [length // factor for length, factor in zip(coarse.grid.patch_size, coarse.grid.coarse_factor)]
+    return torch.nn.functional.interpolate(upsampled[None], size=size, mode="trilinear")[0]
 
 
 def _refined(coarse: CoarsePass, ranked: Tensor, run: MethodRun) -> Answer:

@@ -98,8 +98,8 @@ def measured_record(bundle_case: CaseOfBundle, method: Method, *, volume: Volume
         "title": method.title,
     }
     record |= {
-        "macs": costs.true.total(measured["windows"], uses_coarse=method.uses_coarse) if costs else None,
-        "paper_macs": costs.paper.total(measured["windows"], uses_coarse=method.uses_coarse) if costs else None,
+        "macs": costs.true.total(measured["windows"], uses_coarse=method.uses_coarse or manifest.is_cascade) if costs else None,
+        "paper_macs": costs.paper.total(measured["windows"], uses_coarse=method.uses_coarse or manifest.is_cascade) if costs else None,
     }
     return record | measured | {"scores": score_labelmap(read_volume(path), reference, manifest=manifest)}
 

@@ -35,18 +35,25 @@ class Costs:
 
 
 @functools.lru_cache(maxsize=64)
-def run_costs(architecture: Architecture, *, coarse_shape: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Costs:
+def run_costs(
+    architecture: Architecture, *, coarse_shape: tuple[int, int, int], patch_size: tuple[int, int, int], coarse_factor: tuple[int, int, int] = (1, 1, 1)
+) -> Costs:
     """What a run costs with nets of an architecture; asked for once a volume and method, worth to be remembered.
 
     Args:
         coarse_shape: voxels that the coarse net sees, its padding included, KJI.
         patch_size: KJI.
+        coarse_factor: KJI; does not matter unless the local net is a cascade's.
     """
     net = NMSWNet(architecture)
-    coarse_input, patch = (1, 1, *coarse_shape), (1, 1, *patch_size)
-    true = RunCosts(coarse=count_macs(net.coarse, coarse_input), local=count_macs(net.local, patch))
-    coarse, local = (_published_unet(architecture), _published_local(architecture)) if architecture.preset == "paper" else (net.coarse, net.local)
-    return Costs(true=true, paper=RunCosts(coarse=published_macs(coarse, coarse_input), local=published_macs(local, patch)))
+    coarse_input, image = (1, 1, *coarse_shape), (1, 1, *patch_size)
+    part = (1, architecture.num_classes, *(length // factor for length, factor in zip(patch_size, coarse_factor)))
+    inputs = (image, part) if architecture.cascade else (image,)
+    true = RunCosts(coarse=count_macs(net.coarse, coarse_input), local=count_macs(net.local, *inputs))
+    if architecture.preset != "paper":
+        return Costs(true=true, paper=RunCosts(coarse=published_macs(net.coarse, coarse_input), local=published_macs(net.local, *inputs)))
+    coarse, local = _published_unet(architecture), _published_local(architecture)
+    return Costs(true=true, paper=RunCosts(coarse=published_macs(coarse, coarse_input), local=published_macs(local, image)))
 
 
 def bundle_costs(manifest: BundleManifest, grid: CandidateGrid) -> Costs | None:
@@ -56,7 +63,8 @@ def bundle_costs(manifest: BundleManifest, grid: CandidateGrid) -> Costs | None:
     """
     if not manifest.architecture:
         return None
-    return run_costs(Architecture(**manifest.architecture), coarse_shape=coarse_shape(grid.shape, manifest=manifest), patch_size=manifest.patch_size)
+    seen = coarse_shape(grid.shape, manifest=manifest)
+    return run_costs(Architecture(**manifest.architecture), coarse_shape=seen, patch_size=manifest.patch_size, coarse_factor=manifest.coarse_factor)
 
 
 def coarse_shape(shape: Sequence[int], *, manifest: BundleManifest) -> tuple[int, int, int]:

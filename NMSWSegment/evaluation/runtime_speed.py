@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from NMSWSegment.data.metrics import dice_per_class
-from NMSWSegment.engine.net_runtimes import TITLES, Unusable, possible_runtimes, prepared_runtime, probe_patch
+from NMSWSegment.engine.net_runtimes import TITLES, LocalNet, Unusable, possible_runtimes, prepared_runtime, probe_inputs
 from NMSWSegment.engine.runtime import Nets, open_nets, reproducible
 from NMSWSegment.engine.segment import RunCache, segment_volume
 from NMSWSegment.evaluation.comparison_page import machine_paragraph
@@ -63,16 +62,16 @@ def measure_runtimes(name: str, options: RuntimeOptions) -> list[dict]:
     Or, where a runtime cannot be used, the reason.
     """
     bundle = load_bundle(name)
-    patch = probe_patch(bundle.manifest)
+    inputs = probe_inputs(bundle.manifest)
     with reproducible(options.threads):
         nets = open_nets(bundle, device="cpu")
         with torch.inference_mode():
-            expected = nets.local_net(patch)
+            expected = nets.local_net(*inputs)
         runtimes, records = {EXACT: nets.local_net}, [{"bundle": name, "runtime": EXACT}]
         for runtime in possible_runtimes():
             record = {"bundle": name, "runtime": runtime}
             try:
-                runtimes[runtime], choice = prepared_runtime(runtime, bundle, nets.local_net, patch=patch, expected=expected)
+                runtimes[runtime], choice = prepared_runtime(runtime, bundle, nets.local_net, inputs=inputs, expected=expected)
                 record["agreement"] = choice.agreement
             except Unusable as error:
                 record["unusable"] = str(error)
@@ -81,7 +80,7 @@ def measure_runtimes(name: str, options: RuntimeOptions) -> list[dict]:
         with torch.inference_mode():
             for _ in range(options.rounds):
                 for net in timed_nets.values():
-                    net(patch)
+                    net(*inputs)
         labelmaps = {runtime: _sample_labels(bundle, nets, net, threads=options.threads) for runtime, net in runtimes.items()}
     for record in records:
         if (runtime := record["runtime"]) in runtimes:
@@ -131,7 +130,7 @@ def _times_as_fast(record: dict, records: list[dict]) -> float:
     return statistics.median(exact["seconds"]) / statistics.median(record["seconds"])
 
 
-def _sample_labels(bundle: Bundle, nets: Nets, local_net: Callable[[Tensor], Tensor], *, threads: int | None) -> Tensor:
+def _sample_labels(bundle: Bundle, nets: Nets, local_net: LocalNet, *, threads: int | None) -> Tensor:
     """Labels of the sample CT with another local net, (K, J, I)."""
     own = Nets(manifest=bundle.manifest, coarse_net=nets.coarse_net, local_net=local_net, device=nets.device)
     options = SegmentOptions(num_patches=NUM_PATCHES, device="cpu", threads=threads)

@@ -78,12 +78,12 @@ class FirstCalls(nn.Module):
         self.net, self.limit, self.seconds_per_patch = net, limit, []
         self.last = torch.empty(0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 1, P, P, P) -> (B, C, P, P, P)."""
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        """(B, 1, P, P, P) and what else the net takes -> (B, C, P, P, P)."""
         if len(self.seconds_per_patch) >= self.limit:
             return self.last[:1].repeat(len(x), 1, 1, 1, 1)  # a copy each, because MONAI weights answers in place
         started = time.perf_counter()
-        answer = self.net(x)
+        answer = self.net(x, *more)
         if x.is_cuda:
             torch.cuda.synchronize()
         self.seconds_per_patch.append((time.perf_counter() - started) / len(x))

@@ -121,6 +121,11 @@ class BundleManifest:
         return len(self.labels) + 1
 
     @property
+    def is_cascade(self) -> bool:
+        """Whether the local net reads the coarse logits of its patch beside the image."""
+        return bool(self.architecture.get("cascade", False))
+
+    @property
     def label_names(self) -> list[str]:
         """Names in label order."""
         return [label.name for label in self.labels]

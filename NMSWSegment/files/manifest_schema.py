@@ -180,6 +180,9 @@ def _check_together(values: dict) -> None:
     if math.prod(size) > _MAX_PATCH_VOXELS:
         raise _wrong("patch_size", size, f"at most {_MAX_PATCH_VOXELS} voxels in all")
     strides = [round(length * (1 - overlap)) for length in size]
+    factors = values["coarse_factor"]
+    if values["architecture"].get("cascade") and any(length % factor or stride % factor for length, stride, factor in zip(size, strides, factors)):
+        raise _wrong("coarse_factor", factors, f"such that a cascade's patches of {list(size)} voxels begin and end with whole coarse voxels")
     if any(stride < 1 or length % stride for length, stride in zip(size, strides)):
         raise _wrong("overlap", overlap, f"such that patches of {list(size)} voxels move by a whole part of a patch, such as 0.5")
 
@@ -210,7 +213,7 @@ _REQUIRED: dict[str, Check] = {
     "labels": _list(_LABEL, low=1, high=MAX_LABELS),
     "class_weights": _list(_number(-1e6, 1e6), low=1, high=MAX_LABELS + 1),
     "sha256": _mapping(_hash),
-    "architecture": _fields({}, {"preset": _text()}),
+    "architecture": _fields({}, {"preset": _text(), "cascade": _boolean}),
 }
 _OPTIONAL: dict[str, Check] = {
     "importance_has_entropy": _boolean,

@@ -30,6 +30,7 @@ _BLOCKED_BYTES = 12 * 4 * (1 << 17)  # arrays of blocked.BLOCK_FLOATS that one p
 _OVERLAPPING = 4.0  # blocks that wait, as a multiple of the share of the candidates that are chosen
 _ALLOCATOR = 1.15  # freed memory that is not given back between the stages; the largest excess over the sum was 13 %
 _NET_BYTES = 50_000_000  # of a net, whatever its input
+_PRIOR_FLOATS = 34  # of a cascade's local net: the channels beside the image, before and after they are put together
 _NET_FLOATS = {  # of a net, per input voxel beside one float a class, by backbone and preset; the coarse net is a UNet
     "unet": {"compact": 55, "paper": 55},
     "mednext": {"compact": 200, "paper": 380},
@@ -65,6 +66,7 @@ def needed_memory_bytes(
     num_patches: int,
     backbone: str = "unet",
     preset: str = "compact",
+    is_cascade: bool = False,
     cache_bytes: int = 0,
 ) -> int:
     """Upper bound of what a process takes at the peak of a run on the CPU, the volume, torch and the nets included.
@@ -76,6 +78,7 @@ def needed_memory_bytes(
         num_classes: C, with background.
         num_patches: how many go through the local net.
         backbone, preset: of the local net; names that are not known count as the most demanding one.
+        is_cascade: whether the local net reads the coarse logits too.
         cache_bytes: most that is spent on the logits of patches for the next run; 0 for a run without a next one.
 
     On a GPU the nets work in its own memory, so that this is more than is taken.
@@ -95,7 +98,12 @@ def needed_memory_bytes(
         stays + _net_bytes(coarse, num_classes=num_classes, floats=_NET_FLOATS["unet"]["paper"]),
         stays + 60 * coarse + _BLOCKED_BYTES,  # selection: presence and entropy, some maps in float64
         stays + 30 * coarse + 3 * padded + _BLOCKED_BYTES,  # up-sampling: cells, labels with a margin, their copy
-        refined + 2 * padded + _BLOCKED_BYTES + _patch_bytes(grid, num_classes=num_classes, num_patches=num_patches, floats=_local_floats(backbone, preset)),
+        refined
+        + 2 * padded
+        + _BLOCKED_BYTES
+        + _patch_bytes(
+            grid, num_classes=num_classes, num_patches=num_patches, floats=_local_floats(backbone, preset, cascade_classes=num_classes if is_cascade else 0)
+        ),
         refined + 3 * padded + 5 * model + _RESTORE_CHUNK_BYTES + restore_slab_bytes * min(_SLAB_VOXELS, source) + source,  # ... and the labelmap
     ]
     cache = min(cache_bytes, num_patches * patch_logits)
@@ -119,10 +127,15 @@ def _averaged_voxels(model_grid: ModelGrid) -> float:
     return float(np.prod(np.ceil(np.array(model_grid.source_shape[::-1]) / factors_ijk)))
 
 
-def _local_floats(backbone: str, preset: str) -> int:
-    """Of the local net; the most there is for a name that is not known."""
+def _local_floats(backbone: str, preset: str, *, cascade_classes: int = 0) -> int:
+    """Of the local net; the most there is for a name that is not known.
+
+    Args:
+        cascade_classes: classes whose coarse logits it interpolates to every voxel of the patch; 0 for none.
+    """
     most = max(floats for presets in _NET_FLOATS.values() for floats in presets.values())
-    return _NET_FLOATS.get(backbone, {}).get(preset, most)
+    prior = _PRIOR_FLOATS + cascade_classes if cascade_classes else 0
+    return _NET_FLOATS.get(backbone, {}).get(preset, most) + prior
 
 
 def _net_bytes(voxels: int, *, num_classes: int, floats: int) -> int:

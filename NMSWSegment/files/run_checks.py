@@ -76,6 +76,7 @@ def run_memory_bytes(shape: Sequence[int], ijk_to_ras: np.ndarray, manifest: Bun
         num_patches=grid.num_candidates if num_patches is None else min(num_patches, grid.num_candidates),
         backbone=manifest.backbone,
         preset=manifest.architecture.get("preset", ""),
+        is_cascade=manifest.is_cascade,
     )
 
 

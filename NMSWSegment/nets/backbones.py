@@ -36,8 +36,8 @@ PATCH_MULTIPLES = {
 }
 
 
-def unet(*, channels: tuple[int, ...], out_channels: int) -> nn.Module:
-    """A residual UNet: (B, 1, D, H, W) -> (B, out_channels, D, H, W); sizes divisible by 2^(levels - 1).
+def unet(*, channels: tuple[int, ...], out_channels: int, in_channels: int = 1) -> nn.Module:
+    """A residual UNet: (B, in_channels, D, H, W) -> (B, out_channels, D, H, W); sizes divisible by 2^(levels - 1).
 
     Args:
         channels: features of each level, the finest first; the finest works at half the input's resolution.
@@ -48,7 +48,7 @@ def unet(*, channels: tuple[int, ...], out_channels: int) -> nn.Module:
 
     return UNet(
         spatial_dims=3,
-        in_channels=1,
+        in_channels=in_channels,
         out_channels=out_channels,
         channels=channels,
         strides=(2,) * (len(channels) - 1),
@@ -57,15 +57,15 @@ def unet(*, channels: tuple[int, ...], out_channels: int) -> nn.Module:
     )
 
 
-def mednext(*, preset: str, out_channels: int) -> nn.Module:
-    """MedNeXt with kernel 3: (B, 1, D, H, W) -> (B, out_channels, D, H, W); paper is the published size M, sizes divisible by 16."""
+def mednext(*, preset: str, out_channels: int, in_channels: int = 1) -> nn.Module:
+    """MedNeXt with kernel 3: (B, in_channels, D, H, W) -> (B, out_channels, D, H, W); paper is the published size M, sizes divisible by 16."""
     from monai.networks.nets import MedNeXt, MedNeXtM
 
     if preset == "paper":
-        return MedNeXtM(spatial_dims=3, in_channels=1, out_channels=out_channels, kernel_size=3)
+        return MedNeXtM(spatial_dims=3, in_channels=in_channels, out_channels=out_channels, kernel_size=3)
     return MedNeXt(
         init_filters=16,
-        in_channels=1,
+        in_channels=in_channels,
         out_channels=out_channels,
         kernel_size=3,
         blocks_down=(1, 1, 2, 2),  # depth where it is cheap: the deepest level adds no time that can be measured
@@ -75,18 +75,18 @@ def mednext(*, preset: str, out_channels: int) -> nn.Module:
     )
 
 
-def swin_unetr(*, preset: str, out_channels: int) -> nn.Module:
-    """Swin-UNETR: (B, 1, D, H, W) -> (B, out_channels, D, H, W); sizes divisible by 32."""
+def swin_unetr(*, preset: str, out_channels: int, in_channels: int = 1) -> nn.Module:
+    """Swin-UNETR: (B, in_channels, D, H, W) -> (B, out_channels, D, H, W); sizes divisible by 32."""
     from monai.networks.blocks import UnetrBasicBlock, UnetrUpBlock
     from monai.networks.nets import SwinUNETR
 
     device = torch.empty(0).device  # meta where only shapes matter; MONAI reads a value while it builds this net, which meta has not
     with torch.device("cpu"):
         if preset == "paper":
-            net = SwinUNETR(in_channels=1, out_channels=out_channels, feature_size=24)
+            net = SwinUNETR(in_channels=in_channels, out_channels=out_channels, feature_size=24)
         else:
             # Windows of 4 tile a patch of 64 without a rest: four times faster than 7, which pads 32 tokens to 35
-            net = SwinUNETR(in_channels=1, out_channels=out_channels, feature_size=12, window_size=4)
+            net = SwinUNETR(in_channels=in_channels, out_channels=out_channels, feature_size=12, window_size=4)
             # At the bottom, 2^3 and 4^3 voxels of a patch of 64, kernels of 3 would hold three quarters of all weights
             net.encoder10 = UnetrBasicBlock(spatial_dims=3, in_channels=192, out_channels=192, kernel_size=1, stride=1, norm_name="instance", res_block=True)
             net.decoder5 = UnetrUpBlock(
@@ -95,9 +95,9 @@ def swin_unetr(*, preset: str, out_channels: int) -> nn.Module:
     return net.to(device)
 
 
-def e2enet(*, preset: str, out_channels: int, fusion_channels: tuple[str, ...] = ()) -> nn.Module:
+def e2enet(*, preset: str, out_channels: int, in_channels: int = 1, fusion_channels: tuple[str, ...] = ()) -> nn.Module:
     """E2ENet, see e2enet.py; sizes divisible by 32 (paper) or 16 (compact)."""
-    return E2ENet(out_channels=out_channels, channels=E2ENET_CHANNELS[preset], fusion_channels=fusion_channels)
+    return E2ENet(in_channels=in_channels, out_channels=out_channels, channels=E2ENET_CHANNELS[preset], fusion_channels=fusion_channels)
 
 
 def coarse_backbone(*, preset: str) -> nn.Module:
@@ -105,16 +105,17 @@ def coarse_backbone(*, preset: str) -> nn.Module:
     return unet(channels=COARSE_CHANNELS[known_preset(preset)], out_channels=NUM_FEATURES[preset])
 
 
-def local_backbone(name: str, *, preset: str, out_channels: int) -> nn.Module:
+def local_backbone(name: str, *, preset: str, out_channels: int, in_channels: int = 1) -> nn.Module:
     """The backbone of the local net.
 
     Args:
+        in_channels: 1 for the image alone.
         out_channels: classes where the backbone ends_in_head, else features.
 
     Raises:
         UserError: the name or the preset does not exist.
     """
-    return _BUILDERS[known_backbone(name)](preset=known_preset(preset), out_channels=out_channels)
+    return _BUILDERS[known_backbone(name)](preset=known_preset(preset), in_channels=in_channels, out_channels=out_channels)
 
 
 def ends_in_head(name: str) -> bool:
@@ -169,9 +170,9 @@ def known_preset(preset: str) -> str:
     return preset
 
 
-def _local_unet(*, preset: str, out_channels: int) -> nn.Module:
+def _local_unet(*, preset: str, in_channels: int, out_channels: int) -> nn.Module:
     """The UNet of the local net."""
-    return unet(channels=LOCAL_CHANNELS[preset], out_channels=out_channels)
+    return unet(channels=LOCAL_CHANNELS[preset], in_channels=in_channels, out_channels=out_channels)
 
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {"unet": _local_unet, "mednext": mednext, "swin_unetr": swin_unetr, "e2enet": e2enet}

@@ -15,16 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 _LAYER_CHARGES = {nn.InstanceNorm3d: 2, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.PReLU: 1, nn.Softmax: 3}
 
 
-def count_macs(net: nn.Module, input_shape: tuple[int, ...]) -> int:
+def count_macs(net: nn.Module, *input_shapes: tuple[int, ...]) -> int:
     """True MACs of one call: those of convolutions and matrix products.
 
     Args:
-        input_shape: (B, 1, D, H, W).
+        input_shapes: of each input, (B, 1, D, H, W) of the image.
     """
-    return _macs(_on_meta(net), input_shape, formulas={})
+    return _macs(_on_meta(net), input_shapes, formulas={})
 
 
-def published_macs(net: nn.Module, input_shape: tuple[int, ...]) -> int:
+def published_macs(net: nn.Module, *input_shapes: tuple[int, ...]) -> int:
     """MACs of one call as the paper counts them, for comparison with its tables only; inferred from the figures of its Table 2.
 
     Transposed convolutions are charged at the size of their output, 8 times too much at stride 2; the products of the attention
@@ -36,7 +36,7 @@ def published_macs(net: nn.Module, input_shape: tuple[int, ...]) -> int:
         if type(layer) in _LAYER_CHARGES:
             layer.register_forward_hook(_charging(layer_macs, charge=_LAYER_CHARGES[type(layer)]))
     aten = torch.ops.aten
-    macs = _macs(on_meta, input_shape, formulas={aten.convolution: _convolution_at_output, aten.bmm: _unseen})
+    macs = _macs(on_meta, input_shapes, formulas={aten.convolution: _convolution_at_output, aten.bmm: _unseen})
     return macs + sum(layer_macs)
 
 
@@ -45,10 +45,10 @@ def _on_meta(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net).to("meta").eval()
 
 
-def _macs(on_meta: nn.Module, input_shape: tuple[int, ...], *, formulas: dict) -> int:
+def _macs(on_meta: nn.Module, input_shapes: tuple[tuple[int, ...], ...], *, formulas: dict) -> int:
     """MACs of one call; torch counts FLOPs, two for each MAC."""
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
-        on_meta(torch.empty(input_shape, device="meta"))
+        on_meta(*(torch.empty(shape, device="meta") for shape in input_shapes))
     return counter.get_total_flops() // 2
 
 

@@ -25,6 +25,8 @@ class Architecture:
     """compact or paper."""
     fusion_channels: tuple[str, ...] = ()
     """Of an exported e2enet: the input channels that its fusion convolutions kept (E2ENet.fusion_channels); empty is all."""
+    cascade: bool = False
+    """Whether the local net reads the coarse logits of its patch beside the image."""
 
     def __post_init__(self) -> None:
         known_backbone(self.backbone)
@@ -43,6 +45,8 @@ class Architecture:
         return asdict(self)
 
 
+CASCADE_CLASS_WEIGHT = 3.0
+"""c of Eq. 6 at the start of training: the patch counts sigmoid(3) = 0.95."""
 VOXELS_AT_ONCE = 1 << 14
 """Of the last, pointwise part of a net where no gradient is wanted, so that its temporary arrays are small beside the logits of many classes."""
 
@@ -132,25 +136,66 @@ class ImportanceHead(nn.Module):
         return expected_gain(features, logits.detach(), weights, biases, VOXELS_AT_ONCE)  # detached: the coarse answer is no means to move the importance
 
 
+class CoarsePrior(nn.Module):
+    """What the local net of a cascade takes from the coarse net: its probabilities, in few channels beside the image, and its logits, to which
+    the local net's own are added. So an untrained local net gives the coarse answer, and training has to find corrections only.
+
+    Source: the cascade of nnU-Net (Isensee et al. 2021), whose second net reads the first one's labels; logits instead, and their sum, are ours (docs/deviations.md, D22).
+    """
+
+    CHANNELS = 16
+    LEAST_LOGIT = -10.0
+    """A coarse net that is sure and wrong must stay correctable."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Conv3d(num_classes, self.CHANNELS, kernel_size=1)
+        self.trust = nn.Parameter(torch.ones(1, num_classes, 1, 1, 1))
+
+    def channels(self, coarse_logits: Tensor, x: Tensor) -> Tensor:
+        """The image (B, 1, P, P, P) with the probabilities behind it, (B, 1 + CHANNELS, P, P, P)."""
+        embedded = self.embedding(coarse_logits.exp())
+        return torch.cat([x.to(embedded.dtype), torch.nn.functional.interpolate(embedded, size=x.shape[2:], mode="trilinear")], dim=1)
+
+    def added_to(self, logits: Tensor, coarse_logits: Tensor) -> Tensor:
+        """Logits (B, C, ...) at any resolution of the patch, on top of the coarse ones."""
+        trusted = (coarse_logits.clamp(min=self.LEAST_LOGIT) * self.trust).to(logits.dtype)
+        return torch.nn.functional.interpolate(trusted, size=logits.shape[2:], mode="trilinear").add_(logits)  # in place: as large as all classes
+
+
 class LocalNet(nn.Module):
     """Full-resolution patch -> local logits (f_l)."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         name, preset, num_classes = architecture.backbone, architecture.preset, architecture.num_classes
+        self.prior = CoarsePrior(num_classes) if architecture.cascade else None
+        in_channels = 1 + CoarsePrior.CHANNELS if architecture.cascade else 1
         if architecture.fusion_channels:
-            self.backbone = e2enet(preset=preset, out_channels=num_classes, fusion_channels=architecture.fusion_channels)
+            self.backbone = e2enet(preset=preset, in_channels=in_channels, out_channels=num_classes, fusion_channels=architecture.fusion_channels)
         else:
-            self.backbone = local_backbone(name, preset=preset, out_channels=num_classes if ends_in_head(name) else NUM_FEATURES[preset])
+            out_channels = num_classes if ends_in_head(name) else NUM_FEATURES[preset]
+            self.backbone = local_backbone(name, preset=preset, in_channels=in_channels, out_channels=out_channels)
         self.head = nn.Identity() if ends_in_head(name) else nn.Conv3d(NUM_FEATURES[preset], num_classes, kernel_size=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 1, P, P, P) in [0, 1] -> local logits, log-probabilities (B, C, P, P, P)."""
-        return torch.log_softmax(self.head(self.backbone(x)).float(), dim=1)  # plain operators, which other runtimes take
+    def forward(self, x: Tensor, coarse_logits: Tensor | None = None) -> Tensor:
+        """Patches (B, 1, P, P, P) in [0, 1] and, for a cascade, their coarse logits (B, C, P/r, P/r, P/r) -> local logits, log-probabilities (B, C, P, P, P)."""
+        logits = self._with_prior(self.head(self.backbone(self._input(x, coarse_logits))), coarse_logits)
+        return torch.log_softmax(logits.float(), dim=1)  # plain operators, which other runtimes take
 
-    def deep_logits(self, x: Tensor) -> tuple[Tensor, ...]:
+    def deep_logits(self, x: Tensor, coarse_logits: Tensor | None = None) -> tuple[Tensor, ...]:
         """Logits for training, before the log-softmax, which a loss takes itself; for deep supervision also at 1/2, 1/4, ... where the backbone has such heads."""
-        return self.backbone.deep_logits(x) if isinstance(self.backbone, E2ENet) else (self.head(self.backbone(x)),)
+        seen = self._input(x, coarse_logits)
+        deep_logits = self.backbone.deep_logits(seen) if isinstance(self.backbone, E2ENet) else (self.head(self.backbone(seen)),)
+        return tuple(self._with_prior(logits, coarse_logits) for logits in deep_logits)
+
+    def _input(self, x: Tensor, coarse_logits: Tensor | None) -> Tensor:
+        """What the backbone sees."""
+        return x if self.prior is None else self.prior.channels(coarse_logits, x)
+
+    def _with_prior(self, logits: Tensor, coarse_logits: Tensor | None) -> Tensor:
+        """A cascade's answer, from what its backbone adds to the coarse one."""
+        return logits if self.prior is None else self.prior.added_to(logits, coarse_logits)
 
 
 class NMSWNet(nn.Module):
@@ -161,7 +206,8 @@ class NMSWNet(nn.Module):
         self.architecture = architecture
         self.coarse = CoarseNet(architecture)
         self.local = LocalNet(architecture)
-        self.class_weights = nn.Parameter(torch.zeros(architecture.num_classes))
+        # a cascade's local net has heard the coarse one already
+        self.class_weights = nn.Parameter(torch.full((architecture.num_classes,), CASCADE_CLASS_WEIGHT if architecture.cascade else 0.0))
 
     def slice_fusion(self) -> None:
         """Leave out what the masks of a sparse e2enet made superfluous; nothing happens to other nets. Ends the training."""

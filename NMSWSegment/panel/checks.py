@@ -171,6 +171,7 @@ def estimate_run(
         num_patches=most if patches is None else patches,
         backbone=manifest.backbone,
         preset=manifest.architecture.get("preset", ""),
+        is_cascade=manifest.is_cascade,
         cache_bytes=cache_limit_bytes(available_bytes),
     )
     return RunEstimate(

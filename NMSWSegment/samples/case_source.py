@@ -21,6 +21,10 @@ GAMMA_WINDOW_HU = (-250.0, 500.0)
 """The gamma works inside this window, the paper's; its range is narrower than the paper's, which would turn a liver into fat (1.35: 40 to -50 HU)."""
 
 
+OTHER_PHASE_SHARE = 0.12
+"""Of the classes whose intensity is shifted, those that are shifted as far as another phase of contrast medium or other contents would."""
+
+
 class CaseSource:
     """One labelled CT; every draw is another sample of it."""
 
@@ -100,8 +104,9 @@ def _trilinear(intensity: Tensor, index: Tensor) -> Tensor:
 
 def _recontrasted(intensity: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Another scanner and contrast phase: shift, scale, gamma in the soft-tissue window, and a shift of each class."""
-    if chance(generator, 0.5):
+    if chance(generator, 0.7):
         shift_hu = torch.randn(256, generator=generator) * uniform(generator, 5, 30)
+        shift_hu[torch.rand(256, generator=generator) < OTHER_PHASE_SHARE] *= 3
         shift_hu[[0, UNKNOWN_LABEL]] = 0.0
         intensity = intensity + shift_hu.to(labels.device)[labels.int()]
     if chance(generator, 0.3):

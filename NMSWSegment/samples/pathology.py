@@ -1,6 +1,6 @@
-"""Free fluid, which healthy label maps and most scans do not show: ascites around the abdominal organs, effusion in the lungs.
+"""What healthy label maps and most scans do not show: ascites around the abdominal organs, effusion in the lungs, bones that have lost or gained mineral.
 
-Both work on HU (D, H, W), S-A-R, and labels of the same shape, on the device where they lie.
+All work on HU (D, H, W), S-A-R, and labels of the same shape, on the device where they lie.
 """
 
 import torch
@@ -11,6 +11,11 @@ from NMSWSegment.samples.warp import smooth_noise, uniform
 
 ABDOMINAL_WORDS = ("liver", "spleen", "stomach", "bowel", "intestine", "colon", "bladder", "pancreas")
 LUNG_WORDS = ("lung",)
+BONE_WORDS = ("vertebra", "rib", "sternum", "sacrum", "hip", "femur", "humerus", "scapula", "clavicula", "skull")
+MARROW_HU = (-110.0, 10.0)
+"""Of marrow without mineral: yellow to red."""
+BONE_DENSITY = (0.3, 1.3)
+"""Mineral as a multiple of what there was; an old person's vertebrae have a third of a young one's."""
 FAT_HU = (-190.0, -25.0)
 FLUID_HU = (-5.0, 25.0)
 REACH_MM = (8.0, 40.0)
@@ -56,6 +61,18 @@ def add_effusion(intensity: Tensor, labels: Tensor, *, lungs: tuple[int, ...], s
 def labels_with(label_names: list[str] | tuple[str, ...], words: tuple[str, ...]) -> tuple[int, ...]:
     """The values of the classes whose name holds one of the words."""
     return tuple(value for value, name in enumerate(label_names, start=1) if any(word in name.lower() for word in words))
+
+
+def change_bone_density(intensity: Tensor, labels: Tensor, *, bones: tuple[int, ...], generator: torch.Generator) -> None:
+    """Scale what lifts the bones above their marrow, in place: inside they come to look like fat or like metal.
+
+    Args:
+        bones: labels of bones; nothing happens where none is shown.
+    """
+    is_bone = _is_one_of(labels, bones)
+    marrow_hu, (low, high) = uniform(generator, *MARROW_HU), BONE_DENSITY
+    density = low * (high / low) ** uniform(generator, 0, 1)
+    intensity[is_bone] = (intensity[is_bone] - marrow_hu) * density + marrow_hu
 
 
 def _is_one_of(labels: Tensor, values: tuple[int, ...]) -> Tensor:

@@ -21,7 +21,7 @@ from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
 from NMSWSegment.files.orientation import Triple_mm, read_sar
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.acquisition import AIR_HU, HU_RANGE, add_arms, add_noise, add_table, blur, cut_field_of_view
-from NMSWSegment.samples.pathology import add_ascites, add_effusion
+from NMSWSegment.samples.pathology import add_ascites, add_effusion, change_bone_density
 from NMSWSegment.samples.scan_range import random_box
 from NMSWSegment.samples.texture import tissue_details
 from NMSWSegment.samples.tissues import Tissue, TissueTable, draw_table, kind_lookup, read_tissues, split_shells, tissue_lookup
@@ -63,6 +63,10 @@ class SynthesisOptions:
     """Classes in which effusion is drawn; empty for none."""
     effusion_share: float = 0.08
     """Share of samples with effusion."""
+    bone_labels: tuple[int, ...] = ()
+    """Classes whose mineral varies; empty for none."""
+    bone_share: float = 0.5
+    """Share of samples whose bones have another density."""
 
     def __post_init__(self) -> None:
         if min(self.spacing_mm) <= 0 or self.max_voxels < 1 or self.min_range_mm <= 0:
@@ -176,7 +180,9 @@ def scanned(intensity: Tensor, body: Tensor, labels: Tensor, *, options: Synthes
 
 
 def add_pathology(intensity: Tensor, labels: Tensor, *, options: SynthesisOptions, generator: torch.Generator) -> None:
-    """Sometimes ascites, sometimes effusion, in place."""
+    """Sometimes another density of the bones, ascites, effusion, in place."""
+    if chance(generator, options.bone_share) and options.bone_labels:
+        change_bone_density(intensity, labels, bones=options.bone_labels, generator=generator)
     if chance(generator, options.ascites_share) and options.abdominal_labels:
         add_ascites(intensity, labels, organs=options.abdominal_labels, spacing_mm=options.spacing_mm, generator=generator)
     if chance(generator, options.effusion_share) and options.lung_labels:

@@ -16,7 +16,7 @@ from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.augment import PaperIntensity
 from NMSWSegment.samples.case_memory import CaseMemory
 from NMSWSegment.samples.case_source import CaseSource
-from NMSWSegment.samples.pathology import ABDOMINAL_WORDS, LUNG_WORDS, labels_with
+from NMSWSegment.samples.pathology import ABDOMINAL_WORDS, BONE_WORDS, LUNG_WORDS, labels_with
 from NMSWSegment.samples.prepared_set import prepared_entries, read_anatomy, read_prepared_case
 from NMSWSegment.samples.synthesis import MAP_NAME, AnatomySource, PreparedAnatomy, SynthesisOptions
 from NMSWSegment.samples.training_set import TrainingSet, check_not_empty
@@ -139,6 +139,7 @@ def open_training_set(
             max_voxels=options.max_sample_voxels,
             abdominal_labels=labels_with(data.label_names, ABDOMINAL_WORDS),
             lung_labels=labels_with(data.label_names, LUNG_WORDS),
+            bone_labels=labels_with(data.label_names, BONE_WORDS),
         ),
         real_fraction=options.real_fraction,
         seed=options.seed,

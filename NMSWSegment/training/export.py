@@ -60,7 +60,7 @@ def export_bundle(
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
     load_weights(net, {key: value.half().float() for key, value in trained_weights(checkpoint).items()}, run=run)
     net.eval().slice_fusion()
-    examples = parity_inputs(options, coarse_multiple=net.architecture.coarse_multiple)
+    examples = parity_inputs(options, net.architecture)
     notes = [_read_object(path, advice="Write a JSON object with trained_on and attributions.") for path in data_notes]
     held_out = {}
     for path in scores:
@@ -89,7 +89,7 @@ def write_bundle(
     local: nn.Module,
     *,
     output: Path,
-    examples: dict[str, list[Tensor]],
+    examples: dict[str, list[tuple[Tensor, ...]]],
     manifest: dict,
     picture: Path | None = None,
     for_monai: bool = False,
@@ -98,7 +98,7 @@ def write_bundle(
 
     Args:
         coarse, local: eager nets with weights already rounded to fp16.
-        examples: inputs for "coarse" and "local", several sizes each where the size may vary.
+        examples: inputs of "coarse" and "local", several sizes each where the size may vary.
         manifest: fields of BundleManifest without the hashes.
         for_monai: also write what MONAI's bundle tools read.
     """
@@ -137,37 +137,38 @@ def drop_source_paths(path: Path) -> None:
             archive.writestr(zipfile.ZipInfo(name), content)  # not compressed, dated 1980: bytes that do not depend on the day
 
 
-def check_parity(net: nn.Module, path: Path, inputs: list[Tensor]) -> None:
+def check_parity(net: nn.Module, path: Path, inputs: list[tuple[Tensor, ...]]) -> None:
     """Compare an archive with the eager net it came from.
 
     Raises:
         UserError: an output differs by more than PARITY_TOLERANCE.
     """
     archived = torch.jit.load(str(path), map_location="cpu").float().eval()
-    for x in inputs:
+    for arguments in inputs:
         with torch.no_grad():
-            expected, found = (outputs if isinstance(outputs, tuple) else (outputs,) for outputs in (net(x), archived(x)))
+            expected, found = (outputs if isinstance(outputs, tuple) else (outputs,) for outputs in (net(*arguments), archived(*arguments)))
         for want, have in zip(expected, found):
             difference = float((want - have).abs().max()) if want.shape == have.shape else float("inf")
             if not difference <= PARITY_TOLERANCE:
                 raise UserError(
-                    f"The exported {path.name} disagrees with the trained net on an input of shape {tuple(x.shape)}: logits differ by {difference:.3g}, "
+                    f"The exported {path.name} disagrees with the trained net on an input of shape {tuple(arguments[0].shape)}: logits differ by {difference:.3g}, "
                     f"at most {PARITY_TOLERANCE:g} is allowed. Nothing was written; train in fp32, or report this with the run's options.json."
                 )
 
 
-def parity_inputs(options: TrainOptions, *, coarse_multiple: int) -> dict[str, list[Tensor]]:
+def parity_inputs(options: TrainOptions, architecture: Architecture) -> dict[str, list[tuple[Tensor, ...]]]:
     """Random inputs of the sizes that inference uses: one patch and two; coarse volumes of two sizes, neither a cube.
 
     The coarse volumes leave more than one voxel at the net's bottom, where eager instance norm refuses a single one.
     """
-    generator = torch.Generator().manual_seed(PARITY_SEED)
+    generator, coarse_multiple = torch.Generator().manual_seed(PARITY_SEED), architecture.coarse_multiple
     smallest = [-(-size // (factor * coarse_multiple)) * coarse_multiple for size, factor in zip(options.patch_size, options.coarse_factor)]
     coarse_shapes = [[length + coarse_multiple * more for length, more in zip(smallest, extra)] for extra in ((0, 0, 1), (2, 1, 3))]
-    return {
-        "coarse": [torch.rand(1, 1, *shape, generator=generator) for shape in coarse_shapes],
-        "local": [torch.rand(count, 1, *options.patch_size, generator=generator) for count in (1, 2)],
-    }
+    local = [(torch.rand(count, 1, *options.patch_size, generator=generator),) for count in (1, 2)]
+    if architecture.cascade:
+        part = [size // factor for size, factor in zip(options.patch_size, options.coarse_factor)]
+        local = [(x, torch.log_softmax(4 * torch.randn(len(x), architecture.num_classes, *part, generator=generator), dim=1)) for (x,) in local]
+    return {"coarse": [(torch.rand(1, 1, *shape, generator=generator),) for shape in coarse_shapes], "local": local}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from NMSWSegment.protocol import UserError
 from NMSWSegment.training.options import TrainOptions
 from NMSWSegment.training.run_folder import TrainingState, load_best_checkpoint, load_run_options, load_weights, trained_weights
 
-COARSE_PREFIX, LOCAL_PREFIX, IMPORTANCE_PREFIX, CLASS_WEIGHTS = "coarse.", "local.", "coarse.importance_head.", "class_weights"
+COARSE_PREFIX, LOCAL_PREFIX, CLASS_WEIGHTS = "coarse.", "local.", "class_weights"
+IMPORTANCE_PREFIX, PRIOR_PREFIX = "coarse.importance_head.", "local.prior."
 BACKGROUND = "background"
 
 
@@ -58,7 +59,8 @@ def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str])
     ours, theirs = net.architecture, Architecture(**manifest.architecture)
     if theirs.fusion_channels:
         raise UserError(f"The bundle '{manifest.name}' is a thinned out e2enet, which cannot be trained further. Start from its run with --initial-run.")
-    if replace(theirs, num_classes=ours.num_classes) != ours:
+    becomes_cascade = ours.cascade and not theirs.cascade
+    if replace(theirs, num_classes=ours.num_classes, cascade=theirs.cascade or ours.cascade) != ours:
         raise UserError(
             f"The bundle '{manifest.name}' has a {theirs.backbone} of size {theirs.preset}, this run a {ours.backbone} of size {ours.preset}. Leave --backbone and --preset out, or start from another bundle."
         )
@@ -72,16 +74,23 @@ def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str])
     our_rows, their_rows = (torch.tensor(rows) for rows in zip(*pairs))
     weights, class_axes = dict(net.state_dict()), _class_axes(ours)
     for key, value in weights.items():
-        if key.startswith(IMPORTANCE_PREFIX) and not takes_importance:
+        if (key.startswith(IMPORTANCE_PREFIX) and not takes_importance) or (becomes_cascade and key.startswith((PRIOR_PREFIX, CLASS_WEIGHTS))):
             continue
         if key not in given:
             raise UserError(f"The bundle '{manifest.name}' has no weights '{key}': another version made it. Start from a bundle of this version.")
+        if becomes_cascade and key.startswith(LOCAL_PREFIX) and given[key].shape[1:] != value.shape[1:]:
+            given[key] = _for_more_inputs(given[key], like=value)
         axis = class_axes.get(key)
         if axis is None or has_same_classes:
             weights[key] = given[key]
         else:
             weights[key] = value.cpu().index_copy(axis, our_rows, given[key].index_select(axis, their_rows))
     return weights
+
+
+def _for_more_inputs(weight: Tensor, *, like: Tensor) -> Tensor:
+    """A first convolution that reads the image as before, and of the channels behind it nothing yet."""
+    return torch.cat([weight, weight.new_zeros(like.shape[0], like.shape[1] - weight.shape[1], *like.shape[2:])], dim=1)
 
 
 def _class_axes(architecture: Architecture) -> dict[str, int]:
@@ -100,7 +109,7 @@ def _fitting_checkpoint(option: str, run: str, ours: Architecture, *, label_name
     checkpoint = load_best_checkpoint(Path(run))
     theirs = Architecture(**checkpoint["architecture"])
     if option == "coarse_run":
-        theirs = replace(theirs, backbone=ours.backbone)
+        theirs = replace(theirs, backbone=ours.backbone, cascade=ours.cascade)
     if theirs != ours:
         raise UserError(
             f"The {option} '{run}' has other nets ({theirs.to_dict()}) than this run ({ours.to_dict()}). It needs the same classes and preset{', and the same backbone' if option == 'initial_run' else ''}."

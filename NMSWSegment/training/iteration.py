@@ -37,7 +37,7 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
         raise UserError(
             f"There are {group.size} processes for batch_size {options.batch_size}. Give --batch-size {group.size} or more, or start fewer processes."
         )
-    architecture = Architecture(num_classes=num_classes, backbone=options.backbone, preset=options.preset)
+    architecture = Architecture(num_classes=num_classes, backbone=options.backbone, preset=options.preset, cascade=options.cascade)
     check_patch_size(options.backbone, preset=options.preset, patch_size=options.patch_size)
     torch.manual_seed(options.seed)
     net = NMSWNet(architecture).to(group.device).train()

@@ -56,6 +56,8 @@ class TrainOptions:
     """Of the local net."""
     preset: str = "compact"
     """Size of the nets: compact or paper."""
+    cascade: bool = False
+    """The local net also reads the coarse net's logits in its patch, and corrects them."""
     train: str = "both"
     """both nets together; coarse or local alone; patches: the local net and the class weights, upon the coarse net of coarse_run as it is;
     importance: the importance head and the class weights, upon the nets of initial_run; weights: the class weights alone, likewise."""
@@ -132,7 +134,15 @@ class TrainOptions:
             raise UserError(
                 f"spacing {self.spacing_mm}, patch_size {self.patch_size}, coarse_factor {self.coarse_factor} and max_sample_voxels {self.max_sample_voxels} must be positive."
             )
-        if (self.train == "patches" and not self.coarse_run) or (self.coarse_run and self.train not in ("patches", "importance", "weights")):
+        if self.cascade and self.train == "local" and not (self.coarse_run or self.initial_run or self.initial_bundle):
+            raise UserError("The local net of a cascade reads what the coarse net found. Give --coarse-run RUN, the folder of a run that trained a coarse net.")
+        strides = [round(size * (1 - self.overlap)) for size in self.patch_size]
+        if self.cascade and any(size % factor or stride % factor for size, stride, factor in zip(self.patch_size, strides, self.coarse_factor)):
+            raise UserError(
+                f"The patches of a cascade must begin and end with whole coarse voxels, but patch_size is {self.patch_size}, overlap {self.overlap:g} and coarse_factor {self.coarse_factor}. Use multiples of twice the coarse factor."
+            )
+        upon_coarse = ("patches", "importance", "weights", *(("local",) if self.cascade else ()))
+        if (self.train == "patches" and not self.coarse_run) or (self.coarse_run and self.train not in upon_coarse):
             raise UserError(
                 f"train is '{self.train}' and coarse_run is '{self.coarse_run}'. Give --train patches together with --coarse-run RUN, the folder of a run that trained a coarse net, or neither."
             )
@@ -226,7 +236,7 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
         if field.type in (tuple[float, float, float], tuple[int, int, int]):
             group.add_argument(flag, type=field.type.__args__[0], nargs=3, metavar=_TRIPLE_AXES, **default)
         elif field.type is bool:
-            group.add_argument(flag, action="store_true", **default)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **default)
         elif field.type in (int, float, str, int | None):
             group.add_argument(flag, type=int if field.type == int | None else field.type, choices=CHOICES.get(field.name), **default)
 
@@ -280,7 +290,7 @@ def _as_in_bundle(name: str | None) -> dict:
         name: getattr(manifest, name)
         for name in ("modality", "normalization", "spacing_mm", "intensity_points", "patch_size", "overlap", "coarse_factor", "backbone")
     }
-    return kept | {"preset": manifest.architecture["preset"]}
+    return kept | {"preset": manifest.architecture["preset"], "cascade": manifest.is_cascade}
 
 
 def _comma_list(text: str) -> tuple[str, ...]:

@@ -21,10 +21,14 @@ from NMSWSegment.engine.aggregation import CoarseUpsampler, aggregate, mixing_we
 from NMSWSegment.engine.resampling import coarse_input, normalize_intensity, pad_to_grid, run_coarse
 from NMSWSegment.engine.selection import candidate_importance, differentiable_top_k, shows_foreground
 from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.nets.backbones import memory_format
 from NMSWSegment.nets.nmsw_net import NMSWNet
+from NMSWSegment.training.cascade import disturbed, parts_of_boxes
 from NMSWSegment.training.losses import DICE_SMOOTHING, class_shares, entropy, ranking_loss, segmentation_loss, soft_segmentation_loss
 from NMSWSegment.training.options import TrainOptions
 
+LOCAL_TRAINS = ("both", "patches", "local")
+"""What trains the local net, as in TrainOptions.train."""
 FOREGROUND_SHARE = 2 / 3
 """Of the patches of the local net alone, those around a voxel of a random class that is present. Source: paper section 4, 2:1."""
 
@@ -94,13 +98,15 @@ def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateG
     importance = importance.masked_fill(~shown, -torch.inf)
     top, soft_weights = differentiable_top_k(importance, k=min(options.top_k_patches, int(shown.sum())), tau=tau, generator=generator)
     indices = top + _random_candidates(shown, taken=top, count=options.random_patches, generator=generator)
-    crops = torch.stack([x[(0, slice(None), *grid.slices(index))] for index in indices])
+    boxes = [grid.slices(index) for index in indices]
+    crops = torch.stack([x[(0, slice(None), *box)] for box in boxes])
     if options.estimator == "scale":
         scales = torch.cat([soft_weights, soft_weights.new_ones(len(indices) - len(top))])
         crops = crops * scales[:, None, None, None, None]
-    deep_logits = _run_local(net, crops, options)
+    parts = _coarse_parts(coarse_logits[0].detach(), boxes, grid=grid, options=options, generator=generator)
+    deep_logits = _run_local(net, crops, parts, options)
     patch_logits = torch.log_softmax(deep_logits[0].float(), dim=1)
-    patch_labels = torch.stack([labels[grid.slices(index)] for index in indices])
+    patch_labels = torch.stack([labels[box] for box in boxes])
     shares = class_shares(labels[None], factor=grid.coarse_factor, shape=grid.coarse_shape, num_classes=coarse_logits.shape[1])
     coarse, patch, spread = soft_segmentation_loss(coarse_logits, shares), _patch_loss(deep_logits, patch_labels), entropy(importance[shown])
     high = ranking = torch.zeros_like(coarse)
@@ -131,11 +137,22 @@ def coarse_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: Tra
 
 
 def local_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: TrainOptions) -> Losses:
-    """seg(y_patch) over top_k_patches + random_patches patches around random voxels of every volume: the local net of a sliding window."""
-    count = options.top_k_patches + options.random_patches
-    boxes = [(volume, box) for volume in batch for box in random_boxes(volume.labels, count=count, patch_size=options.patch_size, generator=volume.generator)]
-    deep_logits = _run_local(net, torch.stack([volume.x[(0, slice(None), *box)] for volume, box in boxes]), options)
-    patch = _patch_loss(deep_logits, torch.stack([volume.labels[box] for volume, box in boxes]))
+    """seg(y_patch) over top_k_patches + random_patches patches around random voxels of every volume: the local net of a sliding window.
+
+    That of a cascade reads the coarse net's answer, which stays as it is.
+    """
+    count, multiple = options.top_k_patches + options.random_patches, options.coarse_factor if options.cascade else (1, 1, 1)
+    crops, labels, parts = [], [], []
+    for volume in batch:
+        boxes = random_boxes(volume.labels, count=count, patch_size=options.patch_size, multiple=multiple, generator=volume.generator)
+        crops += [volume.x[(0, slice(None), *box)] for box in boxes]
+        labels += [volume.labels[box] for box in boxes]
+        if options.cascade:
+            with torch.no_grad():
+                coarse_logits, _ = _run_coarse(net, coarse_input(volume.x, grid=volume.grid), options)
+            parts.append(_coarse_parts(coarse_logits[0], boxes, grid=volume.grid, options=options, generator=volume.generator))
+    deep_logits = _run_local(net, torch.stack(crops), torch.cat(parts) if parts else None, options)
+    patch = _patch_loss(deep_logits, torch.stack(labels))
     nothing = torch.zeros_like(patch)
     return Losses(coarse=nothing, high=nothing, patch=patch, entropy=nothing, ranking=nothing, total=patch)
 
@@ -199,10 +216,23 @@ def _run_coarse(net: NMSWNet, x_low: Tensor, options: TrainOptions, run: Callabl
     return coarse_logits[..., :width], importance_map[..., :width]
 
 
-def _run_local(net: NMSWNet, crops: Tensor, options: TrainOptions) -> tuple[Tensor, ...]:
+def _coarse_parts(
+    coarse_logits: Tensor, boxes: Sequence[tuple[slice, slice, slice]], *, grid: CandidateGrid, options: TrainOptions, generator: torch.Generator
+) -> Tensor | None:
+    """What a cascade's local net reads in some boxes, (K, C, P/r, P/r, P/r): disturbed where that net is trained; None where the image is all."""
+    if not options.cascade:
+        return None
+    if options.train in LOCAL_TRAINS:
+        coarse_logits = disturbed(coarse_logits, generator=generator)
+    return parts_of_boxes(coarse_logits, boxes, grid=grid)
+
+
+def _run_local(net: NMSWNet, crops: Tensor, parts: Tensor | None, options: TrainOptions) -> tuple[Tensor, ...]:
     """Local logits (K, C, P, P, P), then those at 1/2, 1/4, ... where the backbone has heads for deep supervision; float32."""
+    if parts is not None:
+        parts = parts.contiguous(memory_format=memory_format(options.backbone))  # as the backbone's own arrays: interpolating is three times as fast
     with _autocast(crops, options):
-        return net.local.deep_logits(crops)
+        return net.local.deep_logits(crops, parts)
 
 
 def _autocast(tensor: Tensor, options: TrainOptions) -> torch.autocast:
@@ -232,8 +262,14 @@ def _shares_of_patches(patch_labels: Tensor, logits: Tensor) -> Tensor:
     return class_shares(patch_labels, factor=factor, shape=shape, num_classes=logits.shape[1])
 
 
-def random_boxes(labels: Tensor, *, count: int, patch_size: tuple[int, int, int], generator: torch.Generator) -> list[tuple[slice, slice, slice]]:
-    """Patches around random voxels, two of three of a random class that is present, the others of background, moved into the volume."""
+def random_boxes(
+    labels: Tensor, *, count: int, patch_size: tuple[int, int, int], generator: torch.Generator, multiple: tuple[int, int, int] = (1, 1, 1)
+) -> list[tuple[slice, slice, slice]]:
+    """Patches around random voxels, two of three of a random class that is present, the others of background, moved into the volume.
+
+    Args:
+        multiple: patches begin at multiples of this, which the lengths of volume and patch are too.
+    """
     present = [value for value, size in enumerate(torch.bincount(labels.flatten(), minlength=256).tolist()) if size and value != UNKNOWN_LABEL]
     voxels: dict[int, Tensor] = {}
     boxes = []
@@ -245,7 +281,7 @@ def random_boxes(labels: Tensor, *, count: int, patch_size: tuple[int, int, int]
             voxels[value] = (labels == value).flatten().nonzero()[:, 0]
         flat = int(voxels[value][int(voxel_draw * len(voxels[value]))])
         center = (flat // (labels.shape[1] * labels.shape[2]), flat // labels.shape[2] % labels.shape[1], flat % labels.shape[2])
-        starts = [min(max(c - size // 2, 0), length - size) for c, size, length in zip(center, patch_size, labels.shape)]
+        starts = [min(max(c - size // 2, 0), length - size) // step * step for c, size, length, step in zip(center, patch_size, labels.shape, multiple)]
         boxes.append(tuple(slice(start, start + size) for start, size in zip(starts, patch_size)))
     return boxes
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from NMSWSegment.data.metrics import dice_per_class
 from NMSWSegment.data.prepared_case import ijk_to_ras_of
 from NMSWSegment.data.training_sample import TrainingSample
+from NMSWSegment.engine.resampling import coarse_input
 from NMSWSegment.engine.runtime import Nets
 from NMSWSegment.engine.segment import CoarsePass, coarse_pass, refine
 from NMSWSegment.engine.selection import select
@@ -28,6 +29,7 @@ from NMSWSegment.files.volume import Volume
 from NMSWSegment.nets.nmsw_net import NMSWNet
 from NMSWSegment.samples.case_source import CaseSource
 from NMSWSegment.samples.training_set import sample_generator
+from NMSWSegment.training.cascade import parts_of_boxes
 from NMSWSegment.training.distributed import ProcessGroup
 from NMSWSegment.training.net_facts import net_facts
 from NMSWSegment.training.options import TrainOptions
@@ -100,10 +102,12 @@ class Validation:
 
     def _on_patches(self, nets: Nets, sample: TrainingSample, *, number: int) -> tuple[Tensor, Tensor]:
         """Labels of the local net on the case's patches, and the reference, (K, P, P, P) each."""
-        x, labels, _ = prepare(sample, self._options)
+        x, labels, grid = prepare(sample, self._options)
         generator = sample_generator(seed=self._options.seed, number=number, purpose=PLACES)
-        boxes = random_boxes(labels, count=PATCHES_PER_CASE, patch_size=self._options.patch_size, generator=generator)
-        predicted = [nets.local(x[(0, slice(None), *box)]).argmax(1)[0] for box in boxes]
+        multiple = self._options.coarse_factor if nets.manifest.is_cascade else (1, 1, 1)
+        boxes = random_boxes(labels, count=PATCHES_PER_CASE, patch_size=self._options.patch_size, multiple=multiple, generator=generator)
+        parts = parts_of_boxes(nets.coarse(coarse_input(x, grid=grid))[0], boxes, grid=grid)[:, None] if nets.manifest.is_cascade else [None] * len(boxes)
+        predicted = [nets.local(x[(0, slice(None), *box)], part).argmax(1)[0] for box, part in zip(boxes, parts)]
         return torch.stack(predicted), torch.stack([labels[box] for box in boxes]).cpu()
 
 

@@ -65,7 +65,7 @@ def a_tiny_bundle(tmp_path_factory) -> Path:
         "class_weights": (10.0,) * (len(phantoms.ORGANS) + 1),
         "architecture": {},
     }
-    examples = {"coarse": [torch.rand(1, 1, 8, 12, 16)], "local": [torch.rand(1, 1, 16, 16, 16)]}
+    examples = {"coarse": [(torch.rand(1, 1, 8, 12, 16),)], "local": [(torch.rand(1, 1, 16, 16, 16),)]}
     coarse, local = NearestIntensity(intensities, with_importance=True), NearestIntensity(intensities, with_importance=False)
     return write_bundle(coarse, local, output=tmp_path_factory.mktemp("bundles") / "tiny", examples=examples, manifest=manifest)
 

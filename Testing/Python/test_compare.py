@@ -365,7 +365,7 @@ def test_fusion_sliced_computes_the_same_with_fewer_operations(tmp_path, in_this
 def test_runtimes_are_compared_with_the_exact_one_on_the_sample_and_those_that_cannot_be_used_say_why(
     tmp_path, in_this_process, monkeypatch, capsys, a_tiny_bundle
 ):
-    def prepared(name, bundle, net, *, patch, expected):
+    def prepared(name, bundle, net, *, inputs, expected):
         if name == "openvino":
             raise net_runtimes.Unusable("it is not installed")
         return (lambda x: net(x) + 0.0), net_runtimes.RuntimeChoice(name, agreement=1.0)

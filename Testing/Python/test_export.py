@@ -252,7 +252,11 @@ def test_net_that_tracing_changes_is_refused_and_leaves_nothing(tmp_path):
     dark, bright = torch.zeros(1, 1, 4, 5, 6), torch.ones(1, 1, 4, 5, 6)
     with pytest.raises(UserError, match=r"local\.pt disagrees.*differ by 1.*Nothing was written"):
         write_bundle(
-            torch.nn.Conv3d(1, 2, 1).half().float(), Branching(), output=tmp_path / "bundle", examples={"coarse": [dark], "local": [dark, bright]}, manifest={}
+            torch.nn.Conv3d(1, 2, 1).half().float(),
+            Branching(),
+            output=tmp_path / "bundle",
+            examples={"coarse": [(dark,)], "local": [(dark,), (bright,)]},
+            manifest={},
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -265,9 +269,9 @@ def test_archive_of_other_weights_is_refused(tmp_path):
     other.bias.data.zero_()
     torch.jit.trace(other, x).save(str(tmp_path / "local.pt"))
     with pytest.raises(UserError, match="disagrees with the trained net on an input of shape"):
-        check_parity(net, tmp_path / "local.pt", [0.2 * x + 0.2])
+        check_parity(net, tmp_path / "local.pt", [(0.2 * x + 0.2,)])
     with pytest.raises(UserError, match="differ by inf"):
-        check_parity(torch.nn.Conv3d(1, 3, kernel_size=1), tmp_path / "local.pt", [x])
+        check_parity(torch.nn.Conv3d(1, 3, kernel_size=1), tmp_path / "local.pt", [(x,)])
 
 
 def test_not_a_number_counts_as_disagreement(tmp_path):
@@ -276,7 +280,7 @@ def test_not_a_number_counts_as_disagreement(tmp_path):
     net.weight.data.fill_(float("nan"))
     torch.jit.trace(net, x, check_trace=False).save(str(tmp_path / "local.pt"))
     with pytest.raises(UserError, match="disagrees"):
-        check_parity(net, tmp_path / "local.pt", [x])
+        check_parity(net, tmp_path / "local.pt", [(x,)])
 
 
 def test_export_that_failed_leaves_nothing(a_run, tmp_path, monkeypatch):

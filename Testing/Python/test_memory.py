@@ -189,6 +189,16 @@ def test_net_bytes_are_an_upper_bound_of_measured_nets(backbone, preset, side, n
     assert measured_mb < found < 1.35 * measured_mb
 
 
+@pytest.mark.parametrize(
+    ("backbone", "num_classes", "measured_mb"), [("unet", 25, 175), ("mednext", 25, 291), ("swin_unetr", 25, 168), ("e2enet", 25, 246), ("unet", 118, 315)]
+)
+def test_net_bytes_of_a_cascade_are_an_upper_bound_of_measured_nets(backbone, num_classes, measured_mb):
+    """Measured like those above, compact nets, patches of 64, coarse factor 2."""
+    floats = memory._local_floats(backbone, "compact", cascade_classes=num_classes)
+    found = memory._net_bytes(64**3, num_classes=num_classes, floats=floats) / 1e6
+    assert measured_mb < found < 1.5 * measured_mb
+
+
 def test_needed_of_many_patches_counts_two_layers_of_blocks_not_all():
     grid = CandidateGrid.covering((4000, 240, 300), patch_size=(64, 64, 64), overlap=0.5)
     few, many, all_of_them = (memory._patch_bytes(grid, num_classes=25, num_patches=k, floats=55) for k in (1, 2500, 5000))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from NMSWSegment.engine import net_runtimes
-from NMSWSegment.engine.net_runtimes import RuntimeChoice, Unusable, choose_runtime, possible_runtimes, probe_patch
+from NMSWSegment.engine.net_runtimes import RuntimeChoice, Unusable, choose_runtime, possible_runtimes, probe_inputs
 from NMSWSegment.engine.runtime import open_nets
 from NMSWSegment.engine.segment import segment_volume
 from NMSWSegment.files.bundle import load_bundle
@@ -41,7 +41,7 @@ def with_seconds(monkeypatch, seconds):
 
 def test_exact_is_the_default_and_measures_nothing(a_bundle_and_net, monkeypatch):
     bundle, net = a_bundle_and_net
-    monkeypatch.setattr(net_runtimes, "probe_patch", None)
+    monkeypatch.setattr(net_runtimes, "probe_inputs", None)
     assert SegmentOptions().runtime == "exact"
     assert choose_runtime(bundle, net, runtime="exact") == (net, RuntimeChoice("exact"))
 
@@ -110,7 +110,7 @@ def test_bfloat16_answers_nearly_as_float32(a_bundle_and_net, monkeypatch):
     monkeypatch.setattr(net_runtimes, "possible_runtimes", lambda: ["torch-bf16"])
     monkeypatch.setattr(net_runtimes, "BFLOAT16_AGREEMENT", 0.9)  # random weights: many voxels are near a draw
     fast, choice = choose_runtime(bundle, net, runtime="torch-bf16")
-    patch = probe_patch(bundle.manifest)
+    (patch,) = probe_inputs(bundle.manifest)
     with torch.inference_mode():
         found, expected = fast(patch), net(patch)
     assert found.dtype == torch.bfloat16 and 0.9 <= choice.agreement <= 1
@@ -145,4 +145,4 @@ def test_what_a_converter_raises_becomes_a_reason(a_bundle_and_net, monkeypatch)
     monkeypatch.setattr(net_runtimes, "possible_runtimes", lambda: ["torch-bf16"])
     monkeypatch.setattr(net_runtimes, "_in_bfloat16", fail)
     with pytest.raises(Unusable, match="^RuntimeError: first line$"):
-        net_runtimes.prepared_runtime("torch-bf16", bundle, net, patch=probe_patch(bundle.manifest), expected=None)
+        net_runtimes.prepared_runtime("torch-bf16", bundle, net, inputs=probe_inputs(bundle.manifest), expected=None)

@@ -18,7 +18,7 @@ from NMSWSegment.__main__ import main  # noqa: E402
 from NMSWSegment.command_line import _parser  # noqa: E402
 from NMSWSegment.data.prepared_case import PreparedCase  # noqa: E402
 from NMSWSegment.data.training_sample import TrainingSample  # noqa: E402
-from NMSWSegment.engine.net_runtimes import probe_patch  # noqa: E402
+from NMSWSegment.engine.net_runtimes import probe_inputs  # noqa: E402
 from NMSWSegment.engine.resampling import to_model_grid  # noqa: E402
 from NMSWSegment.engine.segment import segment_volume  # noqa: E402
 from NMSWSegment.files import normalization  # noqa: E402
@@ -130,8 +130,8 @@ def test_training_sees_the_volume_that_inference_sees(name, mirror):
 
 def test_test_patch_of_a_runtime_is_normalized_too():
     manifest = manifest_of(step_options(), NMSWNet(Architecture(num_classes=4)))
-    patch = probe_patch(replace(manifest, normalization="zscore", intensity_points=INTENSITY_POINTS["zscore"]))
-    assert 0.3 < float(patch.std()) / float(probe_patch(manifest).std()) < 3
+    (patch,) = probe_inputs(replace(manifest, normalization="zscore", intensity_points=INTENSITY_POINTS["zscore"]))
+    assert 0.3 < float(patch.std()) / float(probe_inputs(manifest)[0].std()) < 3
 
 
 # Options and data.

@@ -1,0 +1,70 @@
+"""What the local net of a cascade reads while it trains: the coarse answer, made as wrong as it is on volumes that the coarse net has not seen.
+
+A coarse net knows the volumes it was trained on too well. A local net that reads its answers there learns to believe them; so they are
+moved, blurred between classes and sometimes made to forget a class first, each smoothly in space, as real mistakes are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from NMSWSegment.engine.aggregation import CoarseUpsampler
+from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.samples.warp import chance, uniform
+
+UNDISTURBED_SHARE = 0.15
+"""Of the volumes, whose coarse answer stays as it is."""
+CONTROL_SPACING = 5
+"""Coarse voxels between the control points of what varies in space."""
+MOST_SHIFT = 1.2
+"""Coarse voxels."""
+MOST_NOISE = 2.5
+"""Standard deviation of what is added to a logit."""
+FORGOTTEN_SHARE = 0.25
+"""Of the volumes, in which one class becomes unlikely everywhere."""
+
+
+def disturbed(coarse_logits: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Log-probabilities (C, d, h, w) of a coarse net that is less sure and makes more mistakes.
+
+    Args:
+        generator: draws on the CPU.
+
+    Source: nnU-Net changes the labels that its cascade reads by morphology for the same reason; smooth noise of logits is ours (docs/deviations.md, D22).
+    """
+    if chance(generator, UNDISTURBED_SHARE):
+        return coarse_logits
+    num_classes, *shape = coarse_logits.shape
+    logits = _moved(coarse_logits, _smooth(3, shape, generator=generator).to(coarse_logits.device) * uniform(generator, 0, MOST_SHIFT))
+    logits = logits.clamp(min=-10.0) * uniform(generator, 0.6, 1.4)  # a class at minus infinity could not come back
+    logits = logits + _smooth(num_classes, shape, generator=generator).to(logits.device) * uniform(generator, 0, MOST_NOISE)
+    if chance(generator, FORGOTTEN_SHARE):
+        present = torch.unique(coarse_logits.max(0).indices)
+        present = present[present > 0]
+        if len(present):
+            logits[present[int(torch.randint(len(present), (), generator=generator))]] -= uniform(generator, 2, 8)
+    return torch.log_softmax(logits, dim=0)
+
+
+def parts_of_boxes(coarse_logits: Tensor, boxes: Sequence[tuple[slice, slice, slice]], *, grid: CandidateGrid) -> Tensor:
+    """The coarse logits (C, d, h, w) of boxes of whole coarse voxels, (K, C, P/r, P/r, P/r)."""
+    upsampler = CoarseUpsampler(coarse_logits, grid=grid)
+    return torch.stack([upsampler.part(box) for box in boxes])
+
+
+def _smooth(channels: int, shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
+    """Smooth noise of about unit variance at the control points, (channels, *shape)."""
+    counts = [-(-length // CONTROL_SPACING) + 1 for length in shape]
+    control = torch.randn(1, channels, *counts, generator=generator)
+    return torch.nn.functional.interpolate(control, size=list(shape), mode="trilinear", align_corners=True)[0]
+
+
+def _moved(values: Tensor, shift: Tensor) -> Tensor:
+    """Values (C, d, h, w) at their voxels plus a shift in voxels (3, d, h, w), the edge repeated."""
+    shape = values.shape[1:]
+    axes = [torch.arange(length, device=values.device, dtype=shift.dtype) for length in shape]
+    place = torch.stack(torch.meshgrid(*axes, indexing="ij")) + shift
+    scale = torch.tensor([2 / max(length - 1, 1) for length in shape], device=values.device)
+    grid = (place * scale[:, None, None, None] - 1).flip(0).movedim(0, -1)
+    return torch.nn.functional.grid_sample(values[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
