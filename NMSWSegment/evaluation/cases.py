@@ -91,7 +91,7 @@ def score_labelmap(labelmap: Volume, reference: Volume, *, manifest: BundleManif
     """All metrics, JSON-ready.
 
     Returns:
-        {"mean": mean DSC, "mean_nsd_2mm", "mean_nsd_2voxels", "mean_hd95_mm", and for every metric {structure: value}}. A structure that the
+        {"mean": mean DSC, "mean_nsd_2mm", "mean_nsd_2voxels", "mean_hd95_mm", for every metric {structure: value}, and "volumes_ml" of the reference}. A structure that the
         case does not hold is left out. HD95 of a structure that was missed altogether is None, and is not part of the mean; a mean of
         nothing is None.
     """
@@ -108,6 +108,9 @@ def score_labelmap(labelmap: Volume, reference: Volume, *, manifest: BundleManif
     scores = {"mean" if metric == "dsc" else f"mean_{metric}": _mean(values[1:]) for metric, values in columns.items()}
     for metric, values in columns.items():
         scores[metric] = {label.name: _rounded(values[label.value]) for label in manifest.labels if not np.isnan(values[label.value])}
+    voxels = np.bincount(reference.array.ravel(), minlength=256)
+    ml = float(np.prod(reference.spacing_mm)) / 1000
+    scores["volumes_ml"] = {label.name: round(voxels[label.value] * ml, 2) for label in manifest.labels if voxels[label.value]}
     return scores
 
 

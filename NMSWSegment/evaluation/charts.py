@@ -1,7 +1,9 @@
-"""Charts of a comparison: accuracy against cost, accuracy by k."""
+"""Charts of a comparison: accuracy against cost, accuracy by k, accuracy by the size of a structure."""
 
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from NMSWSegment.evaluation.plots import save, white_figure
 from NMSWSegment.evaluation.tables import Row
@@ -19,6 +21,8 @@ FAMILIES = {
     "random_published": ("random, as published", "#8a7300", "<"),
 }
 LINES = ("greedy_", "top_k_", "random_fair_", "random_published_")
+SIZES_ML = (3, 10, 30, 100, 300, 1000, 3000)
+"""Centers, on a logarithmic scale, of what is averaged together."""
 LEVELS = {"coarse": ":", "sw_0.50": "--", "sw_0.25": "-."}
 
 
@@ -66,6 +70,43 @@ def write_dsc_by_k(rows: dict[str, Row], path: str | Path) -> None:
             ax.axhline(rows[name].dsc, color="#555555", linestyle=style, linewidth=1, label=rows[name].title)
     ax.set(xlabel="patches through the local net", ylabel="mean DSC")
     figure.legend(fontsize=8, loc="outside right upper")
+    save(figure, Path(path))
+
+
+def write_dsc_by_size(records: Sequence[dict], methods: Sequence[str], path: str | Path) -> None:
+    """DSC of structures by their volume in the case: every structure of every case a dot, and the mean of those of about one size.
+
+    Args:
+        records: as in results.json.
+        methods: those to show, as far as there are any.
+
+    Source: the paper's figure 7.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    figure = white_figure(8.5, 4.2)
+    ax = figure.subplots()
+    for method in methods:
+        pairs = [
+            (record["scores"]["volumes_ml"][name], dsc)
+            for record in records
+            if record["method"] == method
+            for name, dsc in record["scores"]["dsc"].items()
+            if name in record["scores"].get("volumes_ml", {})
+        ]
+        if not pairs:
+            continue
+        volumes_ml, dsc = np.array(pairs).T
+        name, color, marker = family(method)
+        ax.scatter(volumes_ml, dsc, color=color, s=6, alpha=0.35, linewidths=0)
+        nearest = np.abs(np.log(volumes_ml)[:, None] - np.log(SIZES_ML)).argmin(axis=1)
+        found = [(size, dsc[nearest == number].mean()) for number, size in enumerate(SIZES_ML) if (nearest == number).any()]
+        ax.plot(*zip(*found), color=color, marker=marker, label=f"{name} {_short(method)}".strip())
+    ax.set(xscale="log", xlabel="volume of the structure, ml", ylabel="DSC")
+    ax.grid(alpha=0.3, which="both")
+    if ax.lines:
+        figure.legend(fontsize=8, loc="outside right upper")
     save(figure, Path(path))
 
 

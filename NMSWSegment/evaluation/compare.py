@@ -7,11 +7,11 @@ from pathlib import Path
 
 from NMSWSegment.evaluation import fusion_speed, runtime_speed, speed
 from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, names_apart, read_case, was_held_out
-from NMSWSegment.evaluation.charts import write_dsc_by_k, write_pareto
+from NMSWSegment.evaluation.charts import write_dsc_by_k, write_dsc_by_size, write_pareto
 from NMSWSegment.evaluation.comparison_page import ABLATION_ONLY, comparison_page, put_into_page
 from NMSWSegment.evaluation.comparison_run import CaseOfBundle, CompareOptions, labelmap_path, run_comparison
 from NMSWSegment.evaluation.evaluate import make_folder, patch_counts
-from NMSWSegment.evaluation.methods import Method, comparison_methods
+from NMSWSegment.evaluation.methods import Method, comparison_methods, middle_k
 from NMSWSegment.evaluation.plots import write_errors
 from NMSWSegment.evaluation.tables import csv_text, plain_sentence, structures_csv_text, summary_rows
 from NMSWSegment.files.bundle import load_bundle
@@ -23,7 +23,7 @@ from NMSWSegment.protocol import OnProgress, PatchBox, UserError, unknown_name
 
 ABLATIONS = {"policy": ("top_k", "greedy", "random_fair"), "class_weights": ("greedy", "no_weights"), "pooling": ("top_k", "one_voxel")}
 """Name -> methods at every k. The estimator and the k of training need a training run each and are not here."""
-PICTURES = ("pareto.png", "dsc_by_k.png", "errors.png")
+PICTURES = ("pareto.png", "dsc_by_k.png", "dsc_by_size.png", "errors.png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +157,7 @@ def _write_files(records: Sequence[dict], *, bundle_cases: Sequence[CaseOfBundle
     _write_text(folder / f"{prefix}structures.csv", structures_csv_text(records, METRICS))
     write_pareto(rows, folder / f"{prefix}pareto.png")
     write_dsc_by_k(rows, folder / f"{prefix}dsc_by_k.png")
+    write_dsc_by_size(records, ("coarse", f"greedy_{middle_k(ks)}", "all", "sw_0.50"), folder / f"{prefix}dsc_by_size.png")
     _write_error_picture(records, bundle_cases=bundle_cases, ks=ks, path=folder / f"{prefix}errors.png")
     return list(PICTURES)
 
@@ -168,7 +169,7 @@ def _write_error_picture(records: Sequence[dict], *, bundle_cases: Sequence[Case
         bundle_case for bundle_case in bundle_cases if (bundle_case.bundle.manifest.name, bundle_case.case.files.name) == (first["bundle"], first["case"])
     )
     volume, reference = read_case(bundle_case.case, bundle_case.bundle.manifest)
-    k = sorted(ks)[len(ks) // 2] if ks else 0
+    k = middle_k(ks)
     results = []
     for record in records:
         if record["case"] == first["case"] and record["bundle"] == first["bundle"] and record["method"] in ("coarse", f"top_k_{k}", f"greedy_{k}", "sw_0.50"):

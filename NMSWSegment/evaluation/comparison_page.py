@@ -5,6 +5,7 @@ from pathlib import Path
 
 from NMSWSegment.engine.selection import RANDOM_POLICY_SEED
 from NMSWSegment.evaluation.baselines import RANDOM_SEED
+from NMSWSegment.evaluation.methods import middle_k
 from NMSWSegment.evaluation.tables import REFERENCE_METHOD, losses, main_table, plain_sentence, stage_table, structure_table, summary_rows
 from NMSWSegment.protocol import UserError
 
@@ -13,6 +14,7 @@ ABLATION_ONLY = ("no_weights_", "one_voxel_")
 CAPTIONS = {
     "pareto.png": "Accuracy against time and against MACs; further left and higher is better",
     "dsc_by_k.png": "Accuracy by the number of patches",
+    "dsc_by_size.png": "Accuracy by the size of a structure",
     "errors.png": "Where the methods err: missed red, wrong yellow, chosen patches outlined",
 }
 NOTES = """\
@@ -38,7 +40,7 @@ def comparison_page(groups: dict[str, list[dict]], *, results: dict, ks: Sequenc
         every = summary_rows(records)
         reference = every.get(REFERENCE_METHOD)
         rows = {name: row for name, row in every.items() if not (ablations and name.startswith(ABLATION_ONLY))}
-        k = sorted(ks)[len(ks) // 2] if ks else 0
+        k = middle_k(ks)
         parts += [f"### {title}\n", _seen_sentence(records), f"**{plain_sentence(rows)}**\n", main_table(rows, reference=reference)]
         parts += ["Where NMSW loses: " + (" ".join(losses(rows)) or "no other method here is at least as accurate in clearly less time (5 %).") + "\n"]
         prefix = "" if len(groups) == 1 else f"{number}-"

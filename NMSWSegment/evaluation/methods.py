@@ -1,6 +1,6 @@
 """The methods of the comparison by name: NMSW at several k, the baselines, the ablations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,6 +31,11 @@ class Method:
     num_patches: int | str | None = 0
     policy: str = "greedy"
     uses_coarse: bool = True
+
+
+def middle_k(ks: Sequence[int]) -> int:
+    """The k that tables and pictures with room for one show; 0 where there is none."""
+    return sorted(ks)[len(ks) // 2] if ks else 0
 
 
 def comparison_methods(ks: tuple[int, ...]) -> dict[str, Method]:

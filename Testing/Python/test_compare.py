@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from NMSWSegment.engine import net_runtimes
-from NMSWSegment.evaluation import compare, comparison_run, fusion_speed, runtime_speed, speed
+from NMSWSegment.evaluation import charts, compare, comparison_run, fusion_speed, runtime_speed, speed
 from NMSWSegment.evaluation.comparison_page import put_into_page
 from NMSWSegment.evaluation.costs import bundle_costs, coarse_shape, run_costs
 from NMSWSegment.evaluation.measurement import RUNS, STAGES, in_own_process, peak_memory_bytes
@@ -218,7 +218,7 @@ def test_verb_compares_all_methods_and_writes_tables_and_pictures(a_tiny_bundle,
     assert by_method["greedy_3"]["windows"] == 3 and by_method["all"]["windows"] == 24 and by_method["sw_0.25"]["windows"] == 18
     assert all(set(entry[f"seconds_{run}"]) == set(STAGES) for entry in results["records"] for run in RUNS)
     assert all(entry["seconds_cold"]["load"] > 0 == entry["seconds_warm"]["load"] for entry in results["records"])
-    for name in ("pareto.png", "dsc_by_k.png", "errors.png"):
+    for name in ("pareto.png", "dsc_by_k.png", "dsc_by_size.png", "errors.png"):
         assert (a_folder / "out" / name).read_bytes().startswith(b"\x89PNG") and (a_folder / "benchmarks" / f"out-{name}").is_file()
     labelmap = read_volume(a_folder / "out" / "labelmaps" / "tiny" / "first" / "sw_0.50.nii.gz")
     np.testing.assert_array_equal(labelmap.array, read_volume(a_folder / "first" / "label.nii.gz").array)
@@ -226,6 +226,19 @@ def test_verb_compares_all_methods_and_writes_tables_and_pictures(a_tiny_bundle,
     assert "Not held out: first" in page and "Ablation pooling" in page and "](benchmarks/out-pareto.png)" in docs.read_text()
     assert capsys.readouterr().out.strip().splitlines()[-1] in page.replace("**", "")
     assert len((a_folder / "out" / "structures.csv").read_text().splitlines()) == 1 + 3 * len(by_method)
+
+
+def test_accuracy_by_size_shows_every_structure_of_every_case_and_their_means(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(charts, "save", lambda figure, path: figures.append(figure))
+    scores = [{"dsc": {"small": 0.2, "large": 0.9, "unknown size": 0.1}, "volumes_ml": {"small": 2.0, "large": 1500.0}}]
+    scores += [{"dsc": {"small": 0.4, "large": 0.7}, "volumes_ml": {"small": 4.0, "large": 700.0}}]
+    records = [{"method": "greedy_5", "scores": one} for one in scores]
+    charts.write_dsc_by_size(records, ("coarse", "greedy_5"), tmp_path / "chart.png")
+    (axes,) = figures[0].axes
+    assert axes.collections[0].get_offsets().tolist() == [[2.0, 0.2], [1500.0, 0.9], [4.0, 0.4], [700.0, 0.7]]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[3, 0.3], [1000, 0.8]])
+    assert axes.lines[0].get_label() == "NMSW greedy 5"
 
 
 def test_stopped_comparison_goes_on_where_it_was(a_tiny_bundle, a_folder, monkeypatch):
