@@ -20,6 +20,10 @@ class RunCosts:
     coarse: int
     local: int
 
+    def times(self, num_runs: int) -> "RunCosts":
+        """Of an ensemble."""
+        return RunCosts(coarse=num_runs * self.coarse, local=num_runs * self.local)
+
     def total(self, windows: int, *, uses_coarse: bool) -> int:
         """MACs of a run with so many patches."""
         return windows * self.local + (self.coarse if uses_coarse else 0)
@@ -64,7 +68,8 @@ def bundle_costs(manifest: BundleManifest, grid: CandidateGrid) -> Costs | None:
     if not manifest.architecture:
         return None
     seen = coarse_shape(grid.shape, manifest=manifest)
-    return run_costs(Architecture(**manifest.architecture), coarse_shape=seen, patch_size=manifest.patch_size, coarse_factor=manifest.coarse_factor)
+    costs = run_costs(Architecture(**manifest.architecture), coarse_shape=seen, patch_size=manifest.patch_size, coarse_factor=manifest.coarse_factor)
+    return Costs(true=costs.true.times(manifest.num_runs), paper=costs.paper.times(manifest.num_runs))
 
 
 def coarse_shape(shape: Sequence[int], *, manifest: BundleManifest) -> tuple[int, int, int]:

@@ -107,6 +107,8 @@ class BundleManifest:
     """Whether the importance map is the log of a gain already; that of older bundles does not know the coarse answer's entropy, which is added."""
     normalization: str = FIXED
     """One of normalization.NORMALIZATIONS; fixed, that of older bundles, takes the intensity as it is, HU for CT."""
+    num_runs: int = 1
+    """Runs whose nets the archives hold; of more than one, such as the folds of a cross-validation, the mean of their probabilities is the answer."""
     training: dict = field(default_factory=dict)
     """What the weights were trained on and how; for people."""
     scores: dict = field(default_factory=dict)

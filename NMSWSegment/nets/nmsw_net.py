@@ -3,6 +3,8 @@
 Both nets end in a log-softmax: Eq. 6 with weights per class is defined up to a shift of each net's logits only then (docs/deviations.md, D18).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -196,6 +198,37 @@ class LocalNet(nn.Module):
     def _with_prior(self, logits: Tensor, coarse_logits: Tensor | None) -> Tensor:
         """A cascade's answer, from what its backbone adds to the coarse one."""
         return logits if self.prior is None else self.prior.added_to(logits, coarse_logits)
+
+
+class CoarseEnsemble(nn.Module):
+    """The coarse nets of several runs as one: the mean of their probabilities, and of the gains that they expect."""
+
+    def __init__(self, nets: Sequence[CoarseNet]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As CoarseNet.forward."""
+        logits, importance_map = self.nets[0](x)
+        for net in self.nets[1:]:
+            more, more_importance = net(x)
+            logits, importance_map = torch.logaddexp(logits, more), torch.logaddexp(importance_map, more_importance)
+        return logits - math.log(len(self.nets)), importance_map - math.log(len(self.nets))
+
+
+class LocalEnsemble(nn.Module):
+    """The local nets of several runs as one: the mean of their probabilities."""
+
+    def __init__(self, nets: Sequence[LocalNet]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """As LocalNet.forward."""
+        logits = self.nets[0](*inputs)
+        for net in self.nets[1:]:
+            logits = torch.logaddexp(logits, net(*inputs))
+        return logits - math.log(len(self.nets))
 
 
 class NMSWNet(nn.Module):

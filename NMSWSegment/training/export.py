@@ -6,7 +6,8 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from NMSWSegment import __version__
 from NMSWSegment.files.bundle import MANIFEST_NAME, BundleManifest, file_sha256, load_bundle
-from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
+from NMSWSegment.nets.nmsw_net import Architecture, CoarseEnsemble, LocalEnsemble, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.model_card import PICTURE_NAME, model_card
 from NMSWSegment.training.monai_metadata import INFERENCE_PATH, METADATA_PATH, monai_inference, monai_metadata
@@ -24,11 +25,13 @@ from NMSWSegment.training.run_folder import load_best_checkpoint, load_checkpoin
 
 PARITY_TOLERANCE = 1e-3  # logits; tracing changes no operator, so that only the order of sums may differ
 PARITY_SEED = 0
+TOGETHER = ("backbone", "preset", "cascade", "spacing_mm", "modality", "normalization", "intensity_points", "patch_size", "overlap", "coarse_factor")
+"""What the runs of an ensemble must have in common."""
 SOURCE_PATHS_SUFFIX = ".debug_pkl"
 
 
 def export_bundle(
-    run: Path,
+    runs: Path | Sequence[Path],
     output: Path,
     *,
     title: str = "",
@@ -38,10 +41,10 @@ def export_bundle(
     picture: Path | None = None,
     last: bool = False,
 ) -> Path:
-    """Write the bundle of a run; the folder's name becomes the bundle's name.
+    """Write the bundle of a run, or of an ensemble of runs; the folder's name becomes the bundle's name.
 
     Args:
-        run: run folder of `nmsw train`.
+        runs: run folder of `nmsw train`, or several with the same options but for their cases, weights and seed.
         output: bundle folder to create.
         scores: files that `nmsw evaluate` wrote, for the model card.
         data_notes: JSON with "trained_on" (text) and "attributions" (list of texts); several are put one after the other.
@@ -49,17 +52,17 @@ def export_bundle(
         last: take the last checkpoint although the validation found an earlier one better.
 
     Raises:
-        UserError: the run has no checkpoint, the output exists, a file of scores or notes cannot be used, or the exported nets
-            disagree with the eager ones.
+        UserError: a run has no checkpoint, the runs do not go together, the output exists, a file of scores or notes cannot be used, or the
+            exported nets disagree with the eager ones.
     """
+    runs = [runs] if isinstance(runs, Path) else list(runs)
     if output.exists():
         raise UserError(f"'{output}' already exists. Remove it or give another folder.")
     if picture and not picture.is_file():
         raise UserError(f"There is no picture '{picture}'. Check the path, or leave --picture out.")
-    options, checkpoint = load_run_options(run), load_checkpoint(run) if last else load_best_checkpoint(run)
-    net = NMSWNet(Architecture(**checkpoint["architecture"]))
-    load_weights(net, {key: value.half().float() for key, value in trained_weights(checkpoint).items()}, run=run)
-    net.eval().slice_fusion()
+    trained = [_trained(run, last=last) for run in runs]
+    _check_together(trained, runs)
+    options, checkpoint, net = trained[0]
     examples = parity_inputs(options, net.architecture)
     notes = [_read_object(path, advice="Write a JSON object with trained_on and attributions.") for path in data_notes]
     held_out = {}
@@ -70,18 +73,59 @@ def export_bundle(
         "title": title or output.name,
         "description": description,
         **net_facts(options, net, label_names=checkpoint["label_names"]),
+        "class_weights": tuple(torch.stack([one.net.class_weights.detach() for one in trained]).mean(0).tolist()),
+        "num_runs": len(trained),
         "training": {
             "program": f"NMSWSegment {__version__}, torch {torch.__version__}",
             "iterations": checkpoint["iteration"],
-            **_validation_facts(checkpoint),
-            "held_out": sorted({*options.hold_out, *checkpoint.get("case_names", {}).get("validation", ())}),
+            **(_validation_facts(checkpoint) if len(trained) == 1 else {}),
+            "held_out": sorted(set.intersection(*(_held_out(one) for one in trained))),
             "options": _public_options(options),
             "trained_on": "\n\n".join(note["trained_on"] for note in notes if "trained_on" in note),
         },
         "scores": held_out,
-        "attributions": (*_inherited_attributions(options), *(text for note in notes for text in note.get("attributions", ()))),
+        "attributions": (
+            *dict.fromkeys(text for one in trained for text in _inherited_attributions(one.options)),
+            *(text for note in notes for text in note.get("attributions", ())),
+        ),
     }
-    return write_bundle(net.coarse, net.local, output=output, examples=examples, manifest=manifest, picture=picture, for_monai=True)
+    nets = [one.net for one in trained]
+    coarse = net.coarse if len(nets) == 1 else CoarseEnsemble([one.coarse for one in nets])
+    local = net.local if len(nets) == 1 else LocalEnsemble([one.local for one in nets])
+    return write_bundle(coarse, local, output=output, examples=examples, manifest=manifest, picture=picture, for_monai=True)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A run as it is exported."""
+
+    options: TrainOptions
+    checkpoint: dict
+    net: NMSWNet
+    """Weights rounded to fp16, without what a sparse e2enet left out."""
+
+    def __iter__(self) -> Iterator:
+        return iter((self.options, self.checkpoint, self.net))
+
+
+def _trained(run: Path, *, last: bool) -> _Trained:
+    """Read a run."""
+    options, checkpoint = load_run_options(run), load_checkpoint(run) if last else load_best_checkpoint(run)
+    net = NMSWNet(Architecture(**checkpoint["architecture"]))
+    load_weights(net, {key: value.half().float() for key, value in trained_weights(checkpoint).items()}, run=run)
+    net.eval().slice_fusion()
+    return _Trained(options=options, checkpoint=checkpoint, net=net)
+
+
+def _check_together(trained: Sequence[_Trained], runs: Sequence[Path]) -> None:
+    """Raise UserError unless all runs can be one ensemble."""
+    first = trained[0]
+    for one, run in zip(trained, runs):
+        if list(one.checkpoint["label_names"]) != list(first.checkpoint["label_names"]):
+            raise UserError(f"The runs '{runs[0]}' and '{run}' have other classes, or another order of them. Export them one by one.")
+        differing = [name for name in TOGETHER if getattr(one.options, name) != getattr(first.options, name)]
+        if differing:
+            raise UserError(f"The runs '{runs[0]}' and '{run}' differ in {', '.join(differing)}, so that they cannot be one ensemble. Export them one by one.")
 
 
 def write_bundle(
@@ -173,7 +217,7 @@ def parity_inputs(options: TrainOptions, architecture: Architecture) -> dict[str
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `nmsw export`."""
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder of 'nmsw train'")
+    parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folder of 'nmsw train'; several, such as all folds, become an ensemble")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to create; its name becomes the bundle's name")
     parser.add_argument("--last", action="store_true", help="the last weights, not those that were best in the validation")
     parser.add_argument("--title", default="", help="name for people")
@@ -193,7 +237,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`nmsw export`."""
     bundle = export_bundle(
-        arguments.run_folder,
+        arguments.run_folders,
         arguments.output,
         title=arguments.title,
         description=arguments.description,
@@ -212,6 +256,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _inherited_attributions(options: TrainOptions) -> tuple[str, ...]:
     """Those of the bundle that the run started from: its data is in the weights still."""
     return load_bundle(options.initial_bundle).manifest.attributions if options.initial_bundle else ()
+
+
+def _held_out(trained: _Trained) -> set[str]:
+    """Cases that a run has not learned from."""
+    return {*trained.options.hold_out, *trained.checkpoint.get("case_names", {}).get("validation", ())}
 
 
 def _validation_facts(checkpoint: dict) -> dict:

@@ -59,6 +59,10 @@ def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str])
     ours, theirs = net.architecture, Architecture(**manifest.architecture)
     if theirs.fusion_channels:
         raise UserError(f"The bundle '{manifest.name}' is a thinned out e2enet, which cannot be trained further. Start from its run with --initial-run.")
+    if manifest.num_runs > 1:
+        raise UserError(
+            f"The bundle '{manifest.name}' is an ensemble of {manifest.num_runs} runs, which cannot be trained further. Start from one of its runs with --initial-run."
+        )
     becomes_cascade = ours.cascade and not theirs.cascade
     if replace(theirs, num_classes=ours.num_classes, cascade=theirs.cascade or ours.cascade) != ours:
         raise UserError(

@@ -19,6 +19,8 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
         "**A research model. Not for clinical use.**",
         "",
         f"- Backbone: {manifest.backbone} (coarse net: unet), {manifest.architecture.get('preset', '')} preset",
+        *(["- A cascade: the local net reads the coarse answer of its patch beside the image"] if manifest.is_cascade else []),
+        *([f"- An ensemble of {manifest.num_runs} runs, whose probabilities are averaged"] if manifest.num_runs > 1 else []),
         f"- Modality: {manifest.modality}; intensities: {_INTENSITIES[manifest.normalization]}; model spacing {spacing} mm (S, A, R); patch {patch} voxels, overlap {manifest.overlap:g}",
         f"- Structures ({len(manifest.labels)}): {', '.join(label.title for label in manifest.labels)}",
         f"- License of the weights: {manifest.license}",

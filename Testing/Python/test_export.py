@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +19,10 @@ from test_train import a_data_folder, tiny_options  # noqa: E402
 
 from NMSWSegment.engine.runtime import Nets, open_nets  # noqa: E402
 from NMSWSegment.engine.segment import RunCache, choose, coarse_pass, refine, segment_volume  # noqa: E402
+from NMSWSegment.evaluation.costs import bundle_costs  # noqa: E402
 from NMSWSegment.files import phantoms  # noqa: E402
 from NMSWSegment.files.bundle import load_bundle  # noqa: E402
+from NMSWSegment.files.grid import CandidateGrid  # noqa: E402
 from NMSWSegment.files.volume import read_volume, write_volume  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
@@ -79,6 +82,52 @@ def a_bundle_of_each(request, tmp_path_factory) -> Path:
 def a_volume():
     shape = (30, 21, 41)
     return phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))[0]
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_ensemble_answers_with_the_mean_probabilities_of_its_runs(cascade, tmp_path, a_volume):
+    runs, nets = [], []
+    for seed, held_out in enumerate((("a", "b"), ("b", "c"))):
+        torch.manual_seed(seed)
+        net = NMSWNet(Architecture(num_classes=4, cascade=cascade))
+        torch.nn.init.normal_(net.class_weights)
+        options = tiny_options(tmp_path, patch_size=(32, 32, 32), coarse_factor=(2, 2, 2), cascade=cascade, hold_out=held_out, seed=seed)
+        runs.append(tmp_path / f"run{seed}")
+        runs[-1].mkdir()
+        (runs[-1] / OPTIONS_NAME).write_text(json.dumps(asdict(options)))
+        content = {"net": net.state_dict(), "architecture": net.architecture.to_dict(), "label_names": ["liver", "spleen", "vertebrae"], "iteration": 1}
+        torch.save(content, runs[-1] / CHECKPOINT_NAME)
+        net.load_state_dict({key: value.half().float() for key, value in net.state_dict().items()})
+        nets.append(net.eval())
+    bundle = load_bundle(export_bundle(runs, tmp_path / "both"))
+    assert bundle.manifest.num_runs == 2 and bundle.manifest.training["held_out"] == ["b"]
+    np.testing.assert_allclose(bundle.manifest.class_weights, torch.stack([net.class_weights.detach() for net in nets]).mean(0), atol=1e-6)
+    archived = open_nets(bundle, device="cpu")
+    x = torch.rand(1, 1, 32, 48, 32)
+    with torch.inference_mode():
+        logits, importance = archived.coarse_net(x)
+        ours = [net.coarse(x) for net in nets]
+        torch.testing.assert_close(logits.exp(), sum(one.exp() for one, _ in ours) / 2, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(importance.exp(), sum(one.exp() for _, one in ours) / 2, rtol=1e-4, atol=1e-5)
+        inputs = (torch.rand(1, 1, 32, 32, 32), *([logits[..., :16, :16, :16].contiguous()] if cascade else []))
+        torch.testing.assert_close(archived.local_net(*inputs).exp(), sum(net.local(*inputs).exp() for net in nets) / 2, rtol=1e-4, atol=1e-5)
+    one = load_bundle(export_bundle(runs[0], tmp_path / "one"))
+    grid = CandidateGrid.covering(a_volume.shape, patch_size=(32, 32, 32), overlap=0.5, coarse_factor=(2, 2, 2))
+    both_macs, one_macs = (bundle_costs(found.manifest, grid).true for found in (bundle, one))
+    assert (both_macs.coarse, both_macs.local) == (2 * one_macs.coarse, 2 * one_macs.local)
+    assert segment_volume(a_volume, bundle, options=OPTIONS).labelmap.array.any()
+
+
+def test_runs_that_do_not_go_together_are_no_ensemble(tmp_path):
+    first, other = a_run_of("unet", tmp_path / "first"), a_run_of("mednext", tmp_path / "other")
+    with pytest.raises(UserError, match="differ in backbone, so that they cannot be one ensemble. Export them one by one"):
+        export_bundle([first, other], tmp_path / "bundle")
+    checkpoint = torch.load(first / CHECKPOINT_NAME)
+    shutil.copytree(first, tmp_path / "renamed")
+    torch.save(checkpoint | {"label_names": ["spleen", "liver", "vertebrae"]}, tmp_path / "renamed" / CHECKPOINT_NAME)
+    with pytest.raises(UserError, match="have other classes, or another order of them"):
+        export_bundle([first, tmp_path / "renamed"], tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 class Branching(torch.nn.Module):
