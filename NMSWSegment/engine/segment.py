@@ -22,7 +22,7 @@ from NMSWSegment.files.islands import without_islands
 from NMSWSegment.files.model_grid import ModelGrid
 from NMSWSegment.files.roi import voxels_in_roi
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.protocol import OnProgress, PatchBox, Progress, SegmentOptions, UserError, ignore_progress, unknown_name
+from NMSWSegment.protocol import AUTO_GAIN, OnProgress, PatchBox, Progress, SegmentOptions, UserError, ignore_progress, unknown_name
 
 PATCHES_FROM, PATCHES_TO = 0.2, 0.9  # share of the progress bar that the patches take
 ROI_MARGIN_VOXELS = 1.0  # coarse voxels; with it every patch counts that reaches a model voxel whose label is seen inside the region
@@ -124,7 +124,7 @@ def segment_volume(
             coarse_ready(preview)
             del preview  # a labelmap as large as the volume
         with timed(timings, "select"):
-            selection = choose(coarse, options=options, focus_classes=keep if options.structures else ())
+            selection = choose(coarse, options=options, focus_classes=keep if options.structures else (), auto_gain=bundle.manifest.auto_gain)
         upsamplers = None
         if not run_cache.keeps_coarse:
             upsamplers = patch_upsamplers(coarse.coarse_logits, indices=selection.indices, grid=coarse.grid)
@@ -195,8 +195,12 @@ def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarr
     )
 
 
-def choose(coarse: CoarsePass, *, options: SegmentOptions, focus_classes: tuple[int, ...] = ()) -> Selection:
-    """The candidates to run, best first."""
+def choose(coarse: CoarsePass, *, options: SegmentOptions, focus_classes: tuple[int, ...] = (), auto_gain: float = AUTO_GAIN) -> Selection:
+    """The candidates to run, best first.
+
+    Args:
+        auto_gain: of the bundle, for k = auto.
+    """
     in_roi = None
     if options.roi_to_ras is not None:
         mask = voxels_in_roi(coarse.importance_map.shape, ijk_to_ras=coarse.coarse_ijk_to_ras, roi_to_ras=options.roi_to_ras, margin_voxels=ROI_MARGIN_VOXELS)
@@ -209,6 +213,7 @@ def choose(coarse: CoarsePass, *, options: SegmentOptions, focus_classes: tuple[
         policy=options.policy,
         focus_classes=focus_classes,
         in_roi=in_roi,
+        auto_gain=auto_gain,
     )
 
 

@@ -14,16 +14,12 @@ from torch import Tensor
 
 from NMSWSegment.engine.blocked import BLOCK_FLOATS, in_threads, ranges, shares
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.protocol import AUTO
+from NMSWSegment.protocol import AUTO, AUTO_GAIN
 
 FOREGROUND_THRESHOLD = 0.1  # a candidate whose footprint nowhere reaches this much foreground is taken last
 RANDOM_POLICY_SEED = 0
 VOXELS_AT_ONCE = 1 << 14  # a multiple of the processor's vectors, so that no value depends on it
 LEAST_ENTROPY = 1e-4  # nats; of the expected error where the coarse net is sure
-AUTO_GAIN = 0.01
-"""Share of the expected error that the next patch must add for k = auto to take it. Set on the two held-out volumes of the model card (27
-candidates each), with weights of an earlier stage: 7 patches, within 0.003 DSC of all patches, where 0.02 stops 0.011 short on one of
-them. With the weights of the model card: 5 patches, within 0.005. The packaged sample volume gets 8 of 36."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +102,7 @@ def select(
     policy: str,
     focus_classes: tuple[int, ...] = (),
     in_roi: Tensor | None = None,
+    auto_gain: float = AUTO_GAIN,
 ) -> Selection:
     """The candidates to run at inference.
 
@@ -113,7 +110,7 @@ def select(
         coarse_logits: (C, d, h, w).
         importance_map: (d, h, w) logits.
         num_patches: clipped to the candidates that meet the region of interest; None takes all of them, "auto" (greedy only) as
-            many as cover AUTO_GAIN of the expected error each.
+            many as cover auto_gain of the expected error each.
         policy: top_k (highest importance), greedy (most expected error not yet covered) or random.
         focus_classes: prefer candidates that show these classes; empty for all.
         in_roi: coarse voxels where patches may be spent, (d, h, w) bool; None is everywhere.
@@ -131,7 +128,7 @@ def select(
     order: list[int] = []
     score = importance
     if policy == "greedy":
-        least_share = AUTO_GAIN if num_patches == AUTO else 0.0
+        least_share = auto_gain if num_patches == AUTO else 0.0
         order = greedy_coverage(torch.exp(scores - scores.max()) * wanted, is_foreground, grid=grid, num_patches=count, least_share=least_share)
     else:
         score = pool_mean(wanted, grid=grid) * (_random_score(len(importance)) if policy == "random" else importance)

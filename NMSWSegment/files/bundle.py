@@ -18,7 +18,7 @@ from NMSWSegment.files.manifest_schema import check_manifest
 from NMSWSegment.files.normalization import FIXED
 from NMSWSegment.files.output_file import check_name
 from NMSWSegment.files.resources import resources_folder
-from NMSWSegment.protocol import UserError, reject_unknown_keys, unknown_name
+from NMSWSegment.protocol import AUTO_GAIN, UserError, reject_unknown_keys, unknown_name
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -109,6 +109,8 @@ class BundleManifest:
     """One of normalization.NORMALIZATIONS; fixed, that of older bundles, takes the intensity as it is, HU for CT."""
     num_runs: int = 1
     """Runs whose nets the archives hold; of more than one, such as the folds of a cross-validation, the mean of their probabilities is the answer."""
+    auto_gain: float = AUTO_GAIN
+    """Share of the expected error that the next patch must add for k = auto to take it."""
     training: dict = field(default_factory=dict)
     """What the weights were trained on and how; for people."""
     scores: dict = field(default_factory=dict)

@@ -7,16 +7,21 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from NMSWSegment import __version__
+from NMSWSegment.engine.runtime import Nets
 from NMSWSegment.files.bundle import MANIFEST_NAME, BundleManifest, file_sha256, load_bundle
 from NMSWSegment.nets.nmsw_net import Architecture, CoarseEnsemble, LocalEnsemble, NMSWNet
 from NMSWSegment.protocol import UserError
+from NMSWSegment.samples.case_source import CaseSource
+from NMSWSegment.training.calibration import calibrate
+from NMSWSegment.training.datasets import find_data, open_validation_cases
+from NMSWSegment.training.distributed import joined_group
 from NMSWSegment.training.model_card import PICTURE_NAME, model_card
 from NMSWSegment.training.monai_metadata import INFERENCE_PATH, METADATA_PATH, monai_inference, monai_metadata
 from NMSWSegment.training.net_facts import net_facts
@@ -40,6 +45,7 @@ def export_bundle(
     data_notes: tuple[Path, ...] = (),
     picture: Path | None = None,
     last: bool = False,
+    calibrates: bool = False,
 ) -> Path:
     """Write the bundle of a run, or of an ensemble of runs; the folder's name becomes the bundle's name.
 
@@ -49,6 +55,7 @@ def export_bundle(
         scores: files that `nmsw evaluate` wrote, for the model card.
         data_notes: JSON with "trained_on" (text) and "attributions" (list of texts); several are put one after the other.
         picture: PNG for the model card, for example a preview of 'nmsw segment'.
+        calibrates: find the threshold of k = auto on the cases that the run held out.
         last: take the last checkpoint although the validation found an earlier one better.
 
     Raises:
@@ -92,7 +99,29 @@ def export_bundle(
     nets = [one.net for one in trained]
     coarse = net.coarse if len(nets) == 1 else CoarseEnsemble([one.coarse for one in nets])
     local = net.local if len(nets) == 1 else LocalEnsemble([one.local for one in nets])
+    if calibrates:
+        auto_gain, points = calibrate(_as_nets(coarse, local, manifest), _held_out_cases(options, label_names=checkpoint["label_names"]))
+        manifest["auto_gain"] = auto_gain
+        manifest["training"]["auto"] = [asdict(point) for point in points]
     return write_bundle(coarse, local, output=output, examples=examples, manifest=manifest, picture=picture, for_monai=True)
+
+
+def _as_nets(coarse: nn.Module, local: nn.Module, manifest: dict) -> Nets:
+    """The nets that are about to be exported, on the CPU."""
+    return Nets(manifest=BundleManifest(**manifest, sha256={}), coarse_net=coarse, local_net=local, device=torch.device("cpu"))
+
+
+def _held_out_cases(options: TrainOptions, *, label_names: Sequence[str]) -> list[CaseSource]:
+    """The cases that a run held out, read from where they lay when it was trained.
+
+    Raises:
+        UserError: they are gone, or have other classes now.
+    """
+    data = find_data(options)
+    if list(data.label_names) != list(label_names):
+        raise UserError(f"The data {', '.join(options.data)} has other classes now than when the run was trained. Leave --calibrate out.")
+    with joined_group("cpu") as group:
+        return open_validation_cases(replace(options, validate_every=options.validate_every or 1), data=data, group=group)
 
 
 @dataclass(frozen=True)
@@ -220,6 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folder of 'nmsw train'; several, such as all folds, become an ensemble")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to create; its name becomes the bundle's name")
     parser.add_argument("--last", action="store_true", help="the last weights, not those that were best in the validation")
+    parser.add_argument("--calibrate", action="store_true", help="find out on the cases that the run held out when k = auto stops")
     parser.add_argument("--title", default="", help="name for people")
     parser.add_argument("--description", default="", help="one sentence for the model list")
     parser.add_argument("--scores", type=Path, action="append", default=[], metavar="FILE.json", help="held-out scores that 'nmsw evaluate' wrote; repeat")
@@ -245,6 +275,7 @@ def run(arguments: argparse.Namespace) -> int:
         data_notes=tuple(arguments.data_notes),
         picture=arguments.picture,
         last=arguments.last,
+        calibrates=arguments.calibrate,
     )
     megabytes = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / 1e6
     training = json.loads((bundle / MANIFEST_NAME).read_text(encoding="utf-8"))["training"]

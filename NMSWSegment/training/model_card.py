@@ -36,6 +36,7 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
         "## Held-out scores",
         "",
         *_score_lines(manifest.scores),
+        *_auto_lines(manifest),
         "## Learned class weights",
         "",
         "The share a = sigmoid(clamp(c, -1, 10)) of the local logits where patches cover (Eq. 6), by class.",
@@ -56,6 +57,26 @@ def _validation_lines(training: dict) -> list[str]:
     if "validation_dsc" not in training:
         return []
     return [f"The weights are those of iteration {training['iterations']}, the best in the validation: mean DSC {training['validation_dsc']:.3f}.", ""]
+
+
+def _auto_lines(manifest: BundleManifest) -> list[str]:
+    """What k = auto was found to do on held-out cases."""
+    points = manifest.training.get("auto", ())
+    if not points:
+        return []
+    lines = [
+        "## k = auto",
+        "",
+        f"The next patch must cover {100 * manifest.auto_gain:g} % of the expected error. Means over the held-out cases, DSC on the model's grid:",
+        "",
+    ]
+    lines += ["| the next patch must cover | patches | of | expected error covered | DSC | gain, of that of all patches |", "|---|---|---|---|---|---|"]
+    none, most = points[0]["dsc"], points[-1]["dsc"]
+    for point in points:
+        title = f"{100 * point['auto_gain']:g} %" if point["auto_gain"] is not None else "all patches" if point["patches"] else "no patch"
+        gained = f"{100 * (point['dsc'] - none) / (most - none):.0f} %" if most > none else "-"
+        lines.append(f"| {title} | {point['patches']:.1f} | {point['candidates']:.0f} | {100 * point['predicted']:.0f} % | {point['dsc']:.3f} | {gained} |")
+    return [*lines, ""]
 
 
 def _score_lines(scores: dict) -> list[str]:

@@ -25,6 +25,7 @@ from NMSWSegment.engine.runtime import Nets
 from NMSWSegment.engine.segment import CoarsePass, coarse_pass, refine
 from NMSWSegment.engine.selection import select
 from NMSWSegment.files.bundle import BundleManifest
+from NMSWSegment.files.orientation import Triple_mm
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.nets.nmsw_net import NMSWNet
 from NMSWSegment.samples.case_source import CaseSource
@@ -89,7 +90,7 @@ class Validation:
         if self._options.train == "local":
             predicted, reference = self._on_patches(nets, sample, number=number)
         else:
-            coarse = coarse_pass(_as_volume(sample, self._options), nets)
+            coarse = coarse_pass(as_volume(sample, self._options.spacing_mm), nets)
             labels = coarse.coarse_labels if self._options.train == "coarse" else self._refined(coarse, nets)
             predicted, reference = labels[tuple(slice(0, length) for length in sample.labels.shape)], sample.labels.cpu()
         return dice_per_class(predicted.numpy(), reference.numpy(), num_classes=len(self._names) + 1)
@@ -133,6 +134,6 @@ def is_finished(state: TrainingState, options: TrainOptions) -> bool:
     return state.iteration >= options.iterations or 0 < options.patience <= state.validations_since_best
 
 
-def _as_volume(sample: TrainingSample, options: TrainOptions) -> Volume:
+def as_volume(sample: TrainingSample, spacing_mm: Triple_mm) -> Volume:
     """A sample on the model's grid as inference takes it."""
-    return Volume(array=sample.intensity.cpu().numpy(), ijk_to_ras=ijk_to_ras_of(options.spacing_mm, np.eye(3)))
+    return Volume(array=sample.intensity.cpu().numpy(), ijk_to_ras=ijk_to_ras_of(spacing_mm, np.eye(3)))

@@ -28,9 +28,10 @@ from NMSWSegment.nets.backbones import BACKBONES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
 from NMSWSegment.training import export as export_module  # noqa: E402
+from NMSWSegment.training.calibration import THRESHOLDS, TOLERANCE  # noqa: E402
 from NMSWSegment.training.export import check_parity, export_bundle, write_bundle  # noqa: E402
 from NMSWSegment.training.options import OPTIONS_NAME  # noqa: E402
-from NMSWSegment.training.run_folder import CHECKPOINT_NAME, load_checkpoint  # noqa: E402
+from NMSWSegment.training.run_folder import CHECKPOINT_NAME, load_checkpoint, load_run_options  # noqa: E402
 from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 
@@ -82,6 +83,30 @@ def a_bundle_of_each(request, tmp_path_factory) -> Path:
 def a_volume():
     shape = (30, 21, 41)
     return phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))[0]
+
+
+def test_auto_is_calibrated_on_what_the_run_held_out(a_run, tmp_path, monkeypatch):
+    bundle = load_bundle(export_bundle(a_run, tmp_path / "bundle", calibrates=True))
+    points = bundle.manifest.training["auto"]
+    assert [point["auto_gain"] for point in points] == [None, *THRESHOLDS[::-1], None]
+    assert points[0]["patches"] == points[0]["predicted"] == 0 and points[-1]["patches"] == points[-1]["candidates"] > 1
+    for earlier, later in zip(points, points[1:]):
+        assert earlier["patches"] <= later["patches"] and earlier["predicted"] <= later["predicted"] <= 1.0
+    found = next(point for point in points if point["auto_gain"] == bundle.manifest.auto_gain)
+    assert found["dsc"] >= points[-1]["dsc"] - TOLERANCE or bundle.manifest.auto_gain == min(THRESHOLDS)
+    card = (bundle.folder / "MODEL_CARD.md").read_text()
+    assert f"The next patch must cover {100 * bundle.manifest.auto_gain:g} % of the expected error" in card and "| all patches |" in card
+    volume = read_volume(Path(load_run_options(a_run).data[0].partition(":")[2]) / "two" / "ct.nii.gz")
+    auto = segment_volume(volume, bundle, options=SegmentOptions(num_patches="auto", device="cpu", threads=1))
+    assert len(auto.patches) == found["patches"]
+
+
+def test_auto_cannot_be_calibrated_without_held_out_cases(tmp_path):
+    data = a_data_folder(tmp_path / "data")
+    train(tiny_options(data, iterations=1), output=tmp_path / "run", num_workers=0)
+    with pytest.raises(UserError, match="it held out none. Leave --calibrate out, or train with --hold-out or --fold"):
+        export_bundle(tmp_path / "run", tmp_path / "bundle", calibrates=True)
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("cascade", [False, True])

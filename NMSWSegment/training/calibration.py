@@ -1,0 +1,80 @@
+"""How little the next patch may promise before k = auto stops, found on the cases that a run held out.
+
+every held-out case: the coarse pass, then every patch once
+for each threshold: the patches that k = auto would take, their DSC, and the share of the expected error that they cover
+the largest threshold whose mean DSC is as good as that of all patches, but for TOLERANCE
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from NMSWSegment.data.metrics import dice_per_class
+from NMSWSegment.engine.patch_cache import PatchCache
+from NMSWSegment.engine.runtime import Nets
+from NMSWSegment.engine.segment import CoarsePass, choose, coarse_pass, refine
+from NMSWSegment.engine.selection import Selection
+from NMSWSegment.files.memory import available_memory_bytes, cache_limit_bytes
+from NMSWSegment.protocol import AUTO, SegmentOptions, UserError
+from NMSWSegment.samples.case_source import CaseSource
+from NMSWSegment.training.validation import as_volume
+
+THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
+"""Values of auto_gain that are tried."""
+TOLERANCE = 0.003
+"""DSC that may be lost against all patches."""
+
+
+@dataclass(frozen=True)
+class AutoPoint:
+    """What one choice of the patches gives, means over the cases."""
+
+    auto_gain: float | None
+    """The threshold; None where all patches or none are taken."""
+    patches: float
+    candidates: float
+    predicted: float
+    """Share of the expected error that the patches cover."""
+    dsc: float
+
+
+def calibrate(nets: Nets, cases: Sequence[CaseSource]) -> tuple[float, list[AutoPoint]]:
+    """The threshold, and the points from no patch over all thresholds to all patches.
+
+    Raises:
+        UserError: there is no case.
+    """
+    if not cases:
+        raise UserError(
+            "k = auto can be calibrated on cases that the run held out, but it held out none. Leave --calibrate out, or train with --hold-out or --fold."
+        )
+    rows = np.mean([_rows(nets, source) for source in cases], axis=0)
+    points = [AutoPoint(gain, *row) for gain, row in zip((None, *THRESHOLDS[::-1], None), rows.tolist())]
+    enough = [point.auto_gain for point in points[1:-1] if point.dsc >= points[-1].dsc - TOLERANCE]
+    return (enough[0] if enough else THRESHOLDS[0]), points
+
+
+def _rows(nets: Nets, source: CaseSource) -> list[tuple[float, float, float, float]]:
+    """Patches, candidates, share of the expected error and DSC of one case, in the order of the points."""
+    sample = source.whole()
+    coarse = coarse_pass(as_volume(sample, nets.manifest.spacing_mm), nets)
+    reference = sample.labels.cpu().numpy()
+    inside = tuple(slice(0, length) for length in reference.shape)
+    cache = PatchCache(max_bytes=cache_limit_bytes(available_memory_bytes()))
+    rows = []
+    for num_patches, gain in ((0, 0.0), *((AUTO, gain) for gain in THRESHOLDS[::-1]), (None, 0.0)):
+        selection = choose(coarse, options=SegmentOptions(num_patches=num_patches), auto_gain=gain)
+        labels = refine(coarse, selection, nets, patches=cache)[inside].numpy()
+        dice = dice_per_class(labels, reference, num_classes=nets.manifest.num_classes)[1:]
+        rows.append((len(selection.indices), coarse.grid.num_candidates, _covered_share(coarse, selection), float(np.nanmean(dice))))
+    return rows
+
+
+def _covered_share(coarse: CoarsePass, selection: Selection) -> float:
+    """Share of the expected error, of all that candidates could cover, that lies in the chosen ones."""
+    mass = np.exp(coarse.importance_map.double().numpy())
+    covered = np.zeros(mass.shape, dtype=bool)
+    for index in selection.indices:
+        covered[tuple(slice(side.start // r, -(-side.stop // r)) for side, r in zip(coarse.grid.slices(index), coarse.grid.coarse_factor))] = True
+    return float(mass[covered].sum() / mass.sum())
