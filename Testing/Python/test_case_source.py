@@ -13,7 +13,7 @@ from NMSWSegment.files.orientation import to_sar
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.samples.case_memory import CaseMemory, loaded_case
 from NMSWSegment.samples.case_source import CaseSource, resampled, whole_warp
-from NMSWSegment.samples.pathology import ABDOMINAL_WORDS, FAT_HU, FLUID_HU, add_ascites, add_effusion, labels_with
+from NMSWSegment.samples.pathology import ABDOMINAL_WORDS, BONE_WORDS, FAT_HU, FLUID_HU, add_ascites, add_effusion, change_bone_density, labels_with
 from NMSWSegment.samples.scan_range import SLAB_MM, SLAB_SHARE, random_box
 from NMSWSegment.samples.synthesis import SynthesisOptions
 
@@ -141,6 +141,21 @@ def test_ascites_turns_fat_near_the_abdominal_organs_to_fluid_and_nothing_else()
             assert int(changed.nonzero()[:, 0].max()) <= 13 + 14  # 40 mm of 3 mm voxels above the liver
         num_changed += int(changed.sum())
     assert num_changed > 5000
+
+
+def test_bones_of_another_density_change_between_marrow_and_cortex_and_nothing_else_does():
+    values = []
+    for seed in range(40):
+        intensity, labels = torch.full((4, 5, 6), 60.0), torch.zeros(4, 5, 6, dtype=torch.uint8)
+        labels[1:3], labels[3] = 4, 7
+        intensity[1], intensity[2] = 150.0, 1200.0  # spongy bone and cortex
+        change_bone_density(intensity, labels, bones=(4,), generator=torch.Generator().manual_seed(seed))
+        assert (intensity[0] == 60).all() and (intensity[3] == 60).all()
+        values.append((float(intensity[1, 0, 0]), float(intensity[2, 0, 0])))
+    spongy, cortex = np.array(values).T
+    assert (spongy < cortex).all() and spongy.min() < 40 and spongy.max() > 170  # as dark as marrow without mineral, brighter than before
+    assert 300 < cortex.min() < 600 and 1200 < cortex.max() < 1600
+    assert labels_with(["spleen", "vertebrae", "ribs", "hip_left", "femur_right"], BONE_WORDS) == (2, 3, 4, 5)
 
 
 def test_effusion_fills_the_back_of_the_lung_which_is_no_lung_then():
