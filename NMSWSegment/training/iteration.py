@@ -12,7 +12,7 @@ from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.training_set import sample_generator
 from NMSWSegment.training.distributed import ProcessGroup
-from NMSWSegment.training.options import TrainOptions
+from NMSWSegment.training.options import SGD, TrainOptions
 from NMSWSegment.training.run_folder import TrainingState
 from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions
 from NMSWSegment.training.step import Losses, TrainingVolume, batch_losses, prepare, trained_parameters
@@ -23,6 +23,8 @@ TRAINED_TOGETHER = ("coarse", "local")
 """What is trained on all volumes of a step at once; elsewhere one volume after the other, to save memory."""
 CLASS_WEIGHT_RATE = 30.0
 """Learning rate of c of Eq. 6 as a multiple of the nets': a step of Adam is about as large as the rate, and c has to move by whole units."""
+SGD_MOMENTUM, POLYNOMIAL_POWER = 0.99, 0.9
+"""Source: nnU-Net (Isensee et al. 2021); E2ENet, section 4.1, uses both."""
 NOISE = 1
 """Purpose of a sample's generator: Gumbel noise and random patches."""
 
@@ -44,9 +46,7 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
     if group.device.type == "cuda" or options.precision == "bf16":  # in fp32 without AVX-512 channels last costs the coarse net two fifths more
         net.coarse.to(memory_format=torch.channels_last_3d)
     net.local.to(memory_format=memory_format(options.backbone))
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(net, options), lr=options.learning_rate, weight_decay=options.weight_decay, fused=group.device.type == "cuda"
-    )
+    optimizer = _new_optimizer(net, options, fused=group.device.type == "cuda")
     sparsified = (
         SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
     )
@@ -55,13 +55,25 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
     return TrainingState(net=net, optimizer=optimizer, schedule=new_schedule(optimizer, options), sparsity=sparsity, average=average)
 
 
-def new_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, *, iteration: int = 0) -> torch.optim.lr_scheduler.OneCycleLR:
+def new_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, *, iteration: int = 0) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate of a run of options.iterations from an iteration on; what came before does not matter."""
+    if options.optimizer == SGD:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = options.learning_rate * group["rate"]
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: max(0.0, 1 - done / options.iterations) ** POLYNOMIAL_POWER, last_epoch=iteration - 1)
     warmup = options.warmup if options.warmup * options.iterations > 1 else 0.0  # a warm-up of one step divides by zero
     max_lr = [options.learning_rate * group["rate"] for group in optimizer.param_groups]  # see _parameter_groups
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=max_lr, total_steps=options.iterations, pct_start=warmup, cycle_momentum=False, last_epoch=iteration - 1
     )
+
+
+def _new_optimizer(net: NMSWNet, options: TrainOptions, *, fused: bool) -> torch.optim.Optimizer:
+    """What the options say, for what the run trains."""
+    groups = _parameter_groups(net, options)
+    if options.optimizer == SGD:
+        return torch.optim.SGD(groups, lr=options.learning_rate, weight_decay=options.weight_decay, momentum=SGD_MOMENTUM, nesterov=True, fused=fused)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay, fused=fused)
 
 
 def _parameter_groups(net: NMSWNet, options: TrainOptions) -> list[dict]:

@@ -24,6 +24,7 @@ MODALITIES = (CT, MR)
 INTENSITY_POINTS = {FIXED: CT_INTENSITY_POINTS, PERCENTILES: ((0.0, 0.0), (1.0, 1.0)), ZSCORE: ((-3.0, 0.0), (4.0, 1.0))}
 """Defaults by normalization. Of z-scores, 4 because MR has a long bright tail."""
 SPARSE_BACKBONE = "e2enet"
+ADAMW, SGD = "adamw", "sgd"
 CHANGEABLE = ("data", "splits", "iterations", "patience")
 """What may be another on resume: places of the same cases, and how long the run goes on."""
 _FLAG_NAMES = {"spacing_mm": "spacing"}
@@ -87,12 +88,14 @@ class TrainOptions:
     """Optimizer steps. The paper: 300 epochs of 500."""
     batch_size: int = 1
     """Volumes of one step, shared out over all processes."""
+    optimizer: str = ADAMW
+    """adamw with a cosine schedule, as in NMSW; or sgd with momentum 0.99 (Nesterov) and a polynomial one, as in nnU-Net and E2ENet, which start it at 0.01."""
     learning_rate: float = 3e-4
     """Highest one."""
     weight_decay: float = 1e-5
-    """Of AdamW."""
+    """Of the optimizer."""
     warmup: float = 0.2
-    """Share of the iterations over which the learning rate rises; a cosine brings it down."""
+    """Share of the iterations over which the learning rate of adamw rises."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient."""
     top_k_patches: int = 3
@@ -189,6 +192,7 @@ class TrainOptions:
 CHOICES = {
     "modality": MODALITIES,
     "normalization": NORMALIZATIONS,
+    "optimizer": (ADAMW, SGD),
     "estimator": ("gain", "gate", "scale"),
     "precision": ("fp32", "bf16"),
     "augmentation": ("scan", "paper"),

@@ -135,3 +135,15 @@ def test_data_may_have_moved_but_must_hold_the_same_cases(tmp_path):
     (moved / "dataset.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="has the classes liver, spleen, vertebrae, the data liver, spleen, aorta"):
         train(options_of(moved, iterations=4), output=tmp_path / "run", num_workers=0, resume=True)
+
+
+def test_sgd_follows_a_polynomial_from_any_iteration_on(data, tmp_path, monkeypatch):
+    options = options_of(data, optimizer="sgd", learning_rate=0.01, iterations=4)
+    seen = rates(monkeypatch)
+    train(options, output=tmp_path / "run", num_workers=0)
+    assert seen == pytest.approx([0.01 * (1 - done / 4) ** 0.9 for done in range(4)])
+    later = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "rate": 2.0}], lr=0.01)
+    new_schedule(later, options, iteration=3)
+    assert later.param_groups[0]["lr"] == pytest.approx(2 * seen[3])
+    groups = load_checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
+    assert [(group["momentum"], group["nesterov"]) for group in groups] == [(0.99, True)]
