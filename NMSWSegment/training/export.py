@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -27,6 +28,8 @@ from NMSWSegment.training.monai_metadata import INFERENCE_PATH, METADATA_PATH, m
 from NMSWSegment.training.net_facts import net_facts
 from NMSWSegment.training.options import TrainOptions
 from NMSWSegment.training.run_folder import load_best_checkpoint, load_checkpoint, load_run_options, load_weights, trained_weights
+
+logger = logging.getLogger(__name__)
 
 PARITY_TOLERANCE = 1e-3  # logits; tracing changes no operator, so that only the order of sums may differ
 PARITY_SEED = 0
@@ -285,8 +288,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _inherited_attributions(options: TrainOptions) -> tuple[str, ...]:
-    """Those of the bundle that the run started from: its data is in the weights still."""
-    return load_bundle(options.initial_bundle).manifest.attributions if options.initial_bundle else ()
+    """Those of the bundle that the run, or one that it builds upon, started from: its data is in the weights still."""
+    found = list(load_bundle(options.initial_bundle).manifest.attributions) if options.initial_bundle else []
+    for earlier in filter(None, (options.initial_run, options.coarse_run)):
+        try:
+            found += _inherited_attributions(load_run_options(Path(earlier)))
+        except UserError as error:
+            logger.warning("Attributions of what the run '%s' started from are not known any more: %s", earlier, error)
+    return tuple(dict.fromkeys(found))
 
 
 def _held_out(trained: _Trained) -> set[str]:

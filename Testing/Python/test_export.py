@@ -85,6 +85,21 @@ def a_volume():
     return phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))[0]
 
 
+def test_attributions_of_a_bundle_stay_with_the_runs_that_build_upon_one_that_started_from_it(tmp_path, caplog):
+    first = a_run_of("unet", tmp_path / "first")
+    for name, change in (
+        ("first", {"initial_bundle": "torso-unet"}),
+        ("second", {"initial_run": str(first)}),
+        ("lost", {"initial_run": str(tmp_path / "gone")}),
+    ):
+        folder = first if name == "first" else a_run_of("unet", tmp_path / name)
+        values = json.loads((folder / OPTIONS_NAME).read_text())
+        (folder / OPTIONS_NAME).write_text(json.dumps(values | change))
+    second, lost = (load_bundle(export_bundle(tmp_path / name, tmp_path / f"{name}-bundle")).manifest for name in ("second", "lost"))
+    assert second.attributions == tuple(dict.fromkeys(load_bundle("torso-unet").manifest.attributions))
+    assert lost.attributions == () and "are not known any more" in caplog.text
+
+
 def test_auto_is_calibrated_on_what_the_run_held_out(a_run, tmp_path, monkeypatch):
     bundle = load_bundle(export_bundle(a_run, tmp_path / "bundle", calibrates=True))
     points = bundle.manifest.training["auto"]
