@@ -63,6 +63,10 @@ def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str])
         raise UserError(
             f"The bundle '{manifest.name}' is an ensemble of {manifest.num_runs} runs, which cannot be trained further. Start from one of its runs with --initial-run."
         )
+    if theirs.cascade and not ours.cascade:
+        raise UserError(
+            f"The bundle '{manifest.name}' is a cascade, whose local net needs the coarse answer. Leave --no-cascade out, or start from another bundle."
+        )
     becomes_cascade = ours.cascade and not theirs.cascade
     if replace(theirs, num_classes=ours.num_classes, cascade=theirs.cascade or ours.cascade) != ours:
         raise UserError(

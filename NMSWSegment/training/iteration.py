@@ -1,7 +1,7 @@
 """One iteration of a run: the nets with their optimizer, and a step on one batch of volumes."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 import torch
@@ -51,8 +51,23 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
         SparsityOptions(iterations=options.iterations, sparsity=options.sparsity, update_every=options.sparsity_update_every) if options.sparsity else None
     )
     sparsity = FusionSparsity(net.local.backbone, optimizer, options=sparsified, seed=options.seed) if sparsified else None
-    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema)) if options.ema else None
+    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=moving_average(options.ema)) if options.ema else None
     return TrainingState(net=net, optimizer=optimizer, schedule=new_schedule(optimizer, options), sparsity=sparsity, average=average)
+
+
+def moving_average(decay: float) -> Callable[[list[torch.Tensor], list[torch.Tensor], torch.Tensor], None]:
+    """How AveragedModel takes the weights of another step into the average.
+
+    The decay of step n is (1 + n) / (10 + n) at most: an average over the last tenth of the run, so that a short run does not export its first weights.
+    """
+
+    @torch.no_grad()
+    def take_in(averages: list[torch.Tensor], weights: list[torch.Tensor], num_averaged: torch.Tensor) -> None:
+        share = 1 - min(decay, (1 + int(num_averaged)) / (10 + int(num_averaged)))
+        for average, weight in zip(averages, weights):
+            average.lerp_(weight, share) if average.is_floating_point() else average.copy_(weight)
+
+    return take_in
 
 
 def new_schedule(optimizer: torch.optim.Optimizer, options: TrainOptions, *, iteration: int = 0) -> torch.optim.lr_scheduler.LRScheduler:

@@ -116,7 +116,7 @@ class TrainOptions:
     precision: str = "fp32"
     """fp32, or bf16 (autocast; on GPUs, and on processors with AMX)."""
     ema: float = 0.0
-    """Decay of the moving average of the weights that is exported; 0 exports the last weights."""
+    """Decay of the moving average of the weights that is exported, less at the beginning of a run; 0 exports the last weights."""
     seed: int = 0
     """Of weights, samples and patches."""
     initial_run: str = ""

@@ -29,6 +29,7 @@ from NMSWSegment.training import run_folder  # noqa: E402
 from NMSWSegment.training import step as step_module  # noqa: E402
 from NMSWSegment.training import train as train_module  # noqa: E402
 from NMSWSegment.training.export import export_bundle  # noqa: E402
+from NMSWSegment.training.iteration import moving_average  # noqa: E402
 from NMSWSegment.training.losses import class_shares, segmentation_loss, soft_segmentation_loss  # noqa: E402
 from NMSWSegment.training.options import TrainOptions  # noqa: E402
 from NMSWSegment.training.run_folder import TrainingState, load_checkpoint, load_run_options, save_checkpoint  # noqa: E402
@@ -460,8 +461,9 @@ def test_average_of_the_weights_is_what_a_run_ends_with_and_what_is_exported(dat
     monkeypatch.setattr(train_module, "save_checkpoint", record)
     train(tiny_options(data, train="local", ema=0.75, iterations=2), output=tmp_path / "run", num_workers=0, checkpoint_every=1)
     found = run_folder.trained_weights(load_checkpoint(tmp_path / "run"))
+    decay = 2 / 11  # of the second step; 0.75 would be that of a long run
     for key, value in found.items():  # the first step starts the average
-        torch.testing.assert_close(value, 0.75 * seen[0][key] + 0.25 * seen[1][key], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(value, decay * seen[0][key] + (1 - decay) * seen[1][key], rtol=1e-5, atol=1e-7)
     assert not torch.equal(found["local.head.weight"], seen[1]["local.head.weight"])
     bundle = export_bundle(tmp_path / "run", tmp_path / "bundle")
     exported = torch.jit.load(str(bundle / "local.pt")).state_dict()
@@ -469,6 +471,15 @@ def test_average_of_the_weights_is_what_a_run_ends_with_and_what_is_exported(dat
     later = tiny_options(data, train="local", ema=0.5, iterations=1, learning_rate=0.0, weight_decay=0.0, initial_run=str(tmp_path / "run"))
     train(later, output=tmp_path / "later", num_workers=0)
     assert all(torch.equal(value, found[key]) for key, value in load_checkpoint(tmp_path / "later")["net"].items())
+
+
+def test_average_of_a_short_run_is_one_of_its_last_steps_and_of_a_long_one_what_the_decay_says():
+    for steps, decay, window in ((40, 0.999, 0.15), (4000, 0.99, 200 / 4000)):
+        average, weight = [torch.zeros(1), torch.tensor(0)], [torch.zeros(1), torch.tensor(0)]
+        for step in range(1, steps + 1):
+            weight = [torch.tensor([float(step)]), torch.tensor(step)]
+            moving_average(decay)(average, weight, torch.tensor(step))
+        assert steps * (1 - window) < float(average[0]) < steps and int(average[1]) == steps
 
 
 def test_stopped_and_resumed_run_has_the_same_average(data, tmp_path, monkeypatch):
