@@ -22,7 +22,7 @@ How to read it: seconds are those of one run in a process of its own, reading an
 nets, *warm* has them. DSC, NSD and HD95 are means over the structures that a case holds, on the case's own grid, ± is the standard deviation over
 cases; unknown voxels count for nothing, and HD95 leaves out structures that were missed altogether. TMACs are the multiply-accumulates of the nets as they run;
 the paper counts transposed convolutions at the size of their output. Peak GB is the resident set of the process, about 0.6 GB of it Python, torch and MONAI.
-The sliding windows use this bundle's local net, which was trained together with the coarse net, not by itself; patches are stitched on the CPU.
+The sliding windows use this bundle's local net; that of a cascade reads the coarse answer in every window. Patches are stitched on the CPU.
 """
 
 

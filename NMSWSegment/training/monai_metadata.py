@@ -5,6 +5,7 @@ the engine of this program. The nets themselves stay where they are: MONAI's oth
 ckpt_export) look for models/ and a network definition, which these bundles do not have.
 """
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -21,6 +22,9 @@ MODEL_VERSION = "1.0.0"
 
 def monai_metadata(manifest: BundleManifest) -> dict:
     """The metadata of a bundle, JSON-ready; spatial shapes in array order (D, H, W)."""
+    inputs = {"image": _image_format(manifest)}
+    if manifest.is_cascade:
+        inputs["coarse_logits"] = _logits_format(manifest, [length // factor for length, factor in zip(manifest.patch_size, manifest.coarse_factor)])
     return {
         "schema": SCHEMA,
         "version": MODEL_VERSION,
@@ -36,7 +40,7 @@ def monai_metadata(manifest: BundleManifest) -> dict:
         "data_source": "; ".join(manifest.attributions),
         "copyright": manifest.license,
         "intended_use": "Research. Not for clinical use.",
-        "network_data_format": {"inputs": {"image": _image_format(manifest)}, "outputs": {"pred": _logits_format(manifest)}},
+        "network_data_format": {"inputs": inputs, "outputs": {"pred": _logits_format(manifest, manifest.patch_size)}},
     }
 
 
@@ -68,13 +72,13 @@ def _image_format(manifest: BundleManifest) -> dict:
     }
 
 
-def _logits_format(manifest: BundleManifest) -> dict:
-    """What the local net gives: logits, the largest of which is the label."""
+def _logits_format(manifest: BundleManifest, shape: Sequence[int]) -> dict:
+    """What the local net gives, and what that of a cascade also takes: logits, the largest of which is the label."""
     return {
         "type": "image",
         "format": "labels",
         "num_channels": manifest.num_classes,
-        "spatial_shape": list(manifest.patch_size),
+        "spatial_shape": list(shape),
         "dtype": "float32",
         "value_range": [],
         "is_patch_data": True,

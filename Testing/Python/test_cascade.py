@@ -28,6 +28,7 @@ from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
 from NMSWSegment.training.cascade import disturbed, parts_of_boxes  # noqa: E402
 from NMSWSegment.training.export import export_bundle  # noqa: E402
 from NMSWSegment.training.initial_weights import load_initial_weights  # noqa: E402
+from NMSWSegment.training.monai_metadata import METADATA_PATH  # noqa: E402
 from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions  # noqa: E402
 from NMSWSegment.training.run_folder import CHECKPOINT_NAME, TrainingState, load_checkpoint  # noqa: E402
 from NMSWSegment.training.step import random_boxes  # noqa: E402
@@ -108,6 +109,12 @@ def test_bundle_segments_as_the_eager_nets_and_the_reference_of_eq_6(a_bundle, a
         expected, _ = aggregate(coarse.coarse_logits, logits, indices=order, grid=coarse.grid, class_weights=torch.tensor(a_bundle.manifest.class_weights))
         assert torch.equal(refine(coarse, selection, nets), expected.max(0).indices.to(torch.uint8))
     assert not torch.equal(refine(coarse, selection, nets), coarse.coarse_labels)  # the patches matter
+
+
+def test_metadata_name_both_inputs(a_bundle):
+    inputs = json.loads((a_bundle.folder / METADATA_PATH).read_text())["network_data_format"]["inputs"]
+    assert inputs["image"]["spatial_shape"] == [32, 32, 32] and inputs["image"]["num_channels"] == 1
+    assert inputs["coarse_logits"]["spatial_shape"] == [16, 16, 16] and inputs["coarse_logits"]["num_channels"] == 4
 
 
 def test_answer_is_the_same_with_and_without_what_is_kept(a_bundle, a_volume):
