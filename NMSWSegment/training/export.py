@@ -94,9 +94,13 @@ def export_bundle(
             "trained_on": "\n\n".join(note["trained_on"] for note in notes if "trained_on" in note),
         },
         "scores": held_out,
-        "attributions": (
-            *dict.fromkeys(text for one in trained for text in _inherited_attributions(one.options)),
-            *(text for note in notes for text in note.get("attributions", ())),
+        "attributions": tuple(
+            dict.fromkeys(
+                [
+                    *(text for one in trained for text in _inherited_attributions(one.options)),
+                    *(text for note in notes for text in note.get("attributions", ())),
+                ]
+            )
         ),
     }
     nets = [one.net for one in trained]

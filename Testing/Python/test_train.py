@@ -616,7 +616,7 @@ def test_local_net_alone_sees_foreground_two_times_of_three(monkeypatch):
     x, labels, grid = prepare(a_sample(), options)
     middles = []
 
-    def record(net, crops, options):
+    def record(net, crops, parts, options):
         middles.append(float(crops[0, 0, 8, 8, 8]))
         return (torch.zeros(1, 4, 16, 16, 16, requires_grad=True),)
 

@@ -164,7 +164,7 @@ def drawn(monkeypatch):
         logits[:, 0, ..., :16], logits[:, 1, ..., 16:] = 20, 20
         importance_map[..., :8] = 50
 
-        def local(net, crops, options):
+        def local(net, crops, parts, options):
             taken.extend(int(value) for value in crops[:, 0, 0, 0, 0])
             return (torch.zeros(len(crops), 4, 16, 16, 16, requires_grad=True),)
 
