@@ -63,6 +63,9 @@ CHANGES = {
     "attributions of a text": ("attributions", "one", "attributions"),
     "architecture of a text": ("architecture", "unet", "architecture"),
     "preset of a number": ("architecture", {"preset": 3}, "architecture.preset"),
+    "ensemble of nothing": ("num_runs", 0, "num_runs.*whole number from 1"),
+    "auto that never begins": ("auto_gain", 1.5, "auto_gain.*from 0 to 1"),
+    "cascade that is a word": ("architecture", {"cascade": "yes"}, "architecture.cascade.*true or false"),
     "normalization of tomorrow": ("normalization", "histogram", "normalization.*one of fixed, percentiles, zscore"),
     "format of a list": ("format_version", [1], "format"),
 }
@@ -104,7 +107,7 @@ def test_every_key_of_a_wrong_type_is_refused_by_name(a_tiny_bundle, tally):
                 assert (
                     (key in TEXT_KEYS and isinstance(wrong, str))
                     or (key in ("training", "architecture", "sha256", "scores") and isinstance(wrong, dict))
-                    or (key == "overlap" and wrong == 0)
+                    or (key in ("overlap", "auto_gain") and wrong == 0 and wrong is not False)
                     or (key == "importance_has_entropy" and wrong is True)
                     or (key == "attributions" and isinstance(wrong, list))
                     or (key == "format_version" and wrong is True)
@@ -113,7 +116,17 @@ def test_every_key_of_a_wrong_type_is_refused_by_name(a_tiny_bundle, tally):
 
 def test_every_missing_key_is_named(a_tiny_bundle, tally):
     values = values_of(a_tiny_bundle)
-    for key in set(values) - {"importance_has_entropy", "normalization", "training", "scores", "license", "attributions", "format_version"}:
+    for key in set(values) - {
+        "importance_has_entropy",
+        "normalization",
+        "num_runs",
+        "auto_gain",
+        "training",
+        "scores",
+        "license",
+        "attributions",
+        "format_version",
+    }:
         error = tally(lambda key=key: BundleManifest.from_dict({name: value for name, value in values.items() if name != key}))
         assert f"'{key}'" in str(error)
 
