@@ -53,7 +53,7 @@ def a_bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def a_volume():
-    shape = (50, 41, 71)  # the coarse volume ends before the padded one on every axis
+    shape = (36, 30, 50)  # the coarse volume ends before the padded one on every axis
     return phantoms.phantom(shape, ijk_to_ras=phantoms.upright_ijk_to_ras((6.0, 6.0, 6.0), shape))[0]
 
 
