@@ -11,6 +11,7 @@ from torch import Tensor
 
 from NMSWSegment.engine.aggregation import CoarseUpsampler
 from NMSWSegment.files.grid import CandidateGrid
+from NMSWSegment.nets.nmsw_net import CoarsePrior
 from NMSWSegment.samples.warp import chance, uniform
 
 UNDISTURBED_SHARE = 0.15
@@ -37,7 +38,7 @@ def disturbed(coarse_logits: Tensor, *, generator: torch.Generator) -> Tensor:
         return coarse_logits
     num_classes, *shape = coarse_logits.shape
     logits = _moved(coarse_logits, _smooth(3, shape, generator=generator).to(coarse_logits.device) * uniform(generator, 0, MOST_SHIFT))
-    logits = logits.clamp(min=-10.0) * uniform(generator, 0.6, 1.4)  # a class at minus infinity could not come back
+    logits = logits.clamp(min=CoarsePrior.LEAST_LOGIT) * uniform(generator, 0.6, 1.4)  # a class at minus infinity could not come back
     logits = logits + _smooth(num_classes, shape, generator=generator).to(logits.device) * uniform(generator, 0, MOST_NOISE)
     if chance(generator, FORGOTTEN_SHARE):
         present = torch.unique(coarse_logits.max(0).indices)

@@ -7,9 +7,10 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,17 +132,13 @@ def _held_out_cases(options: TrainOptions, *, label_names: Sequence[str]) -> lis
         return open_validation_cases(replace(options, validate_every=options.validate_every or 1), data=data, group=group)
 
 
-@dataclass(frozen=True)
-class _Trained:
+class _Trained(NamedTuple):
     """A run as it is exported."""
 
     options: TrainOptions
     checkpoint: dict
     net: NMSWNet
     """Weights rounded to fp16, without what a sparse e2enet left out."""
-
-    def __iter__(self) -> Iterator:
-        return iter((self.options, self.checkpoint, self.net))
 
 
 def _trained(run: Path, *, last: bool) -> _Trained:

@@ -21,7 +21,6 @@ from NMSWSegment.engine.aggregation import CoarseUpsampler, aggregate, mixing_we
 from NMSWSegment.engine.resampling import coarse_input, normalize_intensity, pad_to_grid, run_coarse
 from NMSWSegment.engine.selection import candidate_importance, differentiable_top_k, shows_foreground
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.nets.backbones import memory_format
 from NMSWSegment.nets.nmsw_net import NMSWNet
 from NMSWSegment.training.cascade import disturbed, parts_of_boxes
 from NMSWSegment.training.losses import DICE_SMOOTHING, class_shares, entropy, ranking_loss, segmentation_loss, soft_segmentation_loss
@@ -229,8 +228,6 @@ def _coarse_parts(
 
 def _run_local(net: NMSWNet, crops: Tensor, parts: Tensor | None, options: TrainOptions) -> tuple[Tensor, ...]:
     """Local logits (K, C, P, P, P), then those at 1/2, 1/4, ... where the backbone has heads for deep supervision; float32."""
-    if parts is not None:
-        parts = parts.contiguous(memory_format=memory_format(options.backbone))  # as the backbone's own arrays: interpolating is three times as fast
     with _autocast(crops, options):
         return net.local.deep_logits(crops, parts)
 
