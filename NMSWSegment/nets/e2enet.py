@@ -6,7 +6,7 @@
     x[3,0]                            column 0 is the encoder; here of four levels, as published of six
 
 Node x[i,j] fuses its left neighbor x[i,j-1], the one below that, up-sampled, and the one above that, pooled. A net with masked
-fusion convolutions (training/sparse.py) is stored without the channels that nothing reads: without_unused_channels.
+fusion convolutions (training/sparse.py) is stored without the channels that nothing reads: without_unused_channels; with_all_channels goes back.
 """
 
 import torch
@@ -33,6 +33,7 @@ class E2ENet(nn.Module):
         self.channels, self.in_channels, self.out_channels, self.fusion_channels = channels, in_channels, out_channels, fusion_channels
         widths = (in_channels, *channels)
         self.encoder = nn.ModuleList([nn.Sequential(ShiftedConv(before, after), ShiftedConv(after, after)) for before, after in zip(widths, channels)])
+        self.encoder[0][0].group_sizes = (in_channels,)  # the image is read where it lies, also with a coarse answer beside it (D15)
         self.nodes = nn.ModuleDict()
         patterns = iter(fusion_channels)
         for column in range(1, len(channels)):
@@ -168,25 +169,77 @@ def without_unused_channels(net: E2ENet) -> E2ENet:
     return sliced.train(net.training)
 
 
+def with_all_channels(sliced: E2ENet, *, start: E2ENet) -> E2ENet:
+    """The inverse of without_unused_channels: the same function with all channels, which can be trained further.
+
+    Args:
+        start: a net with all channels of the same size. Parameters that the sliced net lacks stay as they are in it, but nothing reads them.
+
+    Returns:
+        start, changed.
+    """
+    if not sliced.fusion_channels:
+        start.load_state_dict(sliced.state_dict())
+        return start
+    patterns = dict(zip(fusion_convolutions(start), sliced.fusion_channels, strict=True))
+    own = sliced.state_dict()
+    state = start.state_dict() | {key: value for key, value in own.items() if not key.startswith("nodes.")}
+    for name, node in start.nodes.items():
+        kept = _KeptChannels([patterns[key] for key in patterns if key.startswith(f"{name}.")], node=node)
+        prefix = f"nodes.{name}"
+        state[f"{prefix}.up.weight"] = _put_back(own[f"{prefix}.up.weight"], node.up.weight, outputs=kept.up_outputs, inputs=kept.inputs[0], axis=0)
+        for index, block in enumerate(node.convs):
+            key, rows = f"{prefix}.convs.{index}", kept.outputs[index]
+            state[f"{key}.conv.weight"] = _put_back(own[f"{key}.conv.weight"], block.conv.weight, outputs=rows, inputs=kept.inputs[index + 1], axis=1)
+            for part in _BY_OUTPUT:
+                state[f"{key}.{part}"] = state[f"{key}.{part}"].index_copy(0, torch.tensor(rows), own[f"{key}.{part}"])
+    start.load_state_dict(state)
+    return start
+
+
 def kept_indices(pattern: str) -> list[int]:
     """Positions of the kept channels."""
     return [index for index, mark in enumerate(pattern) if mark == KEPT]
 
 
+_BY_OUTPUT = ("conv.bias", "norm.weight", "norm.bias")
+"""Parameters of a ShiftedConv with one value per output channel."""
+
+
+class _KeptChannels:
+    """What the patterns of a node (up-sampling, convolutions) keep."""
+
+    def __init__(self, patterns: list[str], *, node: FusionNode) -> None:
+        channels = node.convs[-1].conv.out_channels
+        self.inputs = [kept_indices(pattern) for pattern in patterns]
+        """Of the up-sampling, then of every convolution."""
+        self.up_outputs = kept_indices(patterns[1][channels : 2 * channels])
+        self.outputs = [*self.inputs[2:], list(range(channels))]
+        """Of every convolution: a first one need not compute what the second does not read."""
+
+
 def _sliced_node_state(node: FusionNode, *, prefix: str, patterns: list[str]) -> dict[str, Tensor]:
     """Parameters of a node without what the patterns (up, convolutions) leave out."""
-    channels = node.convs[-1].conv.out_channels
-    inputs = [kept_indices(pattern) for pattern in patterns]
-    up_outputs = kept_indices(patterns[1][channels : 2 * channels])
-    state = {f"{prefix}.up.weight": node.up.weight[inputs[0]][:, up_outputs]}
-    outputs = [*inputs[2:], list(range(channels))]  # a first convolution need not compute what the second does not read
+    kept = _KeptChannels(patterns, node=node)
+    state = {f"{prefix}.up.weight": node.up.weight[kept.inputs[0]][:, kept.up_outputs]}
     for index, block in enumerate(node.convs):
-        key, rows = f"{prefix}.convs.{index}", outputs[index]
-        state[f"{key}.conv.weight"] = block.conv.weight[rows][:, inputs[index + 1]]
-        state |= {
-            f"{key}.{name}": value[rows] for name, value in (("conv.bias", block.conv.bias), ("norm.weight", block.norm.weight), ("norm.bias", block.norm.bias))
-        }
+        key, rows, values = f"{prefix}.convs.{index}", kept.outputs[index], block.state_dict()
+        state[f"{key}.conv.weight"] = block.conv.weight[rows][:, kept.inputs[index + 1]]
+        state |= {f"{key}.{part}": values[part][rows] for part in _BY_OUTPUT}
     return state
+
+
+def _put_back(sliced: Tensor, start: Tensor, *, outputs: list[int], inputs: list[int], axis: int) -> Tensor:
+    """A weight with all channels: 0 for inputs that were left out, for outputs that were left out that of `start`.
+
+    Args:
+        axis: of the inputs, 0 or 1; the outputs are the other one.
+    """
+    weight = start.detach().clone().transpose(0, axis)  # inputs first
+    weight[[index for index in range(len(weight)) if index not in inputs]] = 0
+    rows, columns = torch.tensor(inputs)[:, None], torch.tensor(outputs)[None]
+    weight[rows, columns] = sliced.transpose(0, axis)
+    return weight.transpose(0, axis).contiguous()
 
 
 def _used_pattern(conv: nn.Conv3d | nn.ConvTranspose3d) -> str:

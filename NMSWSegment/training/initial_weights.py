@@ -1,5 +1,6 @@
 """Where a run's weights start: another run, the coarse net of another run, or a bundle, whose classes are matched by name."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,16 @@ import torch
 from torch import Tensor
 
 from NMSWSegment.files.bundle import Bundle, load_bundle
-from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
+from NMSWSegment.nets.e2enet import with_all_channels
+from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.options import TrainOptions
 from NMSWSegment.training.run_folder import TrainingState, load_best_checkpoint, load_run_options, load_weights, trained_weights
 
+logger = logging.getLogger(__name__)
+
+UPON_LOCAL = ("importance", "weights")
+"""What a run trains that needs a finished local net."""
 COARSE_PREFIX, LOCAL_PREFIX, CLASS_WEIGHTS = "coarse.", "local.", "class_weights"
 IMPORTANCE_PREFIX, PRIOR_PREFIX = "coarse.importance_head.", "local.prior."
 BACKGROUND = "background"
@@ -29,7 +35,10 @@ def load_initial_weights(state: TrainingState, options: TrainOptions, *, label_n
     """
     net = state.net
     if options.initial_bundle:
-        net.load_state_dict(_bundle_weights(load_bundle(options.initial_bundle), net, label_names=label_names))
+        bundle = load_bundle(options.initial_bundle)
+        net.load_state_dict(_bundle_weights(bundle, net, label_names=label_names, needs_local=options.train in UPON_LOCAL))
+        if state.sparsity and Architecture(**bundle.manifest.architecture).fusion_channels:
+            state.sparsity.take_masks(net.local.backbone)
     if options.initial_run:
         checkpoint = _fitting_checkpoint("initial_run", options.initial_run, net.architecture, label_names=label_names)
         load_weights(net, trained_weights(checkpoint), run=options.initial_run)
@@ -47,34 +56,40 @@ def load_initial_weights(state: TrainingState, options: TrainOptions, *, label_n
         state.average.module.load_state_dict(net.state_dict())
 
 
-def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str]) -> dict[str, Tensor]:
+def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str], needs_local: bool) -> dict[str, Tensor]:
     """The weights of a bundle for a net of maybe other classes.
 
-    A class that both know by name keeps its weights; a new one, and an importance head that does not fit, stay as the net has them.
+    A class that both know by name keeps its weights; a new one, an importance head that does not fit, and a local net of another backbone
+    stay as the net has them.
+
+    Args:
+        needs_local: whether the run trains nothing of the local net, so that it must be the bundle's.
 
     Raises:
         UserError: the bundle's nets are of another kind or size.
     """
     manifest = bundle.manifest
     ours, theirs = net.architecture, Architecture(**manifest.architecture)
-    if theirs.fusion_channels:
-        raise UserError(f"The bundle '{manifest.name}' is a thinned out e2enet, which cannot be trained further. Start from its run with --initial-run.")
     if manifest.num_runs > 1:
         raise UserError(
             f"The bundle '{manifest.name}' is an ensemble of {manifest.num_runs} runs, which cannot be trained further. Start from one of its runs with --initial-run."
         )
-    if theirs.cascade and not ours.cascade:
+    takes_local = theirs.backbone == ours.backbone
+    if theirs.cascade and not ours.cascade and takes_local:
         raise UserError(
             f"The bundle '{manifest.name}' is a cascade, whose local net needs the coarse answer. Leave --no-cascade out, or start from another bundle."
         )
     becomes_cascade = ours.cascade and not theirs.cascade
-    if replace(theirs, num_classes=ours.num_classes, cascade=theirs.cascade or ours.cascade) != ours:
+    if theirs.preset != ours.preset or (needs_local and not takes_local):
         raise UserError(
             f"The bundle '{manifest.name}' has a {theirs.backbone} of size {theirs.preset}, this run a {ours.backbone} of size {ours.preset}. Leave --backbone and --preset out, or start from another bundle."
         )
-    archives = ((COARSE_PREFIX, bundle.coarse_path), (LOCAL_PREFIX, bundle.local_path))
-    given = {prefix + key: value.float() for prefix, path in archives for key, value in torch.jit.load(path, map_location="cpu").state_dict().items()}
-    given[CLASS_WEIGHTS] = torch.tensor(manifest.class_weights)
+    given = {COARSE_PREFIX + key: value for key, value in _archived(bundle.coarse_path).items()}
+    if takes_local:
+        given |= {LOCAL_PREFIX + key: value for key, value in _local_weights(bundle, theirs).items()}
+        given[CLASS_WEIGHTS] = torch.tensor(manifest.class_weights)
+    else:
+        logger.info("Of %s only the coarse net is taken: its local net is a %s, this run's a %s.", manifest.name, theirs.backbone, ours.backbone)
     their_names, our_names = [BACKGROUND, *manifest.label_names], [BACKGROUND, *label_names]
     has_same_classes = their_names == our_names
     takes_importance = has_same_classes and manifest.importance_has_entropy
@@ -82,6 +97,8 @@ def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str])
     our_rows, their_rows = (torch.tensor(rows) for rows in zip(*pairs))
     weights, class_axes = dict(net.state_dict()), _class_axes(ours)
     for key, value in weights.items():
+        if not takes_local and not key.startswith(COARSE_PREFIX):
+            continue
         if (key.startswith(IMPORTANCE_PREFIX) and not takes_importance) or (becomes_cascade and key.startswith((PRIOR_PREFIX, CLASS_WEIGHTS))):
             continue
         if key not in given:
@@ -94,6 +111,22 @@ def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str])
         else:
             weights[key] = value.cpu().index_copy(axis, our_rows, given[key].index_select(axis, their_rows))
     return weights
+
+
+def _archived(path: Path) -> dict[str, Tensor]:
+    """The parameters in a TorchScript archive, float32."""
+    return {key: value.float() for key, value in torch.jit.load(path, map_location="cpu").state_dict().items()}
+
+
+def _local_weights(bundle: Bundle, architecture: Architecture) -> dict[str, Tensor]:
+    """The parameters of a bundle's local net; a thinned out e2enet gets its other channels back, which nothing reads yet."""
+    weights = _archived(bundle.local_path)
+    if not architecture.fusion_channels:
+        return weights
+    sliced, whole = LocalNet(architecture), LocalNet(replace(architecture, fusion_channels=()))
+    sliced.load_state_dict(weights)
+    whole.backbone = with_all_channels(sliced.backbone, start=whole.backbone)
+    return weights | {key: value for key, value in whole.state_dict().items() if key.startswith("backbone.")}
 
 
 def _for_more_inputs(weight: Tensor, *, like: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ class TrainOptions:
     initial_run: str = ""
     """Run folder whose weights to start from."""
     initial_bundle: str = ""
-    """Bundle, by name or folder, whose weights to start from; its classes are matched by name, and its nets, spacing, intensity and patches are the defaults."""
+    """Bundle, by name or folder, whose weights to start from; its classes are matched by name, and its nets, spacing, intensity and patches are the defaults.
+    With another backbone only its coarse net is taken."""
     coarse_run: str = ""
     """Run folder whose coarse net train = patches uses; its local net may have another backbone."""
 
@@ -145,9 +146,13 @@ class TrainOptions:
                 f"The patches of a cascade must begin and end with whole coarse voxels, but patch_size is {self.patch_size}, overlap {self.overlap:g} and coarse_factor {self.coarse_factor}. Use multiples of twice the coarse factor."
             )
         upon_coarse = ("patches", "importance", "weights", *(("local",) if self.cascade else ()))
-        if (self.train == "patches" and not self.coarse_run) or (self.coarse_run and self.train not in upon_coarse):
+        if self.train == "patches" and not (self.coarse_run or self.initial_run or self.initial_bundle):
             raise UserError(
-                f"train is '{self.train}' and coarse_run is '{self.coarse_run}'. Give --train patches together with --coarse-run RUN, the folder of a run that trained a coarse net, or neither."
+                "train is 'patches', which needs a finished coarse net. Give --coarse-run RUN, the folder of a run that trained one, or --initial-bundle MODEL."
+            )
+        if self.coarse_run and self.train not in upon_coarse:
+            raise UserError(
+                f"coarse_run is '{self.coarse_run}', but train is '{self.train}', which trains a coarse net of its own. Leave --coarse-run out, or use --train patches."
             )
         if self.train in ("importance", "weights") and not (self.initial_run or self.initial_bundle):
             raise UserError(

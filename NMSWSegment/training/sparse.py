@@ -107,6 +107,11 @@ class FusionSparsity:
         self._generator.set_state(state["generator"])
         self._apply()
 
+    def take_masks(self, net: E2ENet) -> None:
+        """Keep what has weights in a net of the same size, which was sparse before: its density holds from now on."""
+        self.masks = {name: _strengths(conv, kind=self.options.kind) > 0 for name, conv in fusion_convolutions(net).items()}
+        self._apply()
+
     def _first_mask(self, conv: nn.Module) -> Tensor:
         """A random mask of the wanted density, at least one kernel or LEAST_CHANNELS channels active; (out, in) or (in,), bool, CPU."""
         size = _strengths(conv, kind=self.options.kind).shape

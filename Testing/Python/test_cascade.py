@@ -218,7 +218,7 @@ def test_net_of_a_bundle_becomes_a_cascade_that_adds_to_the_coarse_answer():
     [
         ({"train": "local"}, "^The local net of a cascade reads what the coarse net found. Give --coarse-run RUN"),
         ({"patch_size": (32, 32, 30), "coarse_factor": (2, 2, 4)}, "^The patches of a cascade must begin and end with whole coarse voxels, but patch_size is"),
-        ({"train": "local", "cascade": False, "coarse_run": "run"}, "^train is 'local' and coarse_run is 'run'"),
+        ({"train": "local", "cascade": False, "coarse_run": "run"}, "^coarse_run is 'run', but train is 'local'"),
     ],
 )
 def test_options_that_make_no_cascade_are_refused(changes, message):

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("monai")
 
-from NMSWSegment.nets.e2enet import E2ENet, FusionNode, ShiftedConv, depth_shift, fusion_convolutions, input_axis, without_unused_channels  # noqa: E402
+from NMSWSegment.nets.e2enet import E2ENet, FusionNode, ShiftedConv, depth_shift, fusion_convolutions, input_axis, with_all_channels, without_unused_channels  # noqa: E402
 from NMSWSegment.nets.macs import count_macs  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
 
@@ -72,6 +72,15 @@ def test_single_channel_stays_in_its_slice():
     x[0, 0, 1] = torch.rand(4, 4)
     answer = conv(x)
     assert [index for index in range(6) if answer[0, 0, index].std() > 1e-3] == [1]
+
+
+def test_image_is_read_where_it_lies_whatever_is_beside_it():
+    torch.manual_seed(0)
+    net = E2ENet(out_channels=3, channels=CHANNELS, in_channels=16)
+    x = torch.zeros(1, 16, 8, 8, 8)
+    x[0, 0, 3] = torch.rand(8, 8)
+    answer = net.encoder[0][0](x)
+    assert [index for index in range(8) if answer[0, 0, index].std() > 1e-3] == [3]
 
 
 def test_paper_net_has_the_published_sizes_and_ideal_macs():
@@ -164,6 +173,21 @@ def test_kernel_mask_keeps_the_shapes():
     for conv in fusion_convolutions(net).values():
         conv.weight.data[0, 0] = 0
     assert without_unused_channels(net).fusion_channels == ()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_sliced_net_gets_its_channels_back_and_answers_the_same(share):
+    net = a_tiny_net()
+    leave_out(net, share=share)
+    sliced = without_unused_channels(net)
+    back = with_all_channels(sliced, start=a_tiny_net(seed=5))
+    x = torch.rand(2, 1, *SHAPE, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(back(x), sliced(x))
+    torch.testing.assert_close(back(x), net(x))
+    again = without_unused_channels(back)
+    assert again.fusion_channels == sliced.fusion_channels
+    for name, value in sliced.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 def test_net_is_sliced_only_once():

@@ -15,8 +15,9 @@ from NMSWSegment.protocol import UserError  # noqa: E402
 from NMSWSegment.training.initial_weights import load_initial_weights  # noqa: E402
 from NMSWSegment.training.options import TrainOptions  # noqa: E402
 from NMSWSegment.training.run_folder import TrainingState  # noqa: E402
+from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions  # noqa: E402
 
-BUNDLES = ["torso-unet", "torso-mednext", "torso-swinunetr"]
+BUNDLES = ["torso-unet", "torso-mednext", "torso-swinunetr", "torso-e2enet"]
 
 
 def started(bundle: str, label_names: list[str], **changes) -> NMSWNet:
@@ -66,8 +67,32 @@ def test_bundle_of_another_backbone_or_size_is_refused():
         UserError, match="^The bundle 'torso-unet' has a unet of size compact, this run a unet of size paper. Leave --backbone and --preset out"
     ):
         started("torso-unet", ["liver"], preset="paper")
-    with pytest.raises(UserError, match="^The bundle 'torso-e2enet' is a thinned out e2enet.*--initial-run"):
-        started("torso-e2enet", ["liver"])
+    with pytest.raises(UserError, match="^The bundle 'torso-unet' has a unet of size compact, this run a mednext of size compact. Leave --backbone"):
+        started("torso-unet", ["liver"], backbone="mednext", train="weights")
+
+
+def test_bundle_of_another_backbone_gives_its_coarse_net_alone():
+    names = load_bundle("torso-unet").manifest.label_names
+    net = started("torso-unet", names, backbone="mednext", train="patches")
+    for key, value in torch.jit.load(load_bundle("torso-unet").coarse_path).state_dict().items():
+        torch.testing.assert_close(net.coarse.state_dict()[key], value.float(), rtol=0, atol=0)
+    torch.manual_seed(0)
+    fresh = NMSWNet(net.architecture)
+    for key, value in fresh.local.state_dict().items():
+        assert torch.equal(value, net.local.state_dict()[key]), key
+
+
+def test_thinned_out_e2enet_keeps_its_channels_in_a_sparse_run_and_may_use_all_in_another():
+    names = load_bundle("torso-e2enet").manifest.label_names
+    kept = Architecture(**load_bundle("torso-e2enet").manifest.architecture).fusion_channels
+    options = TrainOptions(data=("decathlon:data",), initial_bundle="torso-e2enet", backbone="e2enet", sparsity=0.8)
+    net = NMSWNet(Architecture(num_classes=len(names) + 1, backbone="e2enet"))
+    optimizer = torch.optim.AdamW(net.parameters())
+    sparsity = FusionSparsity(net.local.backbone, optimizer, options=SparsityOptions(iterations=10))
+    load_initial_weights(TrainingState(net=net, optimizer=optimizer, schedule=None, sparsity=sparsity), options, label_names=names)
+    assert ["".join("1" if active else "0" for active in mask.tolist()) for mask in sparsity.masks.values()] == list(kept)
+    net.slice_fusion()
+    assert net.architecture.fusion_channels == kept
 
 
 def test_cascade_cannot_start_a_net_that_reads_the_image_alone(tmp_path):

@@ -600,7 +600,7 @@ def test_losses_upon_a_frozen_coarse_net_have_the_same_gradient_for_all_else():
 
 @pytest.mark.parametrize("changes", [{"train": "patches"}, {"coarse_run": "some"}, {"train": "local", "coarse_run": "some"}])
 def test_frozen_coarse_net_and_its_run_are_given_together(changes):
-    with pytest.raises(UserError, match="Give --train patches together with --coarse-run RUN"):
+    with pytest.raises(UserError, match="^train is 'patches', which needs a finished coarse net. Give --coarse-run RUN"):
         step_options(**changes)
 
 
