@@ -49,6 +49,11 @@ class CandidateGrid:
         return cls(patch_size=tuple(patch_size), stride=stride, counts=counts, shape=tuple(shape), coarse_factor=tuple(coarse_factor))
 
     @property
+    def has_whole_coarse_voxels(self) -> bool:
+        """Whether every candidate begins and ends with a coarse voxel, as a cascade needs."""
+        return not any(size % r or step % r for size, step, r in zip(self.patch_size, self.stride, self.coarse_factor))
+
+    @property
     def padded_shape(self) -> Triple:
         """Voxels of the padded volume: P + (n - 1) s along each axis."""
         return tuple(size + (count - 1) * step for size, count, step in zip(self.patch_size, self.counts, self.stride))

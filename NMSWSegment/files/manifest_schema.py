@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.normalization import NORMALIZATIONS
 from NMSWSegment.protocol import UserError
 
@@ -179,12 +180,13 @@ def _check_together(values: dict) -> None:
     size, overlap = values["patch_size"], values["overlap"]
     if math.prod(size) > _MAX_PATCH_VOXELS:
         raise _wrong("patch_size", size, f"at most {_MAX_PATCH_VOXELS} voxels in all")
-    strides = [round(length * (1 - overlap)) for length in size]
     factors = values["coarse_factor"]
-    if values["architecture"].get("cascade") and any(length % factor or stride % factor for length, stride, factor in zip(size, strides, factors)):
+    try:
+        grid = CandidateGrid.covering(size, patch_size=size, overlap=overlap, coarse_factor=factors)
+    except ValueError:
+        raise _wrong("overlap", overlap, f"such that patches of {list(size)} voxels move by a whole part of a patch, such as 0.5") from None
+    if values["architecture"].get("cascade") and not grid.has_whole_coarse_voxels:
         raise _wrong("coarse_factor", factors, f"such that a cascade's patches of {list(size)} voxels begin and end with whole coarse voxels")
-    if any(stride < 1 or length % stride for length, stride in zip(size, strides)):
-        raise _wrong("overlap", overlap, f"such that patches of {list(size)} voxels move by a whole part of a patch, such as 0.5")
 
 
 _CODE = _fields({key: _text(may_be_empty=False) for key in ("scheme", "value", "meaning")}, {})

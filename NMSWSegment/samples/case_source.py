@@ -15,7 +15,7 @@ from NMSWSegment.samples.augment import PaperIntensity, paper_warp
 from NMSWSegment.samples.case_memory import CaseMemory, LoadedCase
 from NMSWSegment.samples.scan_range import random_box
 from NMSWSegment.samples.synthesis import SynthesisOptions, add_pathology
-from NMSWSegment.samples.warp import Warp, chance, is_outside, nearest_flat_index, random_warp, uniform
+from NMSWSegment.samples.warp import Warp, chance, is_outside, nearest_flat_index, random_warp, trilinear, uniform
 
 GAMMA_WINDOW_HU = (-250.0, 500.0)
 """The gamma works inside this window, the paper's; its range is narrower than the paper's, which would turn a liver into fat (1.35: 40 to -50 HU)."""
@@ -88,18 +88,10 @@ def resampled(loaded: LoadedCase, warp: Warp) -> tuple[Tensor, Tensor]:
     beyond = is_outside(index, size=labels.shape[0], axis=0)
     for axis, block in enumerate(loaded.blocks):  # voxels of the case -> blocks
         index[axis].sub_((block - 1) / 2).div_(block)
-    warped = _trilinear(loaded.intensity, index)
+    warped = trilinear(loaded.intensity[None], index)[0]
     warped[beside], warped_labels[beside] = loaded.outside, 0
     warped_labels[beyond] = UNKNOWN_LABEL
     return warped, warped_labels
-
-
-def _trilinear(intensity: Tensor, index: Tensor) -> Tensor:
-    """Intensity at continuous source indices (3, D, H, W), the border repeated beyond it, (D, H, W)."""
-    grid = index.new_empty(*index.shape[1:], 3)
-    for axis, size in enumerate(intensity.shape):
-        torch.mul(index[axis], 2 / max(size - 1, 1), out=grid[..., 2 - axis]).sub_(1)
-    return torch.nn.functional.grid_sample(intensity[None, None], grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0, 0]
 
 
 def _recontrasted(intensity: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:

@@ -174,6 +174,14 @@ def smooth_noise(shape: Triple, *, length_mm: float, spacing_mm: Triple_mm, gene
     return apply_along_axes(control, matrices).mul_(0.479**-1.5)
 
 
+def trilinear(values: Tensor, index: Tensor) -> Tensor:
+    """Values (C, d, h, w) at continuous indices (3, D, H, W), the border repeated beyond it, (C, D, H, W)."""
+    grid = index.new_empty(*index.shape[1:], 3)
+    for axis, size in enumerate(values.shape[1:]):
+        torch.mul(index[axis], 2 / max(size - 1, 1), out=grid[..., 2 - axis]).sub_(1)
+    return torch.nn.functional.grid_sample(values[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
+
+
 def rotation(angles_rad: Sequence[float]) -> Tensor:
     """Rotation about axis 0, then 1, then 2, (3, 3)."""
     matrix = torch.eye(3)

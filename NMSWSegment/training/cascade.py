@@ -12,15 +12,15 @@ from torch import Tensor
 from NMSWSegment.engine.aggregation import CoarseUpsampler
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.nets.nmsw_net import CoarsePrior
-from NMSWSegment.samples.warp import chance, uniform
+from NMSWSegment.samples.warp import chance, smooth_noise, trilinear, uniform
 
 UNDISTURBED_SHARE = 0.15
 """Of the volumes, whose coarse answer stays as it is."""
-CONTROL_SPACING = 5
-"""Coarse voxels between the control points of what varies in space."""
-MOST_SHIFT = 1.2
-"""Coarse voxels."""
-MOST_NOISE = 2.5
+NOISE_WIDTH = 5.0
+"""Coarse voxels; how wide the structures are of what varies in space."""
+MOST_SHIFT = 0.65
+"""Standard deviation in coarse voxels, along each axis."""
+MOST_NOISE = 1.35
 """Standard deviation of what is added to a logit."""
 FORGOTTEN_SHARE = 0.25
 """Of the volumes, in which one class becomes unlikely everywhere."""
@@ -37,7 +37,9 @@ def disturbed(coarse_logits: Tensor, *, generator: torch.Generator) -> Tensor:
     if chance(generator, UNDISTURBED_SHARE):
         return coarse_logits
     num_classes, *shape = coarse_logits.shape
-    logits = _moved(coarse_logits, _smooth(3, shape, generator=generator).to(coarse_logits.device) * uniform(generator, 0, MOST_SHIFT))
+    shift = _smooth(3, shape, generator=generator) * uniform(generator, 0, MOST_SHIFT)
+    place = torch.stack(torch.meshgrid(*(torch.arange(length) for length in shape), indexing="ij")) + shift
+    logits = trilinear(coarse_logits, place.to(coarse_logits.device))
     logits = logits.clamp(min=CoarsePrior.LEAST_LOGIT) * uniform(generator, 0.6, 1.4)  # a class at minus infinity could not come back
     logits = logits + _smooth(num_classes, shape, generator=generator).to(logits.device) * uniform(generator, 0, MOST_NOISE)
     if chance(generator, FORGOTTEN_SHARE):
@@ -55,17 +57,5 @@ def parts_of_boxes(coarse_logits: Tensor, boxes: Sequence[tuple[slice, slice, sl
 
 
 def _smooth(channels: int, shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
-    """Smooth noise of about unit variance at the control points, (channels, *shape)."""
-    counts = [-(-length // CONTROL_SPACING) + 1 for length in shape]
-    control = torch.randn(1, channels, *counts, generator=generator)
-    return torch.nn.functional.interpolate(control, size=list(shape), mode="trilinear", align_corners=True)[0]
-
-
-def _moved(values: Tensor, shift: Tensor) -> Tensor:
-    """Values (C, d, h, w) at their voxels plus a shift in voxels (3, d, h, w), the edge repeated."""
-    shape = values.shape[1:]
-    axes = [torch.arange(length, device=values.device, dtype=shift.dtype) for length in shape]
-    place = torch.stack(torch.meshgrid(*axes, indexing="ij")) + shift
-    scale = torch.tensor([2 / max(length - 1, 1) for length in shape], device=values.device)
-    grid = (place * scale[:, None, None, None] - 1).flip(0).movedim(0, -1)
-    return torch.nn.functional.grid_sample(values[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
+    """Smooth noise of unit variance in every channel, (channels, *shape)."""
+    return torch.stack([smooth_noise(tuple(shape), length_mm=NOISE_WIDTH, spacing_mm=(1.0, 1.0, 1.0), generator=generator) for _ in range(channels)])

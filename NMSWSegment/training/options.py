@@ -140,8 +140,11 @@ class TrainOptions:
             )
         if self.cascade and self.train == "local" and not (self.coarse_run or self.initial_run or self.initial_bundle):
             raise UserError("The local net of a cascade reads what the coarse net found. Give --coarse-run RUN, the folder of a run that trained a coarse net.")
-        strides = [round(size * (1 - self.overlap)) for size in self.patch_size]
-        if self.cascade and any(size % factor or stride % factor for size, stride, factor in zip(self.patch_size, strides, self.coarse_factor)):
+        try:
+            grid = CandidateGrid.covering(self.patch_size, patch_size=self.patch_size, overlap=self.overlap, coarse_factor=self.coarse_factor)
+        except ValueError as error:
+            raise UserError(f"The candidate grid is not possible: {error}. Use overlap 0.5 with an even patch_size.") from error
+        if self.cascade and not grid.has_whole_coarse_voxels:
             raise UserError(
                 f"The patches of a cascade must begin and end with whole coarse voxels, but patch_size is {self.patch_size}, overlap {self.overlap:g} and coarse_factor {self.coarse_factor}. Use multiples of twice the coarse factor."
             )
@@ -182,10 +185,6 @@ class TrainOptions:
             raise UserError(
                 f"sparsity is {self.sparsity} with backbone {self.backbone}. It is a share from 0 to below 1, and only {SPARSE_BACKBONE} can be sparse."
             )
-        try:
-            CandidateGrid.covering(self.patch_size, patch_size=self.patch_size, overlap=self.overlap)
-        except ValueError as error:
-            raise UserError(f"The candidate grid is not possible: {error}. Use overlap 0.5 with an even patch_size.") from error
 
     @classmethod
     def from_dict(cls, values: dict) -> "TrainOptions":
