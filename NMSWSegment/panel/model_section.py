@@ -37,7 +37,7 @@ class ModelSection:
         self._on_chosen, self._on_log, self._close_worker = on_chosen, on_log, close_worker
         self._manifests: dict[str, BundleManifest] = {}
         self._are_devices_known = False
-        self.ui.installOpenvinoButton.visible = False
+        self.ui.installOpenvinoButton.enabled = False
         if setting(BUNDLES_FOLDER_KEY):
             os.environ[USER_FOLDER_VARIABLE] = setting(BUNDLES_FOLDER_KEY)
         self.ui.bundlesFolderLineEdit.filters = ctk.ctkPathLineEdit.Dirs
@@ -69,7 +69,8 @@ class ModelSection:
     def show_runtimes(self, titles: dict[str, str]) -> None:
         """Show the runtimes that the worker found: runtime -> title; offer OpenVINO where it is not installed."""
         self._fill_runtimes(titles)
-        self.ui.installOpenvinoButton.visible = "openvino" not in titles
+        # not hidden: a section that is folded away shows what was hidden meanwhile when it opens
+        self.ui.installOpenvinoButton.enabled = "openvino" not in titles
 
     def device(self) -> str:
         """The device that a run would take."""
