@@ -61,6 +61,7 @@ def test_openvino_is_installed_only_with_consent_and_a_new_worker_looks_for_it(a
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: (object() if installed else None) if name == "openvino" else find_spec(name))
     monkeypatch.setattr(slicer.util, "pip_install", installed.append)
     app.answers.append(answer)
+    widget._on_devices({"devices": {"cpu": "CPU"}, "runtimes": {"exact": "PyTorch (float32)"}, "torch": "2.2"})  # whatever is installed here
 
     widget.ui.installOpenvinoButton.click()
     app.wait_until(lambda: widget.segmenter.worker.pid is not None, TIMEOUT_S)
