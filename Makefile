@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	@echo "Open demo/preview.png to look at the result, or drag demo/segmentation.seg.nrrd into 3D Slicer."
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,7 +1,10 @@
 """Fixtures: a phantom with exact labels and a tiny bundle whose nets are known in closed form."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, while other tests run beside them
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -100,6 +103,18 @@ TALLY = Tally()
 def tally() -> Tally:
     """Counts hostile inputs over all files of tests."""
     return TALLY
+
+
+def pytest_sessionfinish(session) -> None:
+    """Where tests run in several processes, give the count to the first one."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = dict(TALLY.ends)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Add the count of a process that has ended."""
+    TALLY.ends.update(getattr(node, "workeroutput", {}).get("tally", {}))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
