@@ -47,7 +47,8 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
             check_headers(case)
     with joined_group(device) as group:
         check_precision(options, group.device)
-        state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
+        long_enough = replace(options, iterations=max(options.iterations, TIMED_ITERATIONS))  # a learning-rate schedule has an end
+        state = new_state(long_enough, num_classes=len(data.label_names) + 1, group=group)
         load_initial_weights(state, options, label_names=data.label_names)
         yield from _data_lines(data, headers, options)
         yield from _class_lines(data)

@@ -48,6 +48,12 @@ def test_plan_warns_of_cases_smaller_than_a_patch(folder, tmp_path):
     assert any("samples hold at most 4000 voxels" in line and "--max-sample-voxels" in line for line in lines)
 
 
+def test_plan_of_a_single_iteration_can_be_timed_too(folder, tmp_path):
+    options = tiny_options(folder, data=(f"totalsegmentator:{folder}",), subset="liver", iterations=1)
+    lines = list(plan_lines(options, output=tmp_path / "run", cache=tmp_path / "cache", device="cpu"))
+    assert any(line.startswith("Time ") for line in lines) and any("1 iterations, batch size 1" in line for line in lines)
+
+
 def test_plan_stops_where_the_run_would(folder, tmp_path):
     options = tiny_options(folder, data=(f"totalsegmentator:{folder}",), subset="liver", patch_size=(20, 20, 20))
     with pytest.raises(UserError, match="Use 24 x 24 x 24"):
