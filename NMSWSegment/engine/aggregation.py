@@ -26,9 +26,12 @@ Block = tuple[int, int, int]
 """A stride-sized block by its place in the grid of blocks."""
 SLICES_AT_ONCE = 16
 """Of a patch, for one thread."""
+LIKELY_LOGITS = 3.0
+"""How far below the likeliest class of a block a class may stay, at its best, to be looked at first. No label depends on it."""
 WINDOW_SIGMA = 0.125  # of the patch size; MONAI's and nnU-Net's choice
 WINDOW_FLOOR = 1e-3
 UNIFORM_MARGIN = 1e-5  # relative; far above the rounding of three float32 interpolations
+BOUND_MARGIN = 1e-3  # relative; far above that of a sum of patches
 
 
 def patch_window(patch_size: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
@@ -96,24 +99,26 @@ class CoarseUpsampler:
             values = low + (values.index_select(axis, upper - first) - low) * t
         return values
 
-    def planes(self, box: Sequence[slice]) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-        """What `region` knows before its last axis: for each slice of the box the coarse plane below it (C, h, w), from there to the plane above,
-        and which share of that is to be added."""
+    def highest(self, box: Sequence[slice]) -> np.ndarray:
+        """No value of `region` is higher than these, (C,), but for rounding."""
+        return self.coarse_logits.numpy()[(slice(None), *self.needed(box))].max(axis=(1, 2, 3))
+
+    def slabs(self, box: Sequence[slice], *, classes: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """`region` of some classes, a few slices at a time: slices of the box and y_up there, (classes, slices, h, w), to be used at once."""
         depth, height, width = ([part[inside] for part in taps.parts] for taps, inside in zip(self.taps, box))
         rows, columns = (slice(lower[0], upper[-1] + 1) for lower, upper, _ in (height, width))
+        starts = [0, *(np.flatnonzero(np.diff(depth[0]) | np.diff(depth[1])) + 1).tolist(), len(depth[0])]
         planes: dict[int, np.ndarray] = {}
-        last, step = None, None
-        for lower, upper, t in zip(*depth):
-            if (lower, upper) != last:
-                last = lower, upper
-                planes = {d: planes.get(d) for d in last}
-                for d in last:
-                    if planes[d] is None:
-                        part = self.coarse_logits.numpy()[:, d, rows, columns]
-                        part = _interpolated(part, *(index - columns.start for index in width[:2]), width[2], axis=2)
-                        planes[d] = _interpolated(part, *(index - rows.start for index in height[:2]), height[2][:, None], axis=1)
-                step = np.subtract(planes[upper], planes[lower], out=step)
-            yield planes[lower], step, t
+        for start, stop in itertools.pairwise(starts):  # slices between the same two coarse planes
+            below, above = int(depth[0][start]), int(depth[1][start])
+            planes = {d: planes.get(d) for d in (below, above)}
+            for d in planes:
+                if planes[d] is None:
+                    part = self.coarse_logits.numpy()[classes, d, rows, columns]
+                    part = _interpolated(part, *(index - columns.start for index in width[:2]), width[2], axis=2)
+                    planes[d] = _interpolated(part, *(index - rows.start for index in height[:2]), height[2][:, None], axis=1)
+            values = (planes[above] - planes[below])[:, None] * depth[2][start:stop, None, None]
+            yield slice(start, stop), np.add(planes[below][:, None], values, out=values)
 
     def labels(self) -> Tensor:
         """arg max of y_up everywhere, (D, H, W) uint8, without ever holding C full volumes.
@@ -144,8 +149,8 @@ class CoarseUpsampler:
             t = self.taps[axis - 1].phases.reshape([-1 if i == axis else 1 for i in range(5)])
             low = values.take([0], axis=axis)
             values = low + (values.take([1], axis=axis) - low) * t
-        best = BestClass(len(values))(values.reshape(len(values), -1))
-        by_cell[tuple(cells)] = np.moveaxis(best.reshape(values.shape[1:]), -1, 0)
+        best, _ = BestClass(len(values))(values)
+        by_cell[tuple(cells)] = np.moveaxis(best, -1, 0)
 
 
 def patch_upsamplers(coarse_logits: Tensor, *, indices: Sequence[int], grid: CandidateGrid) -> dict[int, CoarseUpsampler]:
@@ -226,6 +231,8 @@ class _BlockSums:
     """Patches that have not come yet."""
     total: np.ndarray
     """Weighted logits of those that have come, (C, block)."""
+    highest: np.ndarray
+    """No logit of those that have come is higher, (C,); so is no mean of them."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +242,8 @@ class _Piece:
     block: Block
     inside: tuple[slice, slice, slice]
     """Its voxels in the coordinates of the patch."""
+    highest: np.ndarray
+    """As in the sums, with this patch, (C,)."""
     sums: _BlockSums | None
     """None where no other patch covers the block."""
     is_first: bool
@@ -261,8 +270,8 @@ class StreamingAggregator:
         self.window = patch_window(grid.patch_size).numpy()
         self.upsamplers = upsamplers
         self.labels = coarse_labels.clone()
-        a = mixing_weights(class_weights.cpu())[:, None, None]
-        self.shares = a.numpy(), (1 - a).numpy()  # of the patches and of y_up, (C, 1, 1)
+        a = mixing_weights(class_weights.cpu())[:, None, None, None]
+        self.shares = a.numpy(), (1 - a).numpy()  # of the patches and of y_up, (C, 1, 1, 1)
         self.covering: dict[Block, list[int]] = {}  # the candidates of each block that is not done
         self.sums: dict[Block, _BlockSums] = {}
         for index in sorted(upsamplers):
@@ -272,19 +281,9 @@ class StreamingAggregator:
     def add(self, index: int, logits: Tensor) -> None:
         """Take the local logits (C, P, P, P) of a candidate that was announced."""
         patch, upsampler = logits.numpy(), self.upsamplers.pop(index)
-        pieces = [self._piece(index, block, num_classes=len(patch)) for block in self._blocks(index)]
-        share = np.ones_like(self.window) if any(piece.sums for piece in pieces) else None
-        for piece in pieces:
-            if piece.sums:
-                np.divide(self.window[piece.inside], piece.sums.weight_sum, out=share[piece.inside])
-        strips: dict[tuple[int, int], list[_Piece]] = {}
-        for piece in pieces:
-            strips.setdefault(piece.block[:2], []).append(piece)
-        tasks = [
-            (slices, strip) for strip in strips.values() for slices in ranges(strip[0].inside[0].stop, start=strip[0].inside[0].start, step=SLICES_AT_ONCE)
-        ]
-        start = self.grid.starts[index]
-        in_threads(lambda task: self._add_strip(patch, share, upsampler, slices=task[0], strip=task[1], start=start), tasks)
+        pieces = [self._piece(index, block, highest=highest) for block, highest in zip(self._blocks(index), self._highest_of_blocks(logits))]
+        tasks = [(piece, slices) for piece in pieces for slices in ranges(self.grid.stride[0], step=SLICES_AT_ONCE)]
+        in_threads(lambda task: self._add_slices(patch, upsampler, piece=task[0], slices=task[1]), tasks)
         for piece in pieces:
             if piece.is_last:
                 del self.covering[piece.block]
@@ -300,62 +299,105 @@ class StreamingAggregator:
             raise ValueError(f"{len(self.covering)} blocks still wait for a patch that was announced but not added")
         return self.labels
 
-    def _piece(self, index: int, block: Block, *, num_classes: int) -> _Piece:
-        """A block of a patch that comes now."""
+    def _piece(self, index: int, block: Block, *, highest: np.ndarray) -> _Piece:
+        """A block of a patch that comes now; highest: of its logits there, (C,)."""
         candidates = self.covering[block]
         inside = self._inside(index, block)
         if len(candidates) == 1:
-            return _Piece(block, inside, sums=None, is_first=True, is_last=True)
+            return _Piece(block, inside, highest, sums=None, is_first=True, is_last=True)
         is_first = block not in self.sums
         if is_first:
             weight_sum = sum((self.window[self._inside(other, block)] for other in candidates), start=np.zeros(self.grid.stride, np.float32))
-            self.sums[block] = _BlockSums(weight_sum, missing=len(candidates), total=np.empty((num_classes, *self.grid.stride), np.float32))
-        self.sums[block].missing -= 1
-        return _Piece(block, inside, sums=self.sums[block], is_first=is_first, is_last=self.sums[block].missing == 0)
+            total = np.empty((len(highest), *self.grid.stride), np.float32)
+            self.sums[block] = _BlockSums(weight_sum, missing=len(candidates), total=total, highest=highest)
+        sums = self.sums[block]
+        sums.missing -= 1
+        sums.highest = np.maximum(sums.highest, highest)
+        return _Piece(block, inside, sums.highest, sums=sums, is_first=is_first, is_last=sums.missing == 0)
 
-    def _add_strip(
-        self, patch: np.ndarray, share: np.ndarray | None, upsampler: CoarseUpsampler, *, slices: slice, strip: list[_Piece], start: np.ndarray
-    ) -> None:
-        """Some slices of a patch, as high as a block and as wide as the patch: the arithmetic of `aggregate`, a few rows at a time.
+    def _highest_of_blocks(self, logits: Tensor) -> np.ndarray:
+        """The highest logit of every class in every block of a patch (C, P, P, P), (blocks, C), as `_blocks` counts them."""
+        (d, h, w), num_classes = self.grid.stride, len(logits)
+        rows = logits.reshape(num_classes, -1, d, logits.shape[2] * logits.shape[3]).amax(2)  # by the slices of a block, then its rows, its columns
+        by_block = rows.reshape(num_classes, len(rows[0]), -1, h, logits.shape[3] // w, w).amax(3).amax(4)
+        return by_block.reshape(num_classes, -1).t().numpy()
+
+    def _add_slices(self, patch: np.ndarray, upsampler: CoarseUpsampler, *, piece: _Piece, slices: slice) -> None:
+        """Some slices of a block: the arithmetic of `aggregate`, into the sums or, with the last patch, into the labels.
 
         Args:
             patch: (C, P, P, P) logits.
-            share: its share of the patches at each voxel, (P, P, P); None is 1 everywhere.
             upsampler: of the candidate.
-            slices: of the patch.
-            strip: the blocks side by side.
-            start: of the patch.
         """
-        num_classes, width = len(patch), patch.shape[3]
+        first = piece.inside[0].start
+        in_patch = slice(first + slices.start, first + slices.stop), *piece.inside[1:]
+        source = patch[(slice(None), *in_patch)]
+        share, total = None, None
+        if piece.sums:
+            share, total = self.window[in_patch] / piece.sums.weight_sum[slices], piece.sums.total[:, slices]
+        if piece.is_last:
+            self._label_slices(source, share, total, upsampler, piece=piece, slices=slices)
+            return
+        for z, rows in _parts(source.shape[1:], floats=len(source)):
+            target = total[:, z, rows]
+            if piece.is_first:
+                np.multiply(share[z, rows], source[:, z, rows], out=target)
+            else:
+                np.add(target, share[z, rows] * source[:, z, rows], out=target)
+
+    def _label_slices(
+        self, source: np.ndarray, share: np.ndarray | None, total: np.ndarray | None, upsampler: CoarseUpsampler, *, piece: _Piece, slices: slice
+    ) -> None:
+        """Mix some slices of a block with y_up and write their labels. Only classes that can be the largest somewhere in the block are looked at.
+
+        Args:
+            source: logits of the patch there, (C, slices, h, w).
+            share, total: what it counts and the sums of the patches before; None where it is alone.
+        """
+        depth, *in_plane = self._box(piece.block)
+        box = slice(depth.start + slices.start, depth.start + slices.stop), *in_plane
         patch_share, coarse_share = self.shares
-        best, labels = BestClass(num_classes), self.labels.numpy()
-        in_patch = strip[0].inside[1]
-        box = [slice(part.start + int(o), part.stop + int(o)) for part, o in zip((slices, in_patch, slice(0, width)), start)]
-        is_done = any(piece.is_last for piece in strip)
-        planes = upsampler.planes(box) if is_done else itertools.repeat((None, None, 0.0))
-        rows_at_once = max(1, BLOCK_FLOATS // (num_classes * width))
-        buffers = np.empty((2, num_classes, min(rows_at_once, in_patch.stop - in_patch.start), width), np.float32)
-        for z, (below, step, t) in zip(range(slices.start, slices.stop), planes):
-            for rows in ranges(in_patch.stop, start=in_patch.start, step=rows_at_once):
-                mixed, upsampled = buffers[:, :, : rows.stop - rows.start]
-                source = patch[:, z, rows]
+        bounds = patch_share.ravel() * piece.highest + coarse_share.ravel() * upsampler.highest(box)
+        likely = np.flatnonzero(~(bounds < bounds.max() - LIKELY_LOGITS))  # all where a bound is no number
+        others = float(np.delete(bounds, likely).max(initial=np.finfo(np.float32).min))
+        others += BOUND_MARGIN * max(1.0, abs(others))
+        if not self._mix(source, share, total, upsampler, box=box, classes=likely, others=others):
+            self._mix(source, share, total, upsampler, box=box, classes=np.arange(len(source)))
+
+    def _mix(
+        self,
+        source: np.ndarray,
+        share: np.ndarray | None,
+        total: np.ndarray | None,
+        upsampler: CoarseUpsampler,
+        *,
+        box: Sequence[slice],
+        classes: np.ndarray,
+        others: float = -np.inf,
+    ) -> bool:
+        """Write the labels of a box as if there were only some classes; whether that is right, because they are larger than all others everywhere.
+
+        Args:
+            source, share, total: as in _label_slices.
+            box: in the volume.
+            others: no other class is higher.
+        """
+        (patch_share, coarse_share), best, labels = (one[classes] for one in self.shares), BestClass(len(classes)), self.labels.numpy()[tuple(box)]
+        codes = classes.astype(np.uint8)
+        for slab, upsampled in upsampler.slabs(box, classes=classes):
+            for z, rows in _parts(labels[slab].shape, floats=len(classes)):
+                here = slice(slab.start + z.start, slab.start + z.stop), rows
+                values = source[(classes, *here)]  # a copy
                 if share is not None:
-                    source = np.multiply(share[z, rows], source, out=mixed)
-                    for piece in strip:
-                        _exchange(mixed[..., piece.inside[2]], piece, z=z, rows=rows)
-                if not is_done:
-                    continue
-                np.multiply(patch_share, source, out=mixed)
-                here = slice(rows.start - in_patch.start, rows.stop - in_patch.start)
-                np.multiply(step[:, here], t, out=upsampled)
-                np.add(below[:, here], upsampled, out=upsampled)
-                np.multiply(coarse_share, upsampled, out=upsampled)
-                np.add(mixed, upsampled, out=mixed)
-                found = best(mixed.reshape(num_classes, -1)).reshape(-1, width)
-                for piece in strip:
-                    if piece.is_last:
-                        target = tuple(slice(part.start + int(o), part.stop + int(o)) for part, o in zip((slice(z, z + 1), rows, piece.inside[2]), start))
-                        labels[target] = found[:, piece.inside[2]]
+                    np.multiply(share[here], values, out=values)
+                    np.add(total[(classes, *here)], values, out=values)
+                np.multiply(patch_share, values, out=values)
+                np.add(values, coarse_share * upsampled[:, z, rows], out=values)
+                found, least = best(values)
+                if least < others:
+                    return False
+                labels[here] = codes[found]
+        return True
 
     def _inside(self, index: int, block: Block) -> tuple[slice, slice, slice]:
         """The voxels of a block in the coordinates of a patch."""
@@ -372,15 +414,13 @@ class StreamingAggregator:
         return tuple(slice(i * step, (i + 1) * step) for i, step in zip(block, self.grid.stride))
 
 
-def _exchange(weighted: np.ndarray, piece: _Piece, *, z: int, rows: slice) -> None:
-    """Bring rows of a patch into the sums of a block, or for its last patch the sums into the rows, (C, rows, block)."""
-    if piece.sums is None:
-        return
-    sums = piece.sums.total[:, z - piece.inside[0].start, rows.start - piece.inside[1].start : rows.stop - piece.inside[1].start]
-    if piece.is_first:
-        sums[...] = weighted
-    else:
-        np.add(sums, weighted, out=weighted if piece.is_last else sums)
+def _parts(shape: Sequence[int], *, floats: int) -> Iterator[tuple[slice, slice]]:
+    """Slices and rows of a box (D, H, W) in parts that stay in the processor's cache with so many floats a voxel."""
+    depth, height, width = shape
+    rows = BLOCK_FLOATS // (floats * width)
+    for z in ranges(depth, step=rows // height):
+        for y in ranges(height, step=rows):
+            yield z, y
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,10 @@ class BestClass:
         self._largest = np.empty(0, np.float32)
         self._is_largest = np.empty(0, bool)
 
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        """The lowest class where several are largest, class 0 where a value is no number; (C, n) float32 -> (n,) uint8."""
+    def __call__(self, values: np.ndarray) -> tuple[np.ndarray, float]:
+        """The lowest class where several are largest, class 0 where a value is no number, and the least of the largest values;
+        (C, ...) float32 -> (...) uint8."""
+        shape, values = values.shape[1:], values.reshape(len(values), -1)
         num_classes, n = values.shape
         if len(self._largest) < n:
             self._largest, self._is_largest = np.empty(n, np.float32), np.empty(num_classes * n, bool)
@@ -59,4 +61,5 @@ class BestClass:
         codes = is_largest.view(np.uint8)
         np.multiply(codes, self._codes, out=codes)
         classes = np.uint8(num_classes - 1) - np.maximum.reduce(codes, axis=0)
-        return np.multiply(classes, np.equal(largest, largest).view(np.uint8), out=classes)
+        np.multiply(classes, np.equal(largest, largest).view(np.uint8), out=classes)
+        return classes.reshape(shape), float(largest.min())

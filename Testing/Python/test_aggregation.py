@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from NMSWSegment.engine import aggregation
 from NMSWSegment.engine.aggregation import CoarseUpsampler, StreamingAggregator, aggregate, mixing_weights, patch_upsamplers, patch_window
 from NMSWSegment.files.grid import CandidateGrid
 
@@ -24,7 +25,7 @@ def a_streaming(coarse, indices, *, grid, class_weights) -> StreamingAggregator:
     return StreamingAggregator(patch_upsamplers(coarse, indices=indices, grid=grid), grid=grid, class_weights=class_weights, coarse_labels=labels)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("threads", "likely_logits"), [(1, aggregation.LIKELY_LOGITS), (2, 0.0), (1, 1.0)])
 @pytest.mark.parametrize(
     ("seed", "shape", "overlap", "coarse_factor"),
     [
@@ -37,7 +38,8 @@ def a_streaming(coarse, indices, *, grid, class_weights) -> StreamingAggregator:
         (6, (5, 8, 11), 0.5, 5),
     ],
 )
-def test_streaming_equals_reference_bit_for_bit(seed, shape, overlap, coarse_factor, threads, monkeypatch):
+def test_streaming_equals_reference_bit_for_bit(seed, shape, overlap, coarse_factor, threads, likely_logits, monkeypatch):
+    monkeypatch.setattr(aggregation, "LIKELY_LOGITS", likely_logits)  # 0: often too few classes are looked at first
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     grid, coarse, indices, patches, class_weights = a_case(seed, shape=shape, overlap=overlap, coarse_factor=coarse_factor)
     expected, _ = aggregate(coarse, patches, indices=indices, grid=grid, class_weights=class_weights)
@@ -71,6 +73,35 @@ def test_region_is_the_same_numbers_as_everywhere():
     box = (slice(5, 6), slice(2, 13), slice(39, 40))
     everywhere = upsampler.region([slice(0, 24), slice(0, 16), slice(0, 40)])
     assert torch.equal(upsampler.region(box), everywhere[(slice(None), *box)])
+
+
+def test_classes_that_cannot_win_are_not_looked_at(monkeypatch):
+    monkeypatch.setattr(aggregation, "LIKELY_LOGITS", 60.0)
+    grid, coarse, indices, _, class_weights = a_case(0)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(CLASSES, 8, 8, 8, generator=generator)
+    logits[[0, 3]] -= 1000.0
+    coarse = coarse.clamp(-20, 20)
+    looked_at = []
+    best = aggregation.BestClass.__call__
+    monkeypatch.setattr(aggregation.BestClass, "__call__", lambda self, values: (looked_at.append(len(values)), best(self, values))[1])
+    streaming = a_streaming(coarse, indices, grid=grid, class_weights=class_weights)
+    looked_at.clear()
+    for index in indices:
+        streaming.add(index, logits)
+    expected, _ = aggregate(coarse, [logits] * len(indices), indices=indices, grid=grid, class_weights=class_weights)
+    assert torch.equal(streaming.finish(), expected.argmax(0).to(torch.uint8))
+    assert looked_at and max(looked_at) <= CLASSES - 2
+
+
+def test_class_that_is_no_number_somewhere_gives_background_there():
+    grid, coarse, indices, patches, class_weights = a_case(0)
+    patches[0][2, 3, 4, 5] = float("nan")
+    streaming = a_streaming(coarse, indices, grid=grid, class_weights=class_weights)
+    for index, logits in zip(indices, patches):
+        streaming.add(index, logits)
+    z, y, x = (int(start) + inside for start, inside in zip(grid.starts[indices[0]], (3, 4, 5)))
+    assert int(streaming.finish()[z, y, x]) == 0
 
 
 def test_constant_patches_come_out_constant():
