@@ -101,8 +101,10 @@ def model_summary(manifest: BundleManifest) -> str:
         spacing=" x ".join(f"{length:g}" for length in sorted(set(manifest.spacing_mm))),
         backbone=manifest.backbone,
     )
-    if scores:
-        text += " " + _("Mean Dice on held-out volumes: {low:.2f} to {high:.2f}.").format(low=min(scores), high=max(scores))
+    if len(scores) == 1:
+        text += " " + _("Mean Dice on one held-out volume: {mean:.2f}.").format(mean=scores[0])
+    elif scores:
+        text += " " + _("Mean Dice on {count} held-out volumes: {low:.2f} to {high:.2f}.").format(count=len(scores), low=min(scores), high=max(scores))
     return text + " " + _("Research model, not for clinical use.")
 
 

@@ -25,7 +25,7 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
         f"- Structures ({len(manifest.labels)}): {', '.join(label.title for label in manifest.labels)}",
         f"- License of the weights: {manifest.license}",
         "",
-        *([f"![A volume that took no part in training]({PICTURE_NAME})", ""] if has_picture else []),
+        *([f"![What the model finds]({PICTURE_NAME})", ""] if has_picture else []),
         "## Training",
         "",
         training.get("trained_on", ""),

@@ -38,17 +38,24 @@ SIZES = {"patch_size": (32, 32, 32), "coarse_factor": (2, 2, 2), "cascade": True
 OPTIONS = SegmentOptions(num_patches=3, device="cpu", threads=1)
 
 
+NAMES = ["liver", "spleen", "vertebrae"]
+
+
+def exported(folder, **changes):
+    """A bundle of a net with random weights."""
+    torch.manual_seed(5)
+    options = tiny_options(folder, **SIZES | changes)
+    net = NMSWNet(Architecture(num_classes=1 + len(NAMES), backbone=options.backbone, cascade=options.cascade))
+    (folder / "run").mkdir()
+    (folder / "run" / OPTIONS_NAME).write_text(json.dumps(asdict(options)))
+    torch.save({"net": net.state_dict(), "architecture": net.architecture.to_dict(), "label_names": NAMES, "iteration": 1}, folder / "run" / CHECKPOINT_NAME)
+    return load_bundle(export_bundle(folder / "run", folder / "bundle"))
+
+
 @pytest.fixture(scope="module")
 def a_bundle(tmp_path_factory):
-    """Random weights; a local net that departs from the coarse answer."""
-    torch.manual_seed(5)
-    net = NMSWNet(Architecture(num_classes=4, cascade=True))
-    folder = tmp_path_factory.mktemp("cascade")
-    (folder / "run").mkdir()
-    (folder / "run" / OPTIONS_NAME).write_text(json.dumps(asdict(tiny_options(folder, **SIZES))))
-    names = ["liver", "spleen", "vertebrae"]
-    torch.save({"net": net.state_dict(), "architecture": net.architecture.to_dict(), "label_names": names, "iteration": 1}, folder / "run" / CHECKPOINT_NAME)
-    return load_bundle(export_bundle(folder / "run", folder / "bundle"))
+    """A local net that departs from the coarse answer."""
+    return exported(tmp_path_factory.mktemp("cascade"))
 
 
 @pytest.fixture(scope="module")
@@ -196,16 +203,16 @@ def test_local_net_trains_upon_a_coarse_net_that_stays_as_it_is(tmp_path):
     assert manifest.is_cascade and manifest.architecture["cascade"] is True
 
 
-def test_net_of_a_bundle_becomes_a_cascade_that_adds_to_the_coarse_answer():
-    found = load_bundle("torso-swinunetr")
-    names = found.manifest.label_names
-    options = TrainOptions(data=("decathlon:data",), initial_bundle="torso-swinunetr", backbone="swin_unetr", cascade=True)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_net_of_a_bundle_becomes_a_cascade_that_adds_to_the_coarse_answer(tmp_path, backbone):
+    found = exported(tmp_path, backbone=backbone, cascade=False, patch_size=(64, 64, 64))
+    options = TrainOptions(data=("decathlon:data",), initial_bundle=str(found.folder), backbone=backbone, cascade=True)
     torch.manual_seed(0)
-    net = NMSWNet(Architecture(num_classes=len(names) + 1, backbone="swin_unetr", cascade=True)).eval()
-    plain = NMSWNet(Architecture(num_classes=len(names) + 1, backbone="swin_unetr")).eval()
-    load_initial_weights(TrainingState(net=net, optimizer=None, schedule=None), options, label_names=names)
-    load_initial_weights(TrainingState(net=plain, optimizer=None, schedule=None), replace(options, cascade=False), label_names=names)
-    x, coarse_logits = torch.rand(1, 1, 64, 64, 64), some_logits(1, len(names) + 1, 32, 32, 32).clamp(min=-9)
+    net = NMSWNet(Architecture(num_classes=1 + len(NAMES), backbone=backbone, cascade=True)).eval()
+    plain = NMSWNet(Architecture(num_classes=1 + len(NAMES), backbone=backbone)).eval()
+    load_initial_weights(TrainingState(net=net, optimizer=None, schedule=None), options, label_names=NAMES)
+    load_initial_weights(TrainingState(net=plain, optimizer=None, schedule=None), replace(options, cascade=False), label_names=NAMES)
+    x, coarse_logits = torch.rand(1, 1, 64, 64, 64), some_logits(1, 1 + len(NAMES), 32, 32, 32).clamp(min=-9)
     upsampled = torch.nn.functional.interpolate(coarse_logits, scale_factor=2, mode="trilinear")
     with torch.inference_mode():
         expected = torch.log_softmax(plain.local.deep_logits(x)[0] + upsampled, 1)
