@@ -52,10 +52,6 @@ def check_run_folder(output: Path, options: TrainOptions, *, resume: bool) -> Tr
             raise UserError(f"'{output}' already holds a run. Add --resume to go on with it, or give another --output.")
         return None
     previous = load_run_options(output)
-    if options.iterations < previous.iterations:
-        raise UserError(
-            f"The run in '{output}' was started for {previous.iterations} iterations, but now --iterations is {options.iterations}. A run can be made longer, not shorter."
-        )
     changes = changed_options(previous, options)
     if changes:
         raise UserError(f"The run in '{output}' was started with other options: {changes}. Resume with the old ones, or give another --output.")

@@ -19,6 +19,7 @@ import torch
 
 from NMSWSegment.data.case_cache import CaseCache
 from NMSWSegment.data.training_sample import TrainingSample
+from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.training_set import TrainingSet
 from NMSWSegment.training.datasets import find_data, open_training_set, open_validation_cases
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
@@ -76,6 +77,10 @@ def train(
         names = {"label_names": data.label_names, "case_names": {"training": data.training_names, "validation": data.validation_names}}
         state = new_state(options, num_classes=len(data.label_names) + 1, group=group)
         if resume and restore_checkpoint(output, state, **names):
+            if state.iteration > options.iterations:
+                raise UserError(
+                    f"The run in '{output}' has {state.iteration} iterations already, but --iterations is {options.iterations}. Give as many or more."
+                )
             if is_finished(state, options):
                 _say(group, f"The run in '{output}' is finished: {_end(state, options)}")
                 return
@@ -88,8 +93,8 @@ def train(
         held_out = open_validation_cases(options, data=data, cache=case_cache, group=group)
         validation = Validation(held_out, options=options, label_names=training_set.label_names, group=group) if held_out else None
         group.wait()  # until every process has looked at the run folder
-        if previous and previous.iterations < options.iterations:
-            _say(group, _extension(state, previous, options))
+        if previous and previous.iterations != options.iterations:
+            _say(group, _other_length(state, previous, options))
         if group.is_first and options != previous:  # only now: a start that failed leaves no run behind
             write_run_options(output, options)
         monitor = Monitor(output, options=options, label_names=training_set.label_names, first_iteration=state.iteration) if group.is_first else None
@@ -193,8 +198,8 @@ def _end(state: TrainingState, options: TrainOptions) -> str:
     return f"it has its {options.iterations} iterations. To go on, resume it with more --iterations."
 
 
-def _extension(state: TrainingState, previous: TrainOptions, options: TrainOptions) -> str:
-    """What more iterations mean for the schedule."""
+def _other_length(state: TrainingState, previous: TrainOptions, options: TrainOptions) -> str:
+    """What more or fewer iterations mean for the schedule."""
     rate = state.optimizer.param_groups[0]["lr"]
     return (
         f"The run goes on from iteration {state.iteration} to {options.iterations} instead of {previous.iterations}. From here on the learning rate and the temperature "

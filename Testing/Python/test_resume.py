@@ -14,6 +14,7 @@ from test_train import a_data_folder, tiny_options  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
 from NMSWSegment.training import train as train_module  # noqa: E402
 from NMSWSegment.training.iteration import new_schedule  # noqa: E402
+from NMSWSegment.training.options import OPTIONS_NAME  # noqa: E402
 from NMSWSegment.training.run_folder import load_checkpoint, load_run_options, save_checkpoint  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 
@@ -88,10 +89,19 @@ def test_sparse_run_can_be_made_longer(data, tmp_path):
     assert load_checkpoint(tmp_path / "run")["iteration"] == 2
 
 
-def test_run_cannot_get_shorter(data, tmp_path):
+def test_run_can_be_made_shorter_but_not_than_it_is(data, tmp_path, monkeypatch, caplog):
+    seen = rates(monkeypatch)
+    train(options_of(data, iterations=4), output=tmp_path / "short", num_workers=0)
+    expected = seen.copy()
     train(options_of(data, iterations=2), output=tmp_path / "run", num_workers=0)
-    with pytest.raises(UserError, match="started for 2 iterations, but now --iterations is 1. A run can be made longer, not shorter"):
-        train(options_of(data, iterations=1), output=tmp_path / "run", num_workers=0, resume=True)
+    options = json.loads((tmp_path / "run" / OPTIONS_NAME).read_text())
+    (tmp_path / "run" / OPTIONS_NAME).write_text(json.dumps(options | {"iterations": 8}))  # as if it had been meant to be longer
+    seen.clear()
+    with caplog.at_level("INFO"):
+        train(options_of(data, iterations=4), output=tmp_path / "run", num_workers=0, resume=True)
+    assert seen == expected[2:] and "goes on from iteration 2 to 4 instead of 8" in caplog.text
+    with pytest.raises(UserError, match="has 4 iterations already, but --iterations is 3. Give as many or more"):
+        train(options_of(data, iterations=3), output=tmp_path / "run", num_workers=0, resume=True)
 
 
 def test_finished_run_says_so_and_stays_as_it_is(data, tmp_path, caplog):
