@@ -86,7 +86,7 @@ def measure_runtimes(name: str, options: RuntimeOptions) -> list[dict]:
         if (runtime := record["runtime"]) in runtimes:
             scores = dice_per_class(labelmaps[runtime], labelmaps[EXACT], num_classes=bundle.manifest.num_classes)[1:]
             present = scores[scores == scores]
-            seconds = [round(each, 4) for each in timed_nets[runtime].seconds_per_patch]
+            seconds = [round(each, 6) for each in timed_nets[runtime].seconds_per_patch]
             record |= {"seconds": seconds, "mean_dsc": float(present.mean()), "least_dsc": float(present.min())}
     return records
 

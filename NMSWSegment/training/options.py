@@ -155,7 +155,7 @@ class TrainOptions:
             )
         if self.coarse_run and self.train not in upon_coarse:
             raise UserError(
-                f"coarse_run is '{self.coarse_run}', but train is '{self.train}', which trains a coarse net of its own. Leave --coarse-run out, or use --train patches."
+                f"coarse_run is '{self.coarse_run}', but train is '{self.train}', which does not use one. Leave --coarse-run out, or use --train patches."
             )
         if self.train in ("importance", "weights") and not (self.initial_run or self.initial_bundle):
             raise UserError(

@@ -598,9 +598,16 @@ def test_losses_upon_a_frozen_coarse_net_have_the_same_gradient_for_all_else():
     assert all(torch.equal(gradient, both[name]) for name, gradient in patches.items() if gradient is not None)
 
 
-@pytest.mark.parametrize("changes", [{"train": "patches"}, {"coarse_run": "some"}, {"train": "local", "coarse_run": "some"}])
-def test_frozen_coarse_net_and_its_run_are_given_together(changes):
-    with pytest.raises(UserError, match="^train is 'patches', which needs a finished coarse net. Give --coarse-run RUN"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": "patches"}, "^train is 'patches', which needs a finished coarse net. Give --coarse-run RUN"),
+        ({"coarse_run": "some"}, "^coarse_run is 'some', but train is 'both', which does not use one"),
+        ({"train": "local", "coarse_run": "some"}, "^coarse_run is 'some', but train is 'local', which does not use one"),
+    ],
+)
+def test_frozen_coarse_net_and_its_run_are_given_together(changes, message):
+    with pytest.raises(UserError, match=message):
         step_options(**changes)
 
 
