@@ -277,6 +277,7 @@ def test_cancel_answers_within_a_second_and_keeps_the_result_before(app, own_fol
     widget.ui.segmentButton.click()
     app.wait_until(lambda: app.scene.GetFirstNodeByName("NMSW coarse result"), TIMEOUT_S)
     assert not result_of(widget).GetDisplayVisibility()
+    app.wait_until(lambda: "Selecting patches" in widget.ui.statusLabel.text, TIMEOUT_S)  # from here on the worker hears nothing until a patch is done
     pid = widget.segmenter.worker.pid
 
     started = time.perf_counter()
