@@ -371,7 +371,7 @@ class StreamingAggregator:
         total: np.ndarray | None,
         upsampler: CoarseUpsampler,
         *,
-        box: Sequence[slice],
+        box: tuple[slice, slice, slice],
         classes: np.ndarray,
         others: float = -np.inf,
     ) -> bool:
@@ -382,7 +382,7 @@ class StreamingAggregator:
             box: in the volume.
             others: no other class is higher.
         """
-        (patch_share, coarse_share), best, labels = (one[classes] for one in self.shares), BestClass(len(classes)), self.labels.numpy()[tuple(box)]
+        (patch_share, coarse_share), best, labels = (one[classes] for one in self.shares), BestClass(len(classes)), self.labels.numpy()[box]
         codes = classes.astype(np.uint8)
         for slab, upsampled in upsampler.slabs(box, classes=classes):
             for z, rows in _parts(labels[slab].shape, floats=len(classes)):

@@ -12,13 +12,11 @@ from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.nets.e2enet import with_all_channels
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet
 from NMSWSegment.protocol import UserError
-from NMSWSegment.training.options import TrainOptions
+from NMSWSegment.training.options import UPON_LOCAL, TrainOptions
 from NMSWSegment.training.run_folder import TrainingState, load_best_checkpoint, load_run_options, load_weights, trained_weights
 
 logger = logging.getLogger(__name__)
 
-UPON_LOCAL = ("importance", "weights")
-"""What a run trains that needs a finished local net."""
 COARSE_PREFIX, LOCAL_PREFIX, CLASS_WEIGHTS = "coarse.", "local.", "class_weights"
 IMPORTANCE_PREFIX, PRIOR_PREFIX = "coarse.importance_head.", "local.prior."
 BACKGROUND = "background"

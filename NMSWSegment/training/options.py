@@ -25,6 +25,8 @@ INTENSITY_POINTS = {FIXED: CT_INTENSITY_POINTS, PERCENTILES: ((0.0, 0.0), (1.0, 
 """Defaults by normalization. Of z-scores, 4 because MR has a long bright tail."""
 SPARSE_BACKBONE = "e2enet"
 ADAMW, SGD = "adamw", "sgd"
+UPON_LOCAL = ("importance", "weights")
+"""What a run trains that needs a finished local net."""
 CHANGEABLE = ("data", "splits", "iterations", "patience")
 """What may be another on resume: places of the same cases, and how long the run goes on."""
 _FLAG_NAMES = {"spacing_mm": "spacing"}
@@ -148,7 +150,7 @@ class TrainOptions:
             raise UserError(
                 f"The patches of a cascade must begin and end with whole coarse voxels, but patch_size is {self.patch_size}, overlap {self.overlap:g} and coarse_factor {self.coarse_factor}. Use multiples of twice the coarse factor."
             )
-        upon_coarse = ("patches", "importance", "weights", *(("local",) if self.cascade else ()))
+        upon_coarse = ("patches", *UPON_LOCAL, *(("local",) if self.cascade else ()))
         if self.train == "patches" and not (self.coarse_run or self.initial_run or self.initial_bundle):
             raise UserError(
                 "train is 'patches', which needs a finished coarse net. Give --coarse-run RUN, the folder of a run that trained one, or --initial-bundle MODEL."
@@ -157,7 +159,7 @@ class TrainOptions:
             raise UserError(
                 f"coarse_run is '{self.coarse_run}', but train is '{self.train}', which does not use one. Leave --coarse-run out, or use --train patches."
             )
-        if self.train in ("importance", "weights") and not (self.initial_run or self.initial_bundle):
+        if self.train in UPON_LOCAL and not (self.initial_run or self.initial_bundle):
             raise UserError(
                 f"train is '{self.train}' without initial_run. Give --initial-run RUN, the folder of a run whose coarse and local nets are trained, or --initial-bundle."
             )

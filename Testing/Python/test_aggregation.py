@@ -25,7 +25,7 @@ def a_streaming(coarse, indices, *, grid, class_weights) -> StreamingAggregator:
     return StreamingAggregator(patch_upsamplers(coarse, indices=indices, grid=grid), grid=grid, class_weights=class_weights, coarse_labels=labels)
 
 
-@pytest.mark.parametrize(("threads", "likely_logits"), [(1, aggregation.LIKELY_LOGITS), (2, 0.0), (1, 1.0)])
+@pytest.mark.parametrize(("threads", "likely_logits"), [(1, aggregation.LIKELY_LOGITS), (2, aggregation.LIKELY_LOGITS), (2, 0.0), (1, 1.0)])
 @pytest.mark.parametrize(
     ("seed", "shape", "overlap", "coarse_factor"),
     [

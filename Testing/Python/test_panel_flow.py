@@ -284,7 +284,7 @@ def test_cancel_answers_within_a_second_and_keeps_the_result_before(app, own_fol
     widget.ui.segmentButton.click()
     app.wait_until(lambda: not widget.segmenter.is_running, 10)
 
-    assert time.perf_counter() - started < 5  # CANCEL_MS and the work of the test, beside other tests; the patches would take 12
+    assert time.perf_counter() - started < 2  # CANCEL_MS and the work of the test
     assert widget.ui.segmentButton.text == "Segment"
     app.wait_until(lambda: not is_alive(pid), 10)
     assert temporary_files() == []

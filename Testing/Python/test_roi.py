@@ -88,4 +88,4 @@ def test_large_volume_takes_no_time():
     shape = (200, 512, 512)  # 52 million voxels; 0.25 s on one core
     started = time.perf_counter()
     inside = voxels_in_roi(shape, ijk_to_ras=turned((1.5, 0.8, 0.8), shape), roi_to_ras=box((0, 0, 0), (900, 900, 900), degrees=(3, 4, 5)))
-    assert inside.all() and time.perf_counter() - started < 10
+    assert inside.all() and time.perf_counter() - started < 3
