@@ -10,11 +10,15 @@ from torch import Tensor
 
 from NMSWSegment.data.axis_filters import apply_along_axes
 from NMSWSegment.files.orientation import Triple_mm
-from NMSWSegment.samples.warp import chance, gaussian_matrix, slice_matrix, uniform, white_noise
+from NMSWSegment.samples.warp import chance, gaussian_matrix, rotation, slice_matrix, uniform, white_noise
 
 AIR_HU = -1000.0
 OUTSIDE_FIELD_HU = -1024.0
 HU_RANGE = (-1024.0, 3071.0)
+TURNED_SHARE, TURN_RAD = 0.7, 0.35
+"""Of the boxes of turn_field_of_view, those that are turned, about all three axes by up to so much; the others are smaller only."""
+TURNED_HALF = (0.36, 0.54)
+"""From the middle to a face of such a box, as a share of the sample."""
 
 
 def add_table(intensity: Tensor, body: Tensor, *, spacing_mm: Triple_mm, generator: torch.Generator) -> None:
@@ -78,6 +82,20 @@ def cut_field_of_view(intensity: Tensor, labels: Tensor, *, generator: torch.Gen
     outside = rows**2 + columns**2 > radius**2
     intensity[:, outside] = OUTSIDE_FIELD_HU
     labels[:, outside] = 0
+
+
+def turn_field_of_view(intensity: Tensor, labels: Tensor, *, spacing_mm: Triple_mm, generator: torch.Generator) -> None:
+    """Blank everything outside a box that is turned or smaller than the sample, what an oblique or padded volume looks like once it is upright; background there."""
+    angles = [uniform(generator, -1, 1) * TURN_RAD for _ in range(3)] if chance(generator, TURNED_SHARE) else (0.0, 0.0, 0.0)
+    matrix = rotation(angles).tolist()
+    axes = [(torch.arange(size, device=intensity.device) - (size - 1) / 2) * step for size, step in zip(intensity.shape, spacing_mm)]
+    outside = torch.zeros(intensity.shape, dtype=torch.bool, device=intensity.device)
+    for row, size, step in zip(matrix, intensity.shape, spacing_mm):
+        along = (row[0] * axes[0])[:, None, None] + (row[1] * axes[1])[:, None] + row[2] * axes[2]
+        low, high = (uniform(generator, *TURNED_HALF) * size * step for _ in range(2))
+        outside |= (along < -low) | (along > high)
+    intensity[outside] = OUTSIDE_FIELD_HU
+    labels[outside] = 0
 
 
 def blur(intensity: Tensor, *, spacing_mm: Triple_mm, generator: torch.Generator) -> Tensor:

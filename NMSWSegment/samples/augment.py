@@ -21,7 +21,8 @@ from torch import Tensor
 
 from NMSWSegment.samples.warp import Warp, chance, rotation, uniform
 
-SHIFT_VOXELS = 50
+SHIFT_VOXELS, SECOND_SHIFT_VOXELS = 50, (50, 10, 10)
+"""Of all samples, and once more (KJI) of those that are turned and scaled, as in the published code."""
 ROTATION_SHARE, ROTATION_RAD = 0.3, 0.52
 SCALE = (0.3, 0.2, 0.2)
 """KJI; the paper's (.2, .2, .3) is H W D."""
@@ -33,7 +34,9 @@ NOISE_SD = 0.1
 
 
 def paper_warp(whole: Warp, *, generator: torch.Generator) -> Warp:
-    """Translation, rotation with scaling, and grid distortion as one warp, so that the source is interpolated once (docs/deviations.md, D21).
+    """Translation, rotation with scaling and another translation, and grid distortion as one warp, so that the source is interpolated once (docs/deviations.md, D21).
+
+    Nothing is mirrored (D16).
 
     Args:
         whole: shows the volume as it is.
@@ -43,6 +46,7 @@ def paper_warp(whole: Warp, *, generator: torch.Generator) -> Warp:
     matrix = whole.matrix
     if chance(generator, ROTATION_SHARE):
         angles = [uniform(generator, -ROTATION_RAD, ROTATION_RAD) for _ in range(3)]
+        shift_mm += (torch.rand(3, generator=generator) * 2 - 1) * torch.tensor(SECOND_SHIFT_VOXELS) * spacing_mm
         matrix = rotation(angles) @ torch.diag(torch.tensor([uniform(generator, 1 - limit, 1 + limit) for limit in SCALE])) @ matrix
     axis_shifts_mm = None
     if chance(generator, DISTORTION_SHARE):

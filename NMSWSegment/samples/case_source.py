@@ -10,11 +10,11 @@ from NMSWSegment.data.prepared_case import BODY_THRESHOLD_HU, PreparedCase
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
 from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.files.orientation import Triple_mm
-from NMSWSegment.samples.acquisition import AIR_HU, HU_RANGE, add_noise, blur, cut_field_of_view, lower_resolution
+from NMSWSegment.samples.acquisition import AIR_HU, HU_RANGE, add_noise, blur, lower_resolution
 from NMSWSegment.samples.augment import PaperIntensity, paper_warp
 from NMSWSegment.samples.case_memory import CaseMemory, LoadedCase
 from NMSWSegment.samples.scan_range import random_box
-from NMSWSegment.samples.synthesis import SynthesisOptions, add_pathology
+from NMSWSegment.samples.synthesis import SynthesisOptions, add_pathology, cut
 from NMSWSegment.samples.warp import Warp, chance, is_outside, nearest_flat_index, random_warp, trilinear, uniform
 
 GAMMA_WINDOW_HU = (-250.0, 500.0)
@@ -65,8 +65,7 @@ def _scan(loaded: LoadedCase, *, options: SynthesisOptions, generator: torch.Gen
     intensity = _recontrasted(intensity, labels, generator)
     add_pathology(intensity, labels, options=options, generator=generator)
     intensity = _rescanned(intensity, body, spacing_mm=options.spacing_mm, generator=generator)
-    if chance(generator, options.circular_share):
-        cut_field_of_view(intensity, labels, generator=generator)
+    cut(intensity, labels, options=options, generator=generator)
     return intensity.clamp_(*HU_RANGE), labels
 
 

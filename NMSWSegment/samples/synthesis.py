@@ -20,7 +20,7 @@ from NMSWSegment.data.body_extent import BodyExtent, measure_body
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
 from NMSWSegment.files.orientation import Triple_mm, read_sar
 from NMSWSegment.protocol import UserError
-from NMSWSegment.samples.acquisition import AIR_HU, HU_RANGE, add_arms, add_noise, add_table, blur, cut_field_of_view
+from NMSWSegment.samples.acquisition import AIR_HU, HU_RANGE, add_arms, add_noise, add_table, blur, cut_field_of_view, turn_field_of_view
 from NMSWSegment.samples.pathology import add_ascites, add_effusion, change_bone_density
 from NMSWSegment.samples.scan_range import random_box
 from NMSWSegment.samples.texture import tissue_details
@@ -55,6 +55,8 @@ class SynthesisOptions:
     """Share of synthetic volumes with painted arms, where the map's own arms are not shown."""
     circular_share: float = 0.2
     """Share of samples with a circular reconstruction field."""
+    turned_share: float = 0.3
+    """Share of samples with air around a box, mostly an oblique one."""
     abdominal_labels: tuple[int, ...] = ()
     """Classes around which ascites is drawn; empty for none."""
     ascites_share: float = 0.1
@@ -174,9 +176,16 @@ def scanned(intensity: Tensor, body: Tensor, labels: Tensor, *, options: Synthes
     """What the scanner makes of a painted body: blur, noise, field of view (which changes labels in place), HU range."""
     intensity = blur(intensity, spacing_mm=options.spacing_mm, generator=generator)
     add_noise(intensity, body, generator=generator)
+    cut(intensity, labels, options=options, generator=generator)
+    return intensity.clamp_(*HU_RANGE)
+
+
+def cut(intensity: Tensor, labels: Tensor, *, options: SynthesisOptions, generator: torch.Generator) -> None:
+    """Sometimes air and background outside a circular field or a box, in place."""
     if chance(generator, options.circular_share):
         cut_field_of_view(intensity, labels, generator=generator)
-    return intensity.clamp_(*HU_RANGE)
+    if chance(generator, options.turned_share):
+        turn_field_of_view(intensity, labels, spacing_mm=options.spacing_mm, generator=generator)
 
 
 def add_pathology(intensity: Tensor, labels: Tensor, *, options: SynthesisOptions, generator: torch.Generator) -> None:

@@ -157,7 +157,7 @@ def test_case_source_unknown_voxels_stay_unknown(tmp_path):
     write(tmp_path / "ct.nii.gz", a_ct(a_label_map()))
     write(tmp_path / "label.nii.gz", labels)
     source = a_source(CaseRequest(CaseFiles("x", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), ("liver", "spleen")))
-    sample = source.draw(torch.Generator().manual_seed(0), SynthesisOptions(spacing_mm=(6.0,) * 3, circular_share=0.0))
+    sample = source.draw(torch.Generator().manual_seed(0), SynthesisOptions(spacing_mm=(6.0,) * 3, circular_share=0.0, turned_share=0.0))
     assert 0.2 < float((sample.labels == 255).float().mean()) < 0.8
 
 

@@ -13,7 +13,7 @@ from NMSWSegment.data.body_extent import measure_body
 from NMSWSegment.files.orientation import to_sar
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import UserError
-from NMSWSegment.samples import synthesis
+from NMSWSegment.samples import acquisition, synthesis
 from NMSWSegment.samples.scan_range import random_box
 from NMSWSegment.samples.synthesis import AnatomySource, SynthesisOptions, prepare_anatomy
 from NMSWSegment.samples.tissues import draw_table, read_tissues, split_shells
@@ -87,7 +87,7 @@ def test_draw_same_generator_same_sample(an_anatomy):
 
 def test_draw_labels_and_hu_agree(an_anatomy):
     source = AnatomySource(prepare_anatomy(an_anatomy, num_labels=6))
-    options = SynthesisOptions(spacing_mm=(6.0,) * 3, circular_share=0.0)
+    options = SynthesisOptions(spacing_mm=(6.0,) * 3, circular_share=0.0, turned_share=0.0)
     means = {value: [] for value in (1, 3, 4)}
     for seed in range(8):
         sample = source.draw(generator(seed), options)
@@ -134,7 +134,7 @@ def test_draw_beyond_the_map_along_superior_is_unknown_not_air(an_anatomy):
     limits = WarpLimits(rotation_rad=(0.3, 0.2, 0.2))
     found = 0
     for seed in range(10):
-        sample = source.draw(generator(seed), SynthesisOptions(spacing_mm=(6.0,) * 3, warp=limits, circular_share=0.0))
+        sample = source.draw(generator(seed), SynthesisOptions(spacing_mm=(6.0,) * 3, warp=limits, circular_share=0.0, turned_share=0.0))
         unknown = sample.labels == 255
         found += int(unknown[[0, -1]].sum())
         assert unknown.float().mean() < 0.25
@@ -143,9 +143,33 @@ def test_draw_beyond_the_map_along_superior_is_unknown_not_air(an_anatomy):
     assert found > 0
 
 
+def turned(seed: int, *, shape=(60, 50, 70), spacing_mm=(3.0, 3.0, 3.0)) -> torch.Tensor:
+    """What turn_field_of_view keeps of a body that fills the sample, (D, H, W) bool."""
+    intensity, labels = torch.full(shape, 40.0), torch.full(shape, 5, dtype=torch.uint8)
+    acquisition.turn_field_of_view(intensity, labels, spacing_mm=spacing_mm, generator=generator(seed))
+    kept = labels == 5
+    assert (intensity[kept] == 40).all() and (intensity[~kept] == -1024).all() and (labels[~kept] == 0).all()
+    return kept
+
+
+def test_turned_field_of_view_is_an_oblique_box_in_millimetres():
+    for seed in range(6):
+        kept, coarser = turned(seed), turned(seed, shape=(30, 50, 70), spacing_mm=(6.0, 3.0, 3.0))
+        assert 0.3 < float(kept.float().mean()) < 1 and kept[25:35, 20:30, 30:40].all()
+        assert float((kept[::2] == coarser).float().mean()) > 0.96
+
+
+def test_field_of_view_that_is_not_turned_is_an_upright_box_with_air_around_it(monkeypatch):
+    monkeypatch.setattr(acquisition, "TURNED_SHARE", 0.0)
+    for seed in range(6):
+        kept = turned(seed)
+        counts = [int(kept.any(dim=other[0]).any(dim=other[1]).sum()) for other in ((1, 1), (0, 1), (0, 0))]
+        assert int(kept.sum()) == counts[0] * counts[1] * counts[2] and all(0.7 * size < count <= size for count, size in zip(counts, kept.shape))
+
+
 def test_draw_unknown_tissue_stays_unknown(an_anatomy):
     source = AnatomySource(prepare_anatomy(an_anatomy))
-    options = SynthesisOptions(spacing_mm=(6.0,) * 3, warp=STILL, circular_share=0.0, min_range_mm=294.0)
+    options = SynthesisOptions(spacing_mm=(6.0,) * 3, warp=STILL, circular_share=0.0, turned_share=0.0, min_range_mm=294.0)
     labels = source.draw(generator(1), options).labels
     assert 0.5 < float((labels == 255).sum()) / (3 * 10 * 20) < 1.5
 
