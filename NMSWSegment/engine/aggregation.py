@@ -4,6 +4,8 @@
     y_high(v) = a L(v) + (1 - a) y_up(v)                            a = sigmoid(clamp(c, -1, 10)), per class
     y_high(v) = y_up(v)                                             where no patch covers v
 
+The published code mixes by convolutions instead (docs/deviations.md, D23).
+
 `aggregate` is the reference (differentiable, needs C full volumes); StreamingAggregator gives the same labels bit for bit
 with memory of one label volume and a few blocks. Both up-sample with `CoarseUpsampler`, whose every output voxel is the
 same sequence of float32 products and sums wherever it is computed.
@@ -251,7 +253,7 @@ class _Piece:
 
 
 class StreamingAggregator:
-    """arg max of Eq. 6 while the patches come in, in O(volume) memory.
+    """arg max of Eq. 6 while the patches come in, in O(volume) memory (docs/deviations.md, D8).
 
     Every stride-sized block keeps one accumulator from its first patch to its last; then it is mixed, turned into labels
     and forgotten. Patches added in candidate order keep the fewest blocks alive; any order is right, and sums run in

@@ -79,6 +79,7 @@ def coarse_input(x: Tensor, *, grid: CandidateGrid) -> Tensor:
     """x_low: the mean over the r voxels of each coarse voxel along each axis, (B, 1, D, H, W) -> (B, 1, d, h, w).
 
     Only the volume's own extent is looked at, not the padding to whole patches; beyond it a coarse voxel averages the lower bound, 0.
+    The paper takes single voxels instead of means (docs/deviations.md, D26).
     """
     needed = [length * r for length, r in zip(grid.coarse_shape, grid.coarse_factor)]
     x = x[(..., *(slice(0, length) for length in needed))]

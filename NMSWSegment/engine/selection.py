@@ -42,7 +42,7 @@ def pool_mean(coarse_map: Tensor, *, grid: CandidateGrid) -> Tensor:
 
 
 def shows_foreground(presence: Tensor, *, grid: CandidateGrid) -> Tensor:
-    """Candidates whose footprint reaches FOREGROUND_THRESHOLD somewhere, (N,) bool, from the foreground probability (d, h, w)."""
+    """Candidates whose footprint reaches FOREGROUND_THRESHOLD somewhere, (N,) bool, from the foreground probability (d, h, w) (docs/deviations.md, D2)."""
     return pool_mean((presence >= FOREGROUND_THRESHOLD).float(), grid=grid) > 0
 
 
@@ -169,7 +169,7 @@ def greedy_coverage(mass: Tensor, is_foreground: Tensor, *, grid: CandidateGrid,
         num_patches: how many at most; fewer where nothing uncovered is left.
         least_share: of the whole mass; stop where the next candidate would add less.
 
-    Greedy maximum coverage: at least 1 - 1/e of the best possible coverage (Nemhauser et al., 1978).
+    Greedy maximum coverage: at least 1 - 1/e of the best possible coverage (Nemhauser et al., 1978); the paper has top_k only (docs/deviations.md, D6).
     """
     blocks = _block_sums(mass, grid=grid)
     least_gain = least_share * float(blocks.sum())

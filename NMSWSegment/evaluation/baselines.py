@@ -1,7 +1,7 @@
 """The methods that NMSW is compared with, and NMSW itself, all with the signature of segment.segment_volume.
 
 Every method shares the model grid, the nets, the threads and the way back to the volume's grid, so that rows of a table differ only
-in what goes through the local net and how it is put together.
+in what goes through the local net and how it is put together (docs/deviations.md, D32).
 """
 
 import time

@@ -156,7 +156,9 @@ def _coarse_pass(x: Tensor, run: MethodRun, *, options: SpeedOptions) -> CoarseP
     """The coarse net really runs; its logits are replaced by smooth ones, because those of random weights would make every cell a mixed one."""
     with timed(run.timings, "coarse"):
         logits, importance_map = run.nets.coarse(coarse_input(x, grid=options.grid))
-    logits = _phantom_logits(tuple(logits.shape[1:]), classes=options.classes)
+    shape = tuple(logits.shape[1:])
+    del logits  # else there would be two of them
+    logits = _phantom_logits(shape, classes=options.classes)
     with timed(run.timings, "upsample"):
         labels = CoarseUpsampler(logits, grid=options.grid).labels()
     model_grid = model_grid_around(options.grid.padded_shape, np.eye(4), spacing_mm=(1.0, 1.0, 1.0))

@@ -89,7 +89,7 @@ class BundleManifest:
     spacing_mm: tuple[float, float, float]
     """Model spacing."""
     intensity_points: tuple[tuple[float, float], ...]
-    """Piecewise-linear map from the volume's intensity, in units of `normalization`, to [0, 1], clamped outside; two points are a window."""
+    """Piecewise-linear map from the volume's intensity, in units of `normalization`, to [0, 1], clamped outside; two points are a window (docs/deviations.md, D11)."""
     patch_size: tuple[int, int, int]
     overlap: float
     coarse_factor: tuple[int, int, int]

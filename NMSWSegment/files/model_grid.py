@@ -1,4 +1,4 @@
-"""Where the model looks: the upright grid around a volume at the model's spacing.
+"""Where the model looks: the upright grid around a volume at the model's spacing (docs/deviations.md, D10).
 
 Needs no torch, so that the panel can say how much work a volume is before anything is loaded.
 """

@@ -56,7 +56,7 @@ class E2ENet(nn.Module):
         """Features of the last node of every level, the finest first."""
         column = []
         for stage in self.encoder:
-            column.append(stage(functional.max_pool3d(column[-1], 2) if column else x))
+            column.append(stage(functional.max_pool3d(column[-1], 2) if column else x))  # the published encoder strides instead (D33)
         diagonal = []
         for index in range(1, len(self.channels)):
             column = [
@@ -106,7 +106,7 @@ class ShiftedConv(nn.Module):
         kept = kept or KEPT * in_channels
         ends = _group_ends(in_channels)
         self.group_sizes = tuple(kept[start:stop].count(KEPT) for start, stop in zip((0, *ends), ends))
-        self.conv = nn.Conv3d(kept.count(KEPT), out_channels, kernel_size=(1, 3, 3), padding=(0, 1, 1))
+        self.conv = nn.Conv3d(kept.count(KEPT), out_channels, kernel_size=(1, 3, 3), padding=(0, 1, 1))  # its scale at the start does not matter (D34)
         self.norm = nn.InstanceNorm3d(out_channels, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:

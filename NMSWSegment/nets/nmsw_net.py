@@ -54,15 +54,19 @@ VOXELS_AT_ONCE = 1 << 14
 
 
 @torch.jit.script_if_tracing  # a trace would fix the number of parts
-def log_probabilities(logits: Tensor, at_once: int) -> Tensor:
-    """log-softmax over the classes (B, C, d, h, w); without a gradient in the place of the logits."""
+def log_probabilities(features: Tensor, weight: Tensor, bias: Tensor, at_once: int) -> Tensor:
+    """log-softmax over the classes (B, C, d, h, w) of what a 1 x 1 convolution makes of features (B, F, d, h, w), float32.
+
+    Without a gradient some slices at a time: of many classes the convolution alone would hold the logits twice, and once more in the layout of its own.
+    """
     if torch.is_grad_enabled():
-        return torch.log_softmax(logits, dim=1)
-    result = logits.flatten(2)
-    for start in range(0, result.size(2), at_once):
-        part = result[:, :, start : start + at_once]
-        part.copy_(torch.log_softmax(part, dim=1))
-    return result.reshape(logits.size())
+        return torch.log_softmax(torch.nn.functional.conv3d(features, weight, bias).float(), dim=1)
+    step = max(1, at_once // (features.size(3) * features.size(4)))
+    result = torch.empty([features.size(0), weight.size(0), features.size(2), features.size(3), features.size(4)], device=features.device)
+    for start in range(0, features.size(2), step):
+        part = torch.nn.functional.conv3d(features[:, :, start : start + step], weight, bias)
+        result[:, :, start : start + step] = torch.log_softmax(part.float(), dim=1)
+    return result
 
 
 @torch.jit.script_if_tracing
@@ -101,7 +105,7 @@ class CoarseNet(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, d, h, w) in [0, 1] -> coarse logits, log-probabilities (B, C, d, h, w), and importance map (B, 1, d, h, w)."""
         features = self.backbone(x)
-        logits = log_probabilities(self.head(features).float(), VOXELS_AT_ONCE)
+        logits = log_probabilities(features, self.head.weight, self.head.bias, VOXELS_AT_ONCE)
         return logits, self.importance_head(features, logits)
 
     def without_importance(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,6 +263,6 @@ class NMSWNet(nn.Module):
 
     def slice_fusion(self) -> None:
         """Leave out what the masks of a sparse e2enet made superfluous; nothing happens to other nets. Ends the training."""
-        if isinstance(self.local.backbone, E2ENet):
+        if isinstance(self.local.backbone, E2ENet) and not self.architecture.fusion_channels:
             self.local.backbone = without_unused_channels(self.local.backbone)
             self.architecture = replace(self.architecture, fusion_channels=self.local.backbone.fusion_channels)

@@ -12,6 +12,7 @@ from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.training_set import sample_generator
 from NMSWSegment.training.distributed import ProcessGroup
+from NMSWSegment.training.initial_weights import kept_fusion_channels
 from NMSWSegment.training.options import SGD, TrainOptions
 from NMSWSegment.training.run_folder import TrainingState
 from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 TRAINED_TOGETHER = ("coarse", "local")
 """What is trained on all volumes of a step at once; elsewhere one volume after the other, to save memory."""
 CLASS_WEIGHT_RATE = 30.0
-"""Learning rate of c of Eq. 6 as a multiple of the nets': a step of Adam is about as large as the rate, and c has to move by whole units."""
+"""Learning rate of c of Eq. 6 as a multiple of the nets': a step of Adam is about as large as the rate, and c has to move by whole units (D24)."""
 SGD_MOMENTUM, POLYNOMIAL_POWER = 0.99, 0.9
 """Source: nnU-Net (Isensee et al. 2021); E2ENet, section 4.1, uses both."""
 NOISE = 1
@@ -39,7 +40,13 @@ def new_state(options: TrainOptions, *, num_classes: int, group: ProcessGroup) -
         raise UserError(
             f"There are {group.size} processes for batch_size {options.batch_size}. Give --batch-size {group.size} or more, or start fewer processes."
         )
-    architecture = Architecture(num_classes=num_classes, backbone=options.backbone, preset=options.preset, cascade=options.cascade)
+    architecture = Architecture(
+        num_classes=num_classes,
+        backbone=options.backbone,
+        preset=options.preset,
+        cascade=options.cascade,
+        fusion_channels=kept_fusion_channels(options),
+    )
     check_patch_size(options.backbone, preset=options.preset, patch_size=options.patch_size)
     torch.manual_seed(options.seed)
     net = NMSWNet(architecture).to(group.device).train()

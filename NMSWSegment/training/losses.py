@@ -11,13 +11,14 @@ from NMSWSegment.data.training_sample import UNKNOWN_LABEL
 
 DICE_WEIGHT = 0.8
 CROSS_ENTROPY_WEIGHT = 0.2
+"""Of the paper; the published code has 1 and 1 (docs/deviations.md, D29)."""
 DICE_SMOOTHING = 1e-5
 BLOCK_VOXELS = 2**13
 """Voxels whose probabilities of some 25 classes stay in a core's cache."""
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """0.8 soft-Dice + 0.2 cross-entropy over the known voxels; Dice is the mean over the classes that are present, background left out.
+    """0.8 soft-Dice + 0.2 cross-entropy over the known voxels; Dice is the mean over the classes that are present, background left out (D20).
 
     Args:
         logits: (B, C, ...); Dice is taken over the whole batch.
@@ -46,7 +47,7 @@ def soft_segmentation_loss(logits: Tensor, shares: Tensor) -> Tensor:
 
 
 def class_shares(labels: Tensor, *, factor: Sequence[int], shape: Sequence[int], num_classes: int) -> Tensor:
-    """What a coarser grid sees of labels: the share of each class in every coarse voxel, (B, C, *shape) float32.
+    """What a coarser grid sees of labels: the share of each class in every coarse voxel, (B, C, *shape) float32 (docs/deviations.md, D19).
 
     Args:
         labels: (B, D, H, W), 255 unknown (part of no share).

@@ -211,7 +211,8 @@ RECIPES = {
     "paper-word": _PAPER | {"spacing_mm": (3.0, 1.0, 1.0), "coarse_factor": (3, 3, 3)},
     "paper-totalsegmentator": _PAPER | {"spacing_mm": (1.5, 1.5, 1.5), "coarse_factor": (4, 3, 3)},
 }
-"""Options that go together, by name; a flag that is given overrides the recipe. Source: paper section 4 (its 3 x 3 x 4 is H W D)."""
+"""Options that go together, by name; a flag that is given overrides the recipe. Source: paper section 4 (its 3 x 3 x 4 is H W D); what the
+packaged models were trained with: docs/deviations.md, D12."""
 
 
 _BY_MODALITY = {CT: {}, MR: {"normalization": PERCENTILES, "augmentation": "paper"}}

@@ -122,7 +122,7 @@ class FusionSparsity:
         return mask.reshape(size)
 
     def _moved(self, mask: Tensor, conv: nn.Module, *, share: float) -> Tensor:
-        """The mask with a share of what is active replaced; what grows is drawn from all that is inactive then, and starts at 0."""
+        """The mask with a share of what is active replaced; what grows is drawn from all that is inactive then, and starts at 0 (D35)."""
         strengths = _strengths(conv, kind=self.options.kind).flatten()
         active = mask.flatten().nonzero()[:, 0]
         moved = mask.flatten().clone()

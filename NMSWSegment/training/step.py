@@ -62,7 +62,7 @@ class TrainingVolume:
 
 
 def prepare(sample: TrainingSample, options: TrainOptions) -> tuple[Tensor, Tensor, CandidateGrid]:
-    """x (1, 1, D, H, W) in [0, 1], labels (D, H, W) with padding unknown, and the grid: what inference would make of it; the sample is normalized already."""
+    """x (1, 1, D, H, W) in [0, 1], labels (D, H, W) with padding unknown, and the grid: what inference would make of it (D25); the sample is normalized already."""
     grid = CandidateGrid.covering(tuple(sample.intensity.shape), patch_size=options.patch_size, overlap=options.overlap, coarse_factor=options.coarse_factor)
     x = pad_to_grid(normalize_intensity(sample.intensity, options.intensity_points), grid=grid, value=0)
     return x[None, None], pad_to_grid(sample.labels, grid=grid, value=UNKNOWN_LABEL), grid
@@ -99,7 +99,7 @@ def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateG
     indices = top + _random_candidates(shown, taken=top, count=options.random_patches, generator=generator)
     boxes = [grid.slices(index) for index in indices]
     crops = torch.stack([x[(0, slice(None), *box)] for box in boxes])
-    if options.estimator == "scale":
+    if options.estimator == "scale":  # D31
         scales = torch.cat([soft_weights, soft_weights.new_ones(len(indices) - len(top))])
         crops = crops * scales[:, None, None, None, None]
     parts = _coarse_parts(coarse_logits[0].detach(), boxes, grid=grid, options=options, generator=generator)
@@ -262,7 +262,7 @@ def _shares_of_patches(patch_labels: Tensor, logits: Tensor) -> Tensor:
 def random_boxes(
     labels: Tensor, *, count: int, patch_size: tuple[int, int, int], generator: torch.Generator, multiple: tuple[int, int, int] = (1, 1, 1)
 ) -> list[tuple[slice, slice, slice]]:
-    """Patches around random voxels, two of three of a random class that is present, the others of background, moved into the volume.
+    """Patches around random voxels, two of three of a random class that is present, the others of background, moved into the volume (D27).
 
     Args:
         multiple: patches begin at multiples of this, which the lengths of volume and patch are too.
@@ -288,7 +288,7 @@ def _high_on_patches(
 ) -> tuple[Tensor, Tensor]:
     """y_high on the chosen patches (K, C, P, P, P), and which of their voxels no earlier patch has (K, P, P, P).
 
-    Elsewhere y_high is y_up, which the coarse term already trains.
+    Elsewhere y_high is y_up, which the coarse term already trains (D9).
     """
     seen = torch.zeros(grid.padded_shape, dtype=torch.bool, device=coarse_logits.device)
     high, is_first = [], []
@@ -307,6 +307,6 @@ def _candidates_with_foreground(coarse_logits: Tensor, *, grid: CandidateGrid) -
 
 
 def _random_candidates(shown: Tensor, *, taken: list[int], count: int, generator: torch.Generator) -> list[int]:
-    """Uniformly drawn candidates among those with foreground that are not taken yet."""
+    """Uniformly drawn candidates among those with foreground that are not taken yet (D27)."""
     free = [index for index in shown.nonzero()[:, 0].tolist() if index not in taken]
     return [free[position] for position in torch.randperm(len(free), generator=generator).tolist()[:count]]

@@ -118,7 +118,7 @@ def is_due(iteration: int, options: TrainOptions) -> bool:
 
 
 def is_best(state: TrainingState, score: ValidationScore) -> bool:
-    """Whether this is the best score so far; keeps account of it in the state."""
+    """Whether this is the best score so far (D30); keeps account of it in the state."""
     if math.isnan(score.mean):
         return False
     best = state.best_score is None or score.mean > state.best_score

@@ -149,6 +149,13 @@ def test_drawing_of_the_rooms_equals_the_files_on_disk():
     assert drawing() == on_disk
 
 
+def test_code_refers_to_every_deviation_and_to_no_other():
+    listed = re.findall(r"^\| (D\d+) \|", (ROOT / "docs" / "deviations.md").read_text(), flags=re.MULTILINE)
+    assert listed == [f"D{number}" for number in range(1, len(listed) + 1)]
+    code = "\n".join(path.read_text() for path in (ROOT / "NMSWSegment").rglob("*.py"))
+    assert sorted(set(re.findall(r"\bD\d+\b", code))) == sorted(listed)
+
+
 def test_imports_have_no_circles():
     # Also inside functions: an import that waits until it is needed hides a circle, it does not open it.
     modules = {module_name(path): path for path in LIBRARY_FILES}

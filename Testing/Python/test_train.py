@@ -19,7 +19,10 @@ from NMSWSegment.engine.runtime import Nets  # noqa: E402
 from NMSWSegment.engine.segment import coarse_pass, refine  # noqa: E402
 from NMSWSegment.engine.selection import Selection  # noqa: E402
 from NMSWSegment.files import phantoms  # noqa: E402
-from NMSWSegment.files.bundle import BundleManifest  # noqa: E402
+from NMSWSegment.files.bundle import (
+    BundleManifest,  # noqa: E402
+    load_bundle,  # noqa: E402
+)
 from NMSWSegment.files.labels import coded_labels  # noqa: E402
 from NMSWSegment.files.volume import Volume, read_volume  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
@@ -686,6 +689,24 @@ def test_run_that_starts_from_a_sparse_one_keeps_its_masks(data, tmp_path):
     assert all(torch.equal(second[name], mask) for name, mask in first.items())
     with pytest.raises(UserError, match="has sparsity 0.8, this run 0.5. Give the same --sparsity"):
         train(replace(options, sparsity=0.5, initial_run=str(tmp_path / "first")), output=tmp_path / "third", num_workers=0)
+
+
+def test_thinned_out_e2enet_goes_on_narrow_without_masks_of_its_own(data, tmp_path):
+    options = tiny_options(data, backbone="e2enet", sparsity=0.8, patch_size=(32, 16, 16), iterations=1)
+    train(options, output=tmp_path / "sparse", num_workers=0)
+    bundle = export_bundle(tmp_path / "sparse", tmp_path / "thin")
+    kept = load_bundle(bundle).manifest.architecture["fusion_channels"]
+    narrow = replace(options, sparsity=0.0, initial_bundle=str(bundle), train="local")
+    train(narrow, output=tmp_path / "narrow", num_workers=0)
+    train(replace(narrow, iterations=2), output=tmp_path / "narrow", num_workers=0, resume=True)
+    before, after = torch.jit.load(str(bundle / "local.pt")).state_dict(), load_checkpoint(tmp_path / "narrow")
+    assert list(after["architecture"]["fusion_channels"]) == list(kept)
+    moved = {key: float((after["net"][f"local.{key}"] - value.float()).abs().max()) for key, value in before.items() if key.endswith("weight")}
+    assert 0 < max(moved.values()) < 0.05  # two steps from the bundle's weights
+    train(replace(narrow, initial_bundle="", initial_run=str(tmp_path / "narrow")), output=tmp_path / "again", num_workers=0)
+    assert load_bundle(export_bundle(tmp_path / "again", tmp_path / "exported")).manifest.architecture["fusion_channels"] == kept
+    with pytest.raises(UserError, match="thinned out for good, which cannot get masks again. Leave --sparsity out"):
+        train(replace(options, initial_run=str(tmp_path / "narrow")), output=tmp_path / "masked", num_workers=0)
 
 
 def test_masks_move_as_often_as_the_options_say(data, tmp_path):
