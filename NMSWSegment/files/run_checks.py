@@ -14,6 +14,8 @@ from NMSWSegment.protocol import AUTO, SegmentOptions, UserError
 AIR_AND_LUNG_HU = (-1100.0, -200.0)
 """Every CT has voxels here: air around or in the body, or at least lung or fat at their border. MR, stored values without rescaling and
 HU + 1024 have none, even with a padding of -2000 or -1024 outside of the field of view."""
+FAT_HU, FAT_SHARE = (-150.0, -50.0), 0.01
+"""What a crop inside of a body has where it has no air: fat, in at least this share of its voxels."""
 CT_AIR_SHARE = 0.01
 """Of the voxels; less than any CT of a body has there."""
 
@@ -35,12 +37,18 @@ def check_intensities(volume: Volume, manifest: BundleManifest) -> None:
             f"'{volume.name}' looks like a CT in Hounsfield units: it has air and lung between {low:g} and {high:g}. But model '{manifest.name}' was trained on MR. "
             "Choose another model (see 'nmsw models'), or run it nevertheless with --force-modality."
         )
-    if manifest.modality != "CT" or any(((piece > low) & (piece < high)).any() for piece in volume.array):
+    if manifest.modality != "CT" or any(((piece > low) & (piece < high)).any() for piece in volume.array) or _has_fat(volume.array):
         return
     raise UserError(
         f"'{volume.name}' is hardly a CT in Hounsfield units, which model '{manifest.name}' was trained on: no voxel lies between {low:g} and {high:g} (air, "
-        f"lung); they go from {volume.array.min():g} to {volume.array.max():g}. Export it with its rescaling, or run it nevertheless with --force-modality."
+        f"lung), and hardly one between {FAT_HU[0]:g} and {FAT_HU[1]:g} (fat); they go from {volume.array.min():g} to {volume.array.max():g}. Export it with its rescaling, or run it nevertheless with --force-modality."
     )
+
+
+def _has_fat(array: np.ndarray) -> bool:
+    """Whether FAT_SHARE of the voxels have the values of fat."""
+    low, high = FAT_HU
+    return sum(int(((piece > low) & (piece < high)).sum()) for piece in array) >= FAT_SHARE * array.size
 
 
 def _looks_like_ct(array: np.ndarray) -> bool:

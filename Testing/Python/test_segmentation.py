@@ -55,6 +55,16 @@ def test_values_that_are_no_hounsfield_units_are_refused_unless_forced(a_phantom
     assert NMSWSegment.segment(shifted, model=a_tiny_bundle, k=0, device="cpu", threads=1, force_modality=True).patches == ()
 
 
+def test_crop_inside_of_a_body_is_a_ct_without_any_air(a_tiny_bundle):
+    array = np.full((20, 24, 28), 45.0, np.float32)
+    array[:, :4] = -105.0  # fat
+    inside = Volume(array, np.diag([3.0, 3.0, 3.0, 1.0]))
+    assert NMSWSegment.segment(inside, model=a_tiny_bundle, k=0, device="cpu", threads=1).patches == ()
+    array[:, :4] = 0.0
+    with pytest.raises(UserError, match="no voxel lies between -1100 and -200 .air, lung., and hardly one between -150 and -50 .fat."):
+        NMSWSegment.segment(inside, model=a_tiny_bundle, k=0, device="cpu", threads=1)
+
+
 def test_second_call_finds_the_networks_loaded(a_phantom, a_tiny_bundle):
     for _ in range(2):
         timings = NMSWSegment.segment(a_phantom[0], model=a_tiny_bundle, k=0, device="cpu", threads=1).run_info["timings_s"]
