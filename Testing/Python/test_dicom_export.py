@@ -102,6 +102,17 @@ def test_export_button_appears_with_a_result_and_names_why_it_is_gray(app, widge
     assert "no longer in the scene" in widget.ui.exportDicomButton.toolTip
 
 
+def test_result_that_goes_while_the_section_is_folded_does_not_bring_its_button_and_table_back(app, widget):  # noqa: F811
+    segment(app, widget)
+    assert widget.ui.exportDicomButton.visible and widget.ui.volumesTable.visible
+    widget.ui.displaySection.collapsed = True
+    widget.logic.getParameterNode().outputSegmentation = None
+    widget.enter()
+    widget.ui.displaySection.collapsed = False
+    app.process_events()
+    assert not widget.ui.exportDicomButton.visible and not widget.ui.volumesTable.visible
+
+
 def test_export_writes_every_segment_where_it_is_with_patient_codes_and_model(app, exported, a_series):  # noqa: F811
     dataset, numbers = exported()
 
