@@ -380,9 +380,11 @@ def _write_outputs(outputs: dict[str, Path], arguments: argparse.Namespace, *, v
 
 
 def _summary(result: "SegmentResult", *, labels: list[Label], seconds: float) -> str:
-    """'5 of 7 structures in 12.3 s, 10 of 42 patches'."""
+    """'5 of 7 structures in 12.3 s, 10 of 42 patches', and what was taken for air."""
     num_found = sum(bool((result.labelmap.array == label.value).any()) for label in labels)
-    return f"{num_found} of {len(labels)} structures in {seconds:.1f} s, {len(result.patches)} of {result.run_info['candidates']} patches"
+    text = f"{num_found} of {len(labels)} structures in {seconds:.1f} s, {len(result.patches)} of {result.run_info['candidates']} patches"
+    share = result.run_info["padding_share"]
+    return f"{text}; {share:.0%} of the volume is filled with one value and was taken for air" if share else text
 
 
 def _model_row(bundle: Bundle) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid, model_grid_around
 from NMSWSegment.files.normalization import IntensityScale, intensity_scale
+from NMSWSegment.files.padding import find_padding
 from NMSWSegment.files.volume import Volume
 
 VOXELS_AT_ONCE = 1 << 21  # bounds the working memory of one slab: about 60 MB, 250 of an oblique volume
@@ -159,7 +160,7 @@ def block_averaged(
 
     Args:
         spacing_mm: of the model, KJI.
-        bounds: as in resample_to_model_grid, in units of the scale.
+        bounds: as in resample_to_model_grid, in units of the scale; where these are absolute (CT), a padding becomes the lower one.
     """
     directions = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
     target_ijk = np.abs(directions).T @ np.array(spacing_mm[::-1], dtype=float) / np.abs(directions).sum(0)
@@ -167,9 +168,12 @@ def block_averaged(
     factors_ijk = np.minimum(factors_ijk, volume.shape[::-1])
     kernel = tuple(int(factor) for factor in factors_ijk[::-1])
     slab_size = kernel[0] * max(1, VOXELS_AT_ONCE // (kernel[0] * volume.shape[1] * volume.shape[2]))
+    padding = find_padding(volume.array, darkest=bounds[0]) if bounds and scale == IntensityScale() else None
     pieces = []
     for start in range(0, volume.shape[0], slab_size):
         piece = _as_float32(volume.array[start : start + slab_size], bounds and tuple(scale.own(bound) for bound in bounds))
+        if padding is not None:
+            piece[torch.from_numpy(padding[start : start + slab_size])] = bounds[0]
         if max(kernel) > 1:
             piece = torch.nn.functional.avg_pool3d(piece[None, None], kernel, ceil_mode=True, count_include_pad=False)[0, 0]
         pieces.append(scale.normalized(piece))

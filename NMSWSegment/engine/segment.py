@@ -20,6 +20,8 @@ from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.islands import without_islands
 from NMSWSegment.files.model_grid import ModelGrid
+from NMSWSegment.files.normalization import FIXED
+from NMSWSegment.files.padding import find_padding
 from NMSWSegment.files.roi import voxels_in_roi
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import AUTO_GAIN, OnProgress, PatchBox, Progress, SegmentOptions, UserError, ignore_progress, unknown_name
@@ -70,8 +72,8 @@ class SegmentResult:
     patches: tuple[PatchBox, ...]
     """Best first."""
     run_info: dict
-    """JSON-ready: versions, device, bundle, options, timings in seconds of what was really done, canonical_voxels (before padding),
-    candidates, patches, patches_reused, device steps, runtime (name, speedup, agreement) and a sentence about it."""
+    """JSON-ready: versions, device, bundle, options, timings in seconds of what was really done, padding_share (of the volume's voxels, taken for
+    air: padding.py), canonical_voxels (before the grid's own padding), candidates, patches, patches_reused, device steps, runtime (name, speedup, agreement) and a sentence about it."""
 
 
 @dataclass
@@ -114,13 +116,14 @@ def segment_volume(
     keep = structure_values(bundle.manifest, options.structures)
     with reproducible(options.threads), memory_explained(volume.shape):
         threads = torch.get_num_threads()
-        in_roi = _voxels_in_roi(volume, options=options, timings=timings)
+        padding = find_padding(volume.array, darkest=bundle.manifest.intensity_points[0][0]) if bundle.manifest.normalization == FIXED else None
+        shown = _voxels_to_keep(volume, options=options, padding=padding, timings=timings)
         _fill_run_cache(run_cache, volume, bundle, options=options, on_progress=on_progress, timings=timings)
         nets, coarse = run_cache.nets, run_cache.coarse
         if coarse_ready:
             on_progress(Progress("preview", PATCHES_FROM, "Writing the coarse labels to the volume's grid"))
             with timed(timings, "preview"):
-                preview = coarse_result(coarse, keep=keep, in_roi=in_roi, name=volume.name)
+                preview = coarse_result(coarse, keep=keep, shown=shown, name=volume.name)
             coarse_ready(preview)
             del preview  # a labelmap as large as the volume
         with timed(timings, "select"):
@@ -133,7 +136,7 @@ def segment_volume(
         labels = refine(coarse, selection, nets, upsamplers=upsamplers, patches=run_cache.patches, on_progress=on_progress, timings=timings)
         on_progress(Progress("restore", PATCHES_TO, "Writing labels to the volume's grid"))
         with timed(timings, "restore"):
-            labelmap = _restored(labels, coarse.model_grid, keep=keep, in_roi=in_roi, name=volume.name)
+            labelmap = _restored(labels, coarse.model_grid, keep=keep, shown=shown, name=volume.name)
         if options.min_island_ml > 0:
             with timed(timings, "islands"):
                 labelmap = without_islands(labelmap, min_ml=options.min_island_ml)
@@ -154,6 +157,7 @@ def segment_volume(
             "platform": platform.platform(),
         },
         "volume": {"name": volume.name, "shape_kji": list(volume.shape), "spacing_mm_kji": list(volume.spacing_mm)},
+        "padding_share": 0.0 if padding is None else round(float(padding.mean()), 4),
         "canonical_voxels": int(np.prod(coarse.model_grid.shape)),
         "candidates": coarse.grid.num_candidates,
         "timings_s": {stage: round(seconds, 4) for stage, seconds in timings.items()},
@@ -178,18 +182,18 @@ def coarse_pass(volume: Volume, nets: Nets, *, on_progress: OnProgress = ignore_
     return CoarsePass(x=x, model_grid=model_grid, grid=grid, coarse_logits=coarse_logits, importance_map=importance_map, coarse_labels=coarse_labels)
 
 
-def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> CoarseResult:
+def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], shown: np.ndarray | None, name: str) -> CoarseResult:
     """The answer without patches, and where the coarse net sees reason for them.
 
     Args:
         keep: label values to keep.
-        in_roi: voxels of the volume to keep, (K, J, I) bool; None keeps all.
+        shown: voxels of the volume to keep, (K, J, I) bool; None keeps all.
         name: of the volume.
     """
     relative = torch.exp(coarse.importance_map - coarse.importance_map.max())
     importance = Volume(array=relative.numpy(), ijk_to_ras=coarse.coarse_ijk_to_ras, name=name)
     return CoarseResult(
-        labelmap=_restored(coarse.coarse_labels, coarse.model_grid, keep=keep, in_roi=in_roi, name=name),
+        labelmap=_restored(coarse.coarse_labels, coarse.model_grid, keep=keep, shown=shown, name=name),
         importance=importance,
         candidates=coarse.grid.num_candidates,
     )
@@ -304,12 +308,13 @@ def _fill_run_cache(
         run_cache.coarse = coarse_pass(volume, run_cache.nets, on_progress=on_progress, timings=timings)
 
 
-def _voxels_in_roi(volume: Volume, *, options: SegmentOptions, timings: dict[str, float]) -> np.ndarray | None:
-    """Voxels of the volume to keep, (K, J, I) bool; None where there is no region of interest."""
+def _voxels_to_keep(volume: Volume, *, options: SegmentOptions, padding: np.ndarray | None, timings: dict[str, float]) -> np.ndarray | None:
+    """Voxels of the volume in the region of interest and not in its padding, (K, J, I) bool; None where there is neither."""
     if options.roi_to_ras is None:
-        return None
+        return None if padding is None else ~padding
     with timed(timings, "roi"):
-        return voxels_in_roi(volume.shape, ijk_to_ras=volume.ijk_to_ras, roi_to_ras=options.roi_to_ras)
+        in_roi = voxels_in_roi(volume.shape, ijk_to_ras=volume.ijk_to_ras, roi_to_ras=options.roi_to_ras)
+    return in_roi if padding is None else in_roi & ~padding
 
 
 def _patch_logits(
@@ -337,11 +342,11 @@ def _patch_logits(
         yield index, ready.pop(index) if index in ready else patches.get(index)
 
 
-def _restored(labels: Tensor, model_grid: ModelGrid, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> Volume:
+def _restored(labels: Tensor, model_grid: ModelGrid, *, keep: tuple[int, ...], shown: np.ndarray | None, name: str) -> Volume:
     """Labels (D, H, W) on the volume's own grid, without what is not to be kept."""
     labelmap = restore_labelmap(_kept(labels, keep), model_grid)
-    if in_roi is not None:
-        labelmap.array[~in_roi] = 0
+    if shown is not None:
+        labelmap.array[~shown] = 0
     return Volume(array=labelmap.array, ijk_to_ras=labelmap.ijk_to_ras, name=name)
 
 
