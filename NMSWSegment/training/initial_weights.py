@@ -168,7 +168,7 @@ def _fitting_checkpoint(option: str, run: str, ours: Architecture, *, label_name
     theirs = Architecture(**checkpoint["architecture"])
     if option == "coarse_run":
         theirs = replace(theirs, backbone=ours.backbone, cascade=ours.cascade, fusion_channels=ours.fusion_channels)
-    if theirs.fusion_channels != ours.fusion_channels:
+    if theirs.fusion_channels and theirs.backbone == ours.backbone and not ours.fusion_channels:
         raise UserError(f"The initial_run '{run}' trained an e2enet that was thinned out for good, which cannot get masks again. Leave --sparsity out.")
     if theirs != ours:
         raise UserError(
