@@ -49,6 +49,7 @@ class Monitor:
         self._colors = np.array([(0, 0, 0), *(label.color for label in coded_labels(label_names))], dtype=np.float32) / 255
         self._first, self._started = first_iteration, time.monotonic()
         self._seconds_validated = 0.0
+        self._losses: list[Tensor] = []
         self._curve = _Table(output / CURVE_NAME, CURVE_COLUMNS, last_iteration=first_iteration)
         self._validation: _Table | None = None
         self._output = output
@@ -61,15 +62,19 @@ class Monitor:
         except OSError as error:
             logger.warning("The learning curve cannot be drawn (%s)", error)
 
-    def log(self, state: TrainingState, losses: Tensor, *, tau: float, score: ValidationScore | None = None) -> None:
-        """One line and one set of points.
+    def count(self, losses: Tensor) -> None:
+        """Remember the losses of a step for the next line: the mean over its volumes, in the order of Losses' fields."""
+        self._losses.append(losses)
+
+    def log(self, state: TrainingState, *, tau: float, score: ValidationScore | None = None) -> None:
+        """One line and one set of points; the losses are the mean of the steps since the last one.
 
         Args:
-            losses: mean over the volumes of the step, in the order of Losses' fields.
             score: of the nets after this step, where they were validated.
         """
         iteration = state.iteration
-        values = {field.name: float(value) for field, value in zip(fields(Losses), losses)}
+        values = {field.name: float(value) for field, value in zip(fields(Losses), torch.stack(self._losses).nanmean(0))}
+        self._losses.clear()
         seconds = (time.monotonic() - self._started) / (iteration - self._first)
         for name, value in values.items():
             self._writer.add_scalar(f"loss/{name}", value, iteration)
@@ -83,7 +88,7 @@ class Monitor:
             self._writer.add_scalar(f"class_weight/{name}", weight, iteration)
         if state.sparsity:
             self._writer.add_scalar("fusion_density", state.sparsity.density, iteration)
-        text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        text = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if value)
         logger.info("%6d  %s  tau %.2f  %.2f s", iteration, text, tau, seconds)
         if score:
             self._log_validation(state, score)
@@ -146,11 +151,11 @@ def draw_curve(path: Path) -> None:
     figure = Figure(figsize=(11 if len(scores) else 7, 4), layout="constrained")
     axes = figure.subplots(ncols=2 if len(scores) else 1, squeeze=False)[0]
     width = max(1, len(values) // CURVE_POINTS)
-    for column, name in enumerate(CURVE_COLUMNS[1:-1], start=1):
-        if values[:, column].any():
-            smooth = np.convolve(values[:, column], np.ones(width) / width, mode="valid")
-            axes[0].plot(values[width - 1 :, 0], smooth, label=name)
-    axes[0].set(xlabel="iteration", ylabel=f"loss, mean of {width} points")
+    shown = [column for column in range(1, len(CURVE_COLUMNS) - 1) if values[:, column].any()]
+    for column in shown[:1] if len(shown) == 2 else shown:  # a single term is the total
+        smooth = np.convolve(values[:, column], np.ones(width) / width, mode="valid")
+        axes[0].plot(values[width - 1 :, 0], smooth, label=CURVE_COLUMNS[column])
+    axes[0].set(xlabel="iteration", ylabel="loss" if width == 1 else f"loss, mean of {width} points")
     axes[0].legend()
     if len(scores):
         axes[1].plot(scores[:, 0], scores[:, -1], marker="o")

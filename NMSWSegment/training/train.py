@@ -106,8 +106,10 @@ def train(
                 score = validation.score(state) if validation and is_due(state.iteration, options) else None
                 if score and is_best(state, score) and group.is_first:
                     save_checkpoint(output, state, **names, name=BEST_NAME)
+                if monitor:
+                    monitor.count(losses)
                 if monitor and (score or state.iteration % log_every == 0):
-                    monitor.log(state, losses, tau=tau, score=score)
+                    monitor.log(state, tau=tau, score=score)
                 if monitor and show_every and options.train != "local" and state.iteration % show_every == 0:
                     monitor.show_selection(state, training_set[0])
                 if group.is_first and (state.iteration % checkpoint_every == 0 or is_finished(state, options)):
