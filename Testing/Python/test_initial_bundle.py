@@ -85,8 +85,8 @@ def test_bundle_of_another_backbone_gives_its_coarse_net_alone():
 def test_thinned_out_e2enet_keeps_its_channels_in_a_sparse_run_and_may_use_all_in_another():
     names = load_bundle("torso-e2enet").manifest.label_names
     kept = Architecture(**load_bundle("torso-e2enet").manifest.architecture).fusion_channels
-    options = TrainOptions(data=("decathlon:data",), initial_bundle="torso-e2enet", backbone="e2enet", sparsity=0.8)
-    net = NMSWNet(Architecture(num_classes=len(names) + 1, backbone="e2enet"))
+    options = TrainOptions(data=("decathlon:data",), initial_bundle="torso-e2enet", backbone="e2enet", cascade=True, sparsity=0.8)
+    net = NMSWNet(Architecture(num_classes=len(names) + 1, backbone="e2enet", cascade=True))
     optimizer = torch.optim.AdamW(net.parameters())
     sparsity = FusionSparsity(net.local.backbone, optimizer, options=SparsityOptions(iterations=10))
     load_initial_weights(TrainingState(net=net, optimizer=optimizer, schedule=None, sparsity=sparsity), options, label_names=names)
