@@ -384,7 +384,7 @@ def _summary(result: "SegmentResult", *, labels: list[Label], seconds: float) ->
     num_found = sum(bool((result.labelmap.array == label.value).any()) for label in labels)
     text = f"{num_found} of {len(labels)} structures in {seconds:.1f} s, {len(result.patches)} of {result.run_info['candidates']} patches"
     share = result.run_info["padding_share"]
-    return f"{text}; {share:.0%} of the volume is filled with one value and was taken for air" if share else text
+    return f"{text}; {share:.0%} of the volume is filled with 0 at its borders, which was taken for air" if share else text
 
 
 def _model_row(bundle: Bundle) -> tuple[str, ...]:
