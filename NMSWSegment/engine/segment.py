@@ -44,6 +44,8 @@ class CoarsePass:
     """(d, h, w) logits."""
     coarse_labels: Tensor
     """arg max of the up-sampled coarse logits, (D, H, W) uint8."""
+    padding: np.ndarray | None = None
+    """Voxels of the volume that are padding (find_padding), (K, J, I) bool; None where there is none."""
 
     @property
     def coarse_ijk_to_ras(self) -> np.ndarray:
@@ -116,10 +118,10 @@ def segment_volume(
     keep = structure_values(bundle.manifest, options.structures)
     with reproducible(options.threads), memory_explained(volume.shape):
         threads = torch.get_num_threads()
-        padding = find_padding(volume.array, darkest=bundle.manifest.intensity_points[0][0]) if bundle.manifest.normalization == FIXED else None
-        shown = _voxels_to_keep(volume, options=options, padding=padding, timings=timings)
+        in_roi = _voxels_in_roi(volume, options=options, timings=timings)
         _fill_run_cache(run_cache, volume, bundle, options=options, on_progress=on_progress, timings=timings)
         nets, coarse = run_cache.nets, run_cache.coarse
+        shown = _shown(in_roi, coarse.padding)
         if coarse_ready:
             on_progress(Progress("preview", PATCHES_FROM, "Writing the coarse labels to the volume's grid"))
             with timed(timings, "preview"):
@@ -157,7 +159,7 @@ def segment_volume(
             "platform": platform.platform(),
         },
         "volume": {"name": volume.name, "shape_kji": list(volume.shape), "spacing_mm_kji": list(volume.spacing_mm)},
-        "padding_share": 0.0 if padding is None else round(float(padding.mean()), 4),
+        "padding_share": 0.0 if coarse.padding is None else round(float(coarse.padding.mean()), 4),
         "canonical_voxels": int(np.prod(coarse.model_grid.shape)),
         "candidates": coarse.grid.num_candidates,
         "timings_s": {stage: round(seconds, 4) for stage, seconds in timings.items()},
@@ -174,12 +176,15 @@ def coarse_pass(volume: Volume, nets: Nets, *, on_progress: OnProgress = ignore_
     on_progress(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
     with timed(timings, "canonical"):
         x, model_grid, grid = to_model_grid(volume, nets.manifest)
+        padding = find_padding(volume.array, darkest=nets.manifest.intensity_points[0][0]) if nets.manifest.normalization == FIXED else None
     on_progress(Progress("coarse", 0.12, "Coarse pass over the whole volume"))
     with timed(timings, "coarse"):
         coarse_logits, importance_map = nets.coarse(coarse_input(x, grid=grid))
     with timed(timings, "upsample"):
         coarse_labels = CoarseUpsampler(coarse_logits, grid=grid).labels()
-    return CoarsePass(x=x, model_grid=model_grid, grid=grid, coarse_logits=coarse_logits, importance_map=importance_map, coarse_labels=coarse_labels)
+    return CoarsePass(
+        x=x, model_grid=model_grid, grid=grid, coarse_logits=coarse_logits, importance_map=importance_map, coarse_labels=coarse_labels, padding=padding
+    )
 
 
 def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], shown: np.ndarray | None, name: str) -> CoarseResult:
@@ -308,13 +313,19 @@ def _fill_run_cache(
         run_cache.coarse = coarse_pass(volume, run_cache.nets, on_progress=on_progress, timings=timings)
 
 
-def _voxels_to_keep(volume: Volume, *, options: SegmentOptions, padding: np.ndarray | None, timings: dict[str, float]) -> np.ndarray | None:
-    """Voxels of the volume in the region of interest and not in its padding, (K, J, I) bool; None where there is neither."""
+def _voxels_in_roi(volume: Volume, *, options: SegmentOptions, timings: dict[str, float]) -> np.ndarray | None:
+    """Voxels of the volume in the region of interest, (K, J, I) bool; None where there is none."""
     if options.roi_to_ras is None:
-        return None if padding is None else ~padding
+        return None
     with timed(timings, "roi"):
-        in_roi = voxels_in_roi(volume.shape, ijk_to_ras=volume.ijk_to_ras, roi_to_ras=options.roi_to_ras)
-    return in_roi if padding is None else in_roi & ~padding
+        return voxels_in_roi(volume.shape, ijk_to_ras=volume.ijk_to_ras, roi_to_ras=options.roi_to_ras)
+
+
+def _shown(in_roi: np.ndarray | None, padding: np.ndarray | None) -> np.ndarray | None:
+    """Voxels to keep, (K, J, I) bool: in the region of interest, and no padding; None keeps all."""
+    if padding is None:
+        return in_roi
+    return ~padding if in_roi is None else in_roi & ~padding
 
 
 def _patch_logits(

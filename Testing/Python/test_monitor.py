@@ -11,7 +11,7 @@ from test_train import a_data_folder, tiny_options  # noqa: E402
 from NMSWSegment.files.colors import rank_color  # noqa: E402
 from NMSWSegment.files.grid import CandidateGrid  # noqa: E402
 from NMSWSegment.training import monitor as monitor_module  # noqa: E402
-from NMSWSegment.training.monitor import CURVE_COLUMNS, OVERLAY_SHARE, _table_rows, selection_picture  # noqa: E402
+from NMSWSegment.training.monitor import OVERLAY_SHARE, selection_picture  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 
 
@@ -102,6 +102,6 @@ def test_point_of_the_curve_is_the_mean_of_the_steps_since_the_last_one(tmp_path
     curves = {}
     for every in (1, 2):
         train(options, output=tmp_path / str(every), num_workers=0, log_every=every)
-        curves[every] = np.array(_table_rows(tmp_path / str(every) / "curve.csv", CURVE_COLUMNS))
+        curves[every] = np.genfromtxt(tmp_path / str(every) / "curve.csv", delimiter=",", skip_header=1)
     assert curves[2][:, 0].tolist() == [2, 4]
     np.testing.assert_allclose(curves[2][:, 1:-1], curves[1][:, 1:-1].reshape(2, 2, -1).mean(1), atol=2e-5)

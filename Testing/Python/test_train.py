@@ -19,10 +19,7 @@ from NMSWSegment.engine.runtime import Nets  # noqa: E402
 from NMSWSegment.engine.segment import coarse_pass, refine  # noqa: E402
 from NMSWSegment.engine.selection import Selection  # noqa: E402
 from NMSWSegment.files import phantoms  # noqa: E402
-from NMSWSegment.files.bundle import (
-    BundleManifest,  # noqa: E402
-    load_bundle,  # noqa: E402
-)
+from NMSWSegment.files.bundle import BundleManifest, load_bundle  # noqa: E402
 from NMSWSegment.files.labels import coded_labels  # noqa: E402
 from NMSWSegment.files.volume import Volume, read_volume  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
