@@ -383,7 +383,7 @@ def _summary(result: "SegmentResult", *, labels: list[Label], seconds: float) ->
     """'5 of 7 structures in 12.3 s, 10 of 42 patches', and what was taken for air."""
     num_found = sum(bool((result.labelmap.array == label.value).any()) for label in labels)
     text = f"{num_found} of {len(labels)} structures in {seconds:.1f} s, {len(result.patches)} of {result.run_info['candidates']} patches"
-    share = result.run_info["padding_share"]
+    share = result.run_info["zero_padding_share"]
     return f"{text}; {share:.0%} of the volume is filled with 0 at its borders, which was taken for air" if share else text
 
 

@@ -16,14 +16,17 @@ from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid, model_grid_around
 from NMSWSegment.files.normalization import IntensityScale, intensity_scale
-from NMSWSegment.files.padding import find_padding
+from NMSWSegment.files.padding import Padding
 from NMSWSegment.files.volume import Volume
 
 VOXELS_AT_ONCE = 1 << 21  # bounds the working memory of one slab: about 60 MB, 250 of an oblique volume
 
 
-def to_model_grid(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, ModelGrid, CandidateGrid]:
+def to_model_grid(volume: Volume, manifest: BundleManifest, *, padding: Padding | None = None) -> tuple[Tensor, ModelGrid, CandidateGrid]:
     """The net's view of a volume.
+
+    Args:
+        padding: of the volume; taken for air.
 
     Returns:
         x (1, 1, D, H, W) float32 in [0, 1], padded; the model grid; the grid of all candidates of x.
@@ -37,7 +40,7 @@ def to_model_grid(volume: Volume, manifest: BundleManifest) -> tuple[Tensor, Mod
     inside = tuple(slice(0, length) for length in model_grid.shape[1:])
     darkest, brightest = manifest.intensity_points[0][0], manifest.intensity_points[-1][0]
     scale = intensity_scale(volume.array, manifest.normalization)
-    for slab, intensity in _resampled_slabs(volume, model_grid=model_grid, outside=darkest, bounds=(darkest, brightest), scale=scale):
+    for slab, intensity in _resampled_slabs(volume, model_grid=model_grid, outside=darkest, bounds=(darkest, brightest), scale=scale, padding=padding):
         x[(0, 0, slab, *inside)] = normalize_intensity(intensity, manifest.intensity_points)
     return x, model_grid, grid
 
@@ -109,14 +112,15 @@ def run_coarse(net: Callable[[Tensor], tuple[Tensor, Tensor]], x_low: Tensor, *,
     return logits[:, :, :d, :h, :w], importance_map[:, :, :d, :h, :w]
 
 
-def restore_labelmap(labels: Tensor, model_grid: ModelGrid) -> Volume:
+def restore_labelmap(labels: Tensor, model_grid: ModelGrid, *, padding: Padding | None = None) -> Volume:
     """The labelmap on the volume's own grid, (K, J, I) uint8; the inverse of to_model_grid for labels.
 
     Every class is interpolated linearly as a 0/1 field and the largest wins, so that surfaces follow the anatomy instead of
     the model's voxels. A volume on the model's own grid comes back exactly.
 
     Args:
-        labels: (D, H, W) uint8; padding beyond model_grid.shape is ignored.
+        labels: (D, H, W) uint8; what lies beyond model_grid.shape is ignored.
+        padding: of the volume; background in the result.
     """
     labels = labels[tuple(slice(0, length) for length in model_grid.shape)].cpu()
     to_model_ijk = np.linalg.inv(model_grid.ijk_to_ras) @ model_grid.source_ijk_to_ras
@@ -133,14 +137,22 @@ def restore_labelmap(labels: Tensor, model_grid: ModelGrid) -> Volume:
             at = tuple(map(torch.from_numpy, np.unravel_index(voxels.numpy(), tuple(values.shape))))  # torch's imports a compiler at its first call
             mixed = [p.expand(values.shape)[at] for p in positions]
             slab_labels[voxels] = _interpolated_labels(labels, mixed)
+    if padding is not None:
+        padding.clear(result.numpy())
     return Volume(array=result.numpy(), ijk_to_ras=model_grid.source_ijk_to_ras)
 
 
 def _resampled_slabs(
-    volume: Volume, *, model_grid: ModelGrid, outside: float, bounds: tuple[float, float] | None, scale: IntensityScale = IntensityScale()
+    volume: Volume,
+    *,
+    model_grid: ModelGrid,
+    outside: float,
+    bounds: tuple[float, float] | None,
+    scale: IntensityScale = IntensityScale(),
+    padding: Padding | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the model grid and their intensity, (slices, H, W) float32; everything but the volume in units of the scale."""
-    source, source_ijk_to_ras = block_averaged(volume, spacing_mm=model_grid.spacing_mm, bounds=bounds, scale=scale)
+    source, source_ijk_to_ras = block_averaged(volume, spacing_mm=model_grid.spacing_mm, bounds=bounds, scale=scale, padding=padding)
     to_source = np.linalg.inv(source_ijk_to_ras) @ model_grid.ijk_to_ras
     for slab in _slabs(model_grid.shape):
         positions = _positions(to_source, shape=model_grid.shape, slab=slab)
@@ -152,7 +164,12 @@ def _resampled_slabs(
 
 
 def block_averaged(
-    volume: Volume, *, spacing_mm: Sequence[float], bounds: tuple[float, float] | None = None, scale: IntensityScale = IntensityScale()
+    volume: Volume,
+    *,
+    spacing_mm: Sequence[float],
+    bounds: tuple[float, float] | None = None,
+    scale: IntensityScale = IntensityScale(),
+    padding: Padding | None = None,
 ) -> tuple[Tensor, np.ndarray]:
     """Mean over whole blocks of voxels that fit into one model voxel, in units of the scale: float32 array and its ijk_to_ras.
 
@@ -160,7 +177,8 @@ def block_averaged(
 
     Args:
         spacing_mm: of the model, KJI.
-        bounds: as in resample_to_model_grid, in units of the scale; where these are absolute (CT), a padding becomes the lower one.
+        bounds: as in resample_to_model_grid, in units of the scale.
+        padding: of the volume; needs bounds, and takes the lower one.
     """
     directions = volume.ijk_to_ras[:3, :3] / np.linalg.norm(volume.ijk_to_ras[:3, :3], axis=0)
     target_ijk = np.abs(directions).T @ np.array(spacing_mm[::-1], dtype=float) / np.abs(directions).sum(0)
@@ -168,12 +186,11 @@ def block_averaged(
     factors_ijk = np.minimum(factors_ijk, volume.shape[::-1])
     kernel = tuple(int(factor) for factor in factors_ijk[::-1])
     slab_size = kernel[0] * max(1, VOXELS_AT_ONCE // (kernel[0] * volume.shape[1] * volume.shape[2]))
-    padding = find_padding(volume.array, darkest=bounds[0]) if bounds and scale == IntensityScale() else None
     pieces = []
     for start in range(0, volume.shape[0], slab_size):
         piece = _as_float32(volume.array[start : start + slab_size], bounds and tuple(scale.own(bound) for bound in bounds))
-        if padding is not None:
-            piece[torch.from_numpy(padding[start : start + slab_size])] = bounds[0]
+        if padding is not None and padding.share_of_zeros:  # of any other value it has been bounded
+            piece[torch.from_numpy(padding.of_slices(slice(start, start + slab_size)))] = bounds[0]
         if max(kernel) > 1:
             piece = torch.nn.functional.avg_pool3d(piece[None, None], kernel, ceil_mode=True, count_include_pad=False)[0, 0]
         pieces.append(scale.normalized(piece))

@@ -20,8 +20,7 @@ from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.islands import without_islands
 from NMSWSegment.files.model_grid import ModelGrid
-from NMSWSegment.files.normalization import FIXED
-from NMSWSegment.files.padding import find_padding
+from NMSWSegment.files.padding import Padding, find_padding
 from NMSWSegment.files.roi import voxels_in_roi
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import AUTO_GAIN, OnProgress, PatchBox, Progress, SegmentOptions, UserError, ignore_progress, unknown_name
@@ -44,8 +43,8 @@ class CoarsePass:
     """(d, h, w) logits."""
     coarse_labels: Tensor
     """arg max of the up-sampled coarse logits, (D, H, W) uint8."""
-    padding: np.ndarray | None = None
-    """Voxels of the volume that are padding (find_padding), (K, J, I) bool; None where there is none."""
+    padding: Padding | None = None
+    """Of the volume."""
 
     @property
     def coarse_ijk_to_ras(self) -> np.ndarray:
@@ -74,8 +73,8 @@ class SegmentResult:
     patches: tuple[PatchBox, ...]
     """Best first."""
     run_info: dict
-    """JSON-ready: versions, device, bundle, options, timings in seconds of what was really done, padding_share (of the volume's voxels, taken for
-    air: padding.py), canonical_voxels (before the grid's own padding), candidates, patches, patches_reused, device steps, runtime (name, speedup, agreement) and a sentence about it."""
+    """JSON-ready: versions, device, bundle, options, timings in seconds of what was really done, zero_padding_share (of the volume's voxels: padding
+    with 0, taken for air), canonical_voxels (before the grid's own padding), candidates, patches, patches_reused, device steps, runtime (name, speedup, agreement) and a sentence about it."""
 
 
 @dataclass
@@ -121,11 +120,10 @@ def segment_volume(
         in_roi = _voxels_in_roi(volume, options=options, timings=timings)
         _fill_run_cache(run_cache, volume, bundle, options=options, on_progress=on_progress, timings=timings)
         nets, coarse = run_cache.nets, run_cache.coarse
-        shown = _shown(in_roi, coarse.padding)
         if coarse_ready:
             on_progress(Progress("preview", PATCHES_FROM, "Writing the coarse labels to the volume's grid"))
             with timed(timings, "preview"):
-                preview = coarse_result(coarse, keep=keep, shown=shown, name=volume.name)
+                preview = coarse_result(coarse, keep=keep, in_roi=in_roi, name=volume.name)
             coarse_ready(preview)
             del preview  # a labelmap as large as the volume
         with timed(timings, "select"):
@@ -138,7 +136,7 @@ def segment_volume(
         labels = refine(coarse, selection, nets, upsamplers=upsamplers, patches=run_cache.patches, on_progress=on_progress, timings=timings)
         on_progress(Progress("restore", PATCHES_TO, "Writing labels to the volume's grid"))
         with timed(timings, "restore"):
-            labelmap = _restored(labels, coarse.model_grid, keep=keep, shown=shown, name=volume.name)
+            labelmap = _restored(labels, coarse, keep=keep, in_roi=in_roi, name=volume.name)
         if options.min_island_ml > 0:
             with timed(timings, "islands"):
                 labelmap = without_islands(labelmap, min_ml=options.min_island_ml)
@@ -159,7 +157,7 @@ def segment_volume(
             "platform": platform.platform(),
         },
         "volume": {"name": volume.name, "shape_kji": list(volume.shape), "spacing_mm_kji": list(volume.spacing_mm)},
-        "padding_share": 0.0 if coarse.padding is None else round(float(coarse.padding.mean()), 4),
+        "zero_padding_share": 0.0 if coarse.padding is None else round(coarse.padding.share_of_zeros, 4),
         "canonical_voxels": int(np.prod(coarse.model_grid.shape)),
         "candidates": coarse.grid.num_candidates,
         "timings_s": {stage: round(seconds, 4) for stage, seconds in timings.items()},
@@ -175,8 +173,8 @@ def coarse_pass(volume: Volume, nets: Nets, *, on_progress: OnProgress = ignore_
     timings = {} if timings is None else timings
     on_progress(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
     with timed(timings, "canonical"):
-        x, model_grid, grid = to_model_grid(volume, nets.manifest)
-        padding = find_padding(volume.array, darkest=nets.manifest.intensity_points[0][0]) if nets.manifest.normalization == FIXED else None
+        padding = find_padding(volume.array, normalization=nets.manifest.normalization, darkest=nets.manifest.intensity_points[0][0])
+        x, model_grid, grid = to_model_grid(volume, nets.manifest, padding=padding)
     on_progress(Progress("coarse", 0.12, "Coarse pass over the whole volume"))
     with timed(timings, "coarse"):
         coarse_logits, importance_map = nets.coarse(coarse_input(x, grid=grid))
@@ -187,18 +185,18 @@ def coarse_pass(volume: Volume, nets: Nets, *, on_progress: OnProgress = ignore_
     )
 
 
-def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], shown: np.ndarray | None, name: str) -> CoarseResult:
+def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> CoarseResult:
     """The answer without patches, and where the coarse net sees reason for them.
 
     Args:
         keep: label values to keep.
-        shown: voxels of the volume to keep, (K, J, I) bool; None keeps all.
+        in_roi: voxels of the volume in the region of interest, (K, J, I) bool; None keeps all.
         name: of the volume.
     """
     relative = torch.exp(coarse.importance_map - coarse.importance_map.max())
     importance = Volume(array=relative.numpy(), ijk_to_ras=coarse.coarse_ijk_to_ras, name=name)
     return CoarseResult(
-        labelmap=_restored(coarse.coarse_labels, coarse.model_grid, keep=keep, shown=shown, name=name),
+        labelmap=_restored(coarse.coarse_labels, coarse, keep=keep, in_roi=in_roi, name=name),
         importance=importance,
         candidates=coarse.grid.num_candidates,
     )
@@ -321,13 +319,6 @@ def _voxels_in_roi(volume: Volume, *, options: SegmentOptions, timings: dict[str
         return voxels_in_roi(volume.shape, ijk_to_ras=volume.ijk_to_ras, roi_to_ras=options.roi_to_ras)
 
 
-def _shown(in_roi: np.ndarray | None, padding: np.ndarray | None) -> np.ndarray | None:
-    """Voxels to keep, (K, J, I) bool: in the region of interest, and no padding; None keeps all."""
-    if padding is None:
-        return in_roi
-    return ~padding if in_roi is None else in_roi & ~padding
-
-
 def _patch_logits(
     coarse: CoarsePass, order: list[int], nets: Nets, *, upsamplers: dict[int, CoarseUpsampler], patches: PatchCache, timings: dict[str, float]
 ) -> Iterator[tuple[int, Tensor]]:
@@ -353,11 +344,11 @@ def _patch_logits(
         yield index, ready.pop(index) if index in ready else patches.get(index)
 
 
-def _restored(labels: Tensor, model_grid: ModelGrid, *, keep: tuple[int, ...], shown: np.ndarray | None, name: str) -> Volume:
+def _restored(labels: Tensor, coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> Volume:
     """Labels (D, H, W) on the volume's own grid, without what is not to be kept."""
-    labelmap = restore_labelmap(_kept(labels, keep), model_grid)
-    if shown is not None:
-        labelmap.array[~shown] = 0
+    labelmap = restore_labelmap(_kept(labels, keep), coarse.model_grid, padding=coarse.padding)
+    if in_roi is not None:
+        labelmap.array[~in_roi] = 0
     return Volume(array=labelmap.array, ijk_to_ras=labelmap.ijk_to_ras, name=name)
 
 

@@ -19,6 +19,7 @@ from NMSWSegment.engine.selection import Selection, candidate_importance, class_
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import ModelGrid
+from NMSWSegment.files.padding import Padding, find_padding
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import OnProgress, PatchBox, Progress, SegmentOptions, ignore_progress
 
@@ -34,6 +35,8 @@ class Answer:
     labels: Tensor
     """(D, H, W) uint8 of the volume on the model grid, padded or not."""
     model_grid: ModelGrid
+    padding: Padding | None
+    """Of the volume."""
     windows: int
     """Patches that went through the local net."""
     candidates: int
@@ -76,13 +79,15 @@ def sliding_window(volume: Volume, run: MethodRun, *, overlap: float) -> Answer:
         coarse = run.coarse(volume)
         upsampler = CoarseUpsampler(coarse.coarse_logits, grid=coarse.grid)
         labels, windows = slide(coarse.x, run, grid=coarse.grid, overlap=overlap, upsampler=upsampler)
-        return Answer(labels=labels, model_grid=coarse.model_grid, windows=windows, candidates=coarse.grid.num_candidates)
+        return Answer(labels=labels, model_grid=coarse.model_grid, padding=coarse.padding, windows=windows, candidates=coarse.grid.num_candidates)
     run.on_progress(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
     with timed(run.timings, "canonical"):
-        x, model_grid, grid = to_model_grid(volume, run.nets.manifest)
+        manifest = run.nets.manifest
+        padding = find_padding(volume.array, normalization=manifest.normalization, darkest=manifest.intensity_points[0][0])
+        x, model_grid, grid = to_model_grid(volume, manifest, padding=padding)
         x = x[(..., *(slice(0, length) for length in model_grid.shape))]
     labels, windows = slide(x, run, grid=grid, overlap=overlap)
-    return Answer(labels=labels, model_grid=model_grid, windows=windows, candidates=grid.num_candidates)
+    return Answer(labels=labels, model_grid=model_grid, padding=padding, windows=windows, candidates=grid.num_candidates)
 
 
 def slide(x: Tensor, run: MethodRun, *, grid: CandidateGrid, overlap: float, upsampler: CoarseUpsampler | None = None) -> tuple[Tensor, int]:
@@ -125,7 +130,7 @@ def sliding_window_on_foreground(volume: Volume, run: MethodRun) -> Answer:
             total[(slice(None), *box)] += window * logits
     with timed(run.timings, "aggregate"):
         labels = total.max(0).indices.to(torch.uint8)  # all zero where no window came, and the lowest of equal classes is background
-    return Answer(labels=labels, model_grid=coarse.model_grid, windows=len(chosen), candidates=coarse.grid.num_candidates)
+    return Answer(labels=labels, model_grid=coarse.model_grid, padding=coarse.padding, windows=len(chosen), candidates=coarse.grid.num_candidates)
 
 
 def random_as_published(volume: Volume, run: MethodRun) -> Answer:
@@ -181,7 +186,7 @@ def zoom_out(volume: Volume, run: MethodRun) -> Answer:
             is_better = (logits.max(0).indices == value) & (share > confidence[box])
             labels[box][is_better] = value
             confidence[box][is_better] = share[is_better]
-    return Answer(labels=labels, model_grid=coarse.model_grid, windows=len(classes), candidates=coarse.grid.num_candidates)
+    return Answer(labels=labels, model_grid=coarse.model_grid, padding=coarse.padding, windows=len(classes), candidates=coarse.grid.num_candidates)
 
 
 def as_segment(
@@ -207,7 +212,7 @@ def as_segment(
         answer = method(volume, MethodRun(nets=run_cache.nets, options=options, on_progress=on_progress, timings=timings))
         on_progress(Progress("restore", 0.9, "Writing labels to the volume's grid"))
         with timed(timings, "restore"):
-            labelmap = restore_labelmap(answer.labels, answer.model_grid)
+            labelmap = restore_labelmap(answer.labels, answer.model_grid, padding=answer.padding)
     run_info = {
         "timings_s": {stage: round(seconds, 4) for stage, seconds in timings.items()},
         "candidates": answer.candidates,
@@ -253,7 +258,9 @@ def _refined(coarse: CoarsePass, ranked: Tensor, run: MethodRun) -> Answer:
     selection = Selection(indices=tuple(chosen), importance=tuple(float(pi[index]) for index in chosen))
     labels = refine(coarse, selection, run.nets, on_progress=run.on_progress, timings=run.timings)
     patches = patch_boxes(selection, grid=coarse.grid, model_grid=coarse.model_grid)
-    return Answer(labels=labels, model_grid=coarse.model_grid, windows=len(chosen), candidates=coarse.grid.num_candidates, patches=patches)
+    return Answer(
+        labels=labels, model_grid=coarse.model_grid, padding=coarse.padding, windows=len(chosen), candidates=coarse.grid.num_candidates, patches=patches
+    )
 
 
 def _local_only(nets: Nets) -> Nets:

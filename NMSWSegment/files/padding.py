@@ -1,39 +1,85 @@
-"""Padding with 0: what a scan does not show, as a resampling, a registration or a mask fills it in many programs.
+"""Padding: what a scan does not show, as scanners, resampling, registration and masks fill it, with one value.
 
-CT is padded with air or with values below it, which the networks know. 0 is water in a CT: a network sees organs in it. So voxels of such a
-padding are taken for air, in training as in a run, and no structure is found in them.
+No structure is found in it. Of a CT it has a value that the networks cannot tell from air, or it has 0 in many programs: that is water, in which a
+network sees organs. So voxels of a padding with 0 are taken for air, in training as in a run.
 """
 
+import functools
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-FILL_VALUE = 0
-CORNER_VOXELS = 3
-"""Along each axis: as many voxels of the value in a corner are no noise."""
+from NMSWSegment.files.normalization import FIXED
+
+WATER = 0
+SHORTEST_LINE = 3
+"""Voxels: as many of one value at the border, or along each axis in a corner, are no noise."""
 
 
-def find_padding(array: np.ndarray, *, darkest: float) -> np.ndarray | None:
-    """Voxels of the padding, (K, J, I) bool; None where there is none, or where the nets cannot tell it from air.
+@dataclass(frozen=True)
+class Padding:
+    """Which voxels of a volume (K, J, I) are padding."""
 
-    A corner of the volume shows whether there is one. Its voxels are those from which a straight line along an axis leaves the volume through zeros
-    alone. Outside of a convex field of view, such as a box or a circle, that is every voxel: the line that leads away from it meets nothing.
+    packed: np.ndarray
+    """(K, J, I / 8 rounded up) uint8, eight voxels a byte."""
+    width: int
+    """I."""
+    share_of_zeros: float
+    """Of the volume's voxels: padding with 0, which is taken for air."""
+
+    def of_slices(self, slices: slice) -> np.ndarray:
+        """The voxels of some slices, (slices, J, I) bool."""
+        return np.unpackbits(self.packed[slices], axis=-1, count=self.width).view(bool)
+
+    def clear(self, labels: np.ndarray) -> None:
+        """Turn labels (K, J, I) of the padding into background, in place."""
+        for number, one in enumerate(labels):
+            one[self.of_slices(slice(number, number + 1))[0]] = 0
+
+
+def find_padding(array: np.ndarray, *, normalization: str, darkest: float) -> Padding | None:
+    """The padding of a volume; None where there is none, or where its intensities are relative, as in MR.
+
+    A corner of the volume shows whether there is one, and its value. Its voxels are those from which a straight line along a row or column of their
+    slice leaves the volume through such values alone. Outside of a convex field of view, such as a box or a circle, that is every voxel: one of
+    the four lines that lead away from it meets nothing.
 
     Args:
         array: intensities (K, J, I).
-        darkest: lower bound of the intensities that the nets distinguish.
+        normalization: of the model, one of normalization.NORMALIZATIONS.
+        darkest: lower bound of the intensities that the model distinguishes, HU for CT.
     """
-    if darkest >= FILL_VALUE or not _has_filled_corner(array):
+    values = {value for value in _corner_values(array) if value <= darkest or value == WATER}
+    if normalization != FIXED or not values:
         return None
-    filled = array == FILL_VALUE
-    padding = np.zeros_like(filled)
-    for axis in range(3):
-        padding |= np.logical_and.accumulate(filled, axis=axis)
-        padding |= np.flip(np.logical_and.accumulate(np.flip(filled, axis), axis=axis), axis)
-    return None if padding.all() else padding
+    packed, num_found, num_zeros = [], 0, 0
+    for one in array:
+        found = functools.reduce(np.logical_or, (one == value for value in values))
+        found = _reached_from_the_ends(found, axis=0) | _reached_from_the_ends(found, axis=1)
+        packed.append(np.packbits(found, axis=-1))
+        num_found += np.count_nonzero(found)
+        num_zeros += np.count_nonzero(found & (one == WATER)) if WATER in values else 0
+    return Padding(np.stack(packed), width=array.shape[2], share_of_zeros=num_zeros / array.size) if 0 < num_found < array.size else None
 
 
-def _has_filled_corner(array: np.ndarray) -> bool:
-    """Whether all voxels of a corner of the volume have the value."""
-    ends = (slice(None, CORNER_VOXELS), slice(-CORNER_VOXELS, None))
-    return any((array[corner] == FILL_VALUE).all() for corner in itertools.product(ends, repeat=3))
+def _corner_values(array: np.ndarray) -> Iterator[float]:
+    """Of every corner of the volume that has only one value."""
+    ends = (slice(None, SHORTEST_LINE), slice(-SHORTEST_LINE, None))
+    for corner in itertools.product(ends, repeat=3):
+        first = array[corner].flat[0]
+        if (array[corner] == first).all():
+            yield first.item()
+
+
+def _reached_from_the_ends(filled: np.ndarray, *, axis: int) -> np.ndarray:
+    """Voxels of a slice, bool, of lines of True along an axis that begin at one of its ends; a voxel or two there are noise."""
+    length = filled.shape[axis]
+    places = np.arange(length, dtype=np.min_scalar_type(-2 * length)).reshape((-1, 1) if axis == 0 else (1, -1))
+    beyond = filled * places.dtype.type(length)
+    first = (places + beyond).min(axis=axis, keepdims=True)  # that is not filled
+    last = (places - beyond).max(axis=axis, keepdims=True)
+    first[first < SHORTEST_LINE] = 0
+    last[last >= length - SHORTEST_LINE] = length - 1
+    return (places < first) | (places > last)

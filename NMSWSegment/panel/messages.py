@@ -29,8 +29,8 @@ def done_message(run_info: dict, *, device: str, seconds: float) -> str:
     )
     if run_info.get("patches_reused"):
         text += " " + _("{count} of them were reused from the previous run.").format(count=run_info["patches_reused"])
-    if run_info["padding_share"]:
-        text += " " + _("{share:.0%} of the volume is filled with 0 at its borders, which was taken for air.").format(share=run_info["padding_share"])
+    if run_info["zero_padding_share"]:
+        text += " " + _("{share:.0%} of the volume is filled with 0 at its borders, which was taken for air.").format(share=run_info["zero_padding_share"])
     if run_info["device_steps"]:
         text += " " + _("Note: {steps}.").format(steps="; ".join(run_info["device_steps"]))
     return text

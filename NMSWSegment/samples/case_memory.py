@@ -11,6 +11,7 @@ from NMSWSegment.data.prepared_case import PreparedCase
 from NMSWSegment.engine.resampling import block_averaged
 from NMSWSegment.files.normalization import FIXED, intensity_scale
 from NMSWSegment.files.orientation import Triple_mm
+from NMSWSegment.files.padding import find_padding
 from NMSWSegment.files.volume import Volume
 
 CPU_BYTES = 2 << 30
@@ -75,7 +76,9 @@ def loaded_case(
         normalization: of the model.
     """
     scale = intensity_scale(case.intensity, normalization)
-    intensity, _ = block_averaged(Volume(array=case.intensity, ijk_to_ras=case.ijk_to_ras), spacing_mm=spacing_mm, bounds=bounds, scale=scale)
+    padding = find_padding(case.intensity, normalization=normalization, darkest=bounds[0])
+    volume = Volume(array=case.intensity, ijk_to_ras=case.ijk_to_ras)
+    intensity, _ = block_averaged(volume, spacing_mm=spacing_mm, bounds=bounds, scale=scale, padding=padding)
     blocks = tuple(-(-full // averaged) for full, averaged in zip(case.intensity.shape, intensity.shape))
     return LoadedCase(case=case, intensity=intensity.to(device), labels=torch.from_numpy(case.labels).to(device), blocks=blocks, outside=bounds[0])
 
