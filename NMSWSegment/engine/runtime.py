@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 GPU_BATCH_SIZE = 4  # patches; on a CPU a batch only takes memory
 OUT_OF_MEMORY = "ran out of memory"
 
+CoarseNet = Callable[[Tensor], tuple[Tensor, Tensor]]
+
 
 class OutOfMemory(UserError):
     """The computer's own memory does not do; there is no other device to go to."""
@@ -29,16 +31,18 @@ class OutOfMemory(UserError):
 class Nets:
     """The two nets of a bundle on a device. Calls take float32 tensors on any device; results come back on the CPU.
 
-    When a GPU runs out of memory, the batch of patches is halved; when that is no help, or the GPU lacks an operator, the nets
-    move to the CPU for good. `device_steps` says what happened.
+    When a GPU runs out of memory, the batch of patches is halved; when that is no help, or the GPU fails in any other way, the nets
+    of the CPU go on for good. `device_steps` says what happened.
     """
 
     manifest: BundleManifest
-    coarse_net: Callable[[Tensor], tuple[Tensor, Tensor]]
+    coarse_net: CoarseNet
     """x_low (1, 1, d, h, w) -> coarse logits (1, C, d, h, w), importance map (1, 1, d, h, w)."""
     local_net: LocalNet
     """(B, 1, P, P, P) and, for a cascade, coarse logits (B, C, P/r, P/r, P/r) -> local logits (B, C, P, P, P)."""
     device: torch.device
+    on_cpu: Callable[[], tuple[CoarseNet, LocalNet]] | None = None
+    """Loads the nets again, on the CPU: what a GPU that has failed holds may be lost. None where they are there already."""
     device_steps: list[str] = field(default_factory=list)
     runtime: RuntimeChoice = RuntimeChoice(EXACT)
     """What computes the local net on the CPU."""
@@ -75,13 +79,13 @@ class Nets:
         try:
             return self._call(name, *inputs)
         except RuntimeError as error:
-            reason = _reason_to_leave(error)
-            if self.device.type == "cpu" or reason is None:
+            if self.device.type == "cpu":
                 if "TorchScript interpreter" in str(error) and not _is_out_of_memory(error):
                     last_line = str(error).strip().splitlines()[-1]
                     raise UserError(f"The {_title(name)} of model '{self.manifest.name}' does not run ({last_line}). Export the bundle again.") from error
                 raise
-            logger.info("%s %s: %s", self.device, reason, error)
+            reason = _reason_to_leave(error)
+            logger.warning("%s %s: %s", self.device, reason, error)
         # After the except block, because the error keeps the frames of the failed call alive, and with them their memory.
         _free_cached_memory(self.device)
         if reason == OUT_OF_MEMORY and len(inputs[0]) > 1:
@@ -113,8 +117,8 @@ class Nets:
 
     def _move_to_cpu(self, reason: str) -> None:
         """Leave the device for good."""
-        self.device_steps.append(f"{self.device} {reason}; the nets went on with the CPU")
-        self.coarse_net, self.local_net = self.coarse_net.to("cpu"), self.local_net.to("cpu")
+        self.device_steps.append(_step_to_cpu(self.device, reason))
+        self.coarse_net, self.local_net = self.on_cpu()
         self.device, self.batch_size = torch.device("cpu"), 1
 
 
@@ -130,16 +134,24 @@ def without_padding(logits: Tensor) -> Tensor:
     return memory.view(logits.shape)
 
 
-def _reason_to_leave(error: Exception) -> str | None:
-    """Why a GPU cannot go on although the CPU can; None for any other error."""
+def _reason_to_leave(error: Exception) -> str:
+    """Why a GPU cannot go on."""
     text = str(error)
-    # TorchScript turns torch's OutOfMemoryError into a plain RuntimeError (pytorch issue 148642); MPS has none
-    if "out of memory" in text:
+    # TorchScript turns torch's OutOfMemoryError into a plain RuntimeError (pytorch issue 148642); MPS refuses a large tensor by its size (141909)
+    if "out of memory" in text or "Invalid buffer size" in text:
         return OUT_OF_MEMORY
     # MPS lacks 3-D transposed convolution in older versions of torch
     if "not supported on MPS" in text or "not currently implemented for the MPS" in text:
         return "lacks an operator of the nets"
-    return None
+    if "no kernel image" in text:
+        return "is not supported by this build of torch"
+    lines = [line.removeprefix("RuntimeError: ") for line in text.splitlines() if "error" in line.lower()] or text.splitlines() or [type(error).__name__]
+    return f"failed ({lines[0].strip()})"
+
+
+def _step_to_cpu(device: torch.device, reason: str) -> str:
+    """For device_steps."""
+    return f"{device} {reason}; the nets went on with the CPU"
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -218,17 +230,44 @@ def open_nets(bundle: Bundle, *, device: str, runtime: str = EXACT) -> Nets:
         UserError: the device is not there, a runtime that was asked for by name cannot be used, or this version of torch cannot read the archives.
     """
     target = resolve_device(device)
+    coarse, local = _loaded(bundle)
+    if target.type == "cpu":
+        local, choice = choose_runtime(bundle, local, runtime=runtime)
+        return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=target, runtime=choice)
     try:
-        coarse, local = (torch.jit.load(str(path), map_location="cpu").float().eval().to(target) for path in (bundle.coarse_path, bundle.local_path))
+        coarse, local = moved(coarse, target), moved(local, target)
+    except RuntimeError as error:
+        reason = _reason_to_leave(error)
+        logger.warning("%s %s: %s", target, reason, error)
+    else:
+        return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=target, on_cpu=lambda: _loaded(bundle))
+    _free_cached_memory(target)
+    coarse, local = _loaded(bundle)
+    return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=torch.device("cpu"), device_steps=[_step_to_cpu(target, reason)])
+
+
+def moved(net: torch.jit.ScriptModule, device: torch.device) -> torch.jit.ScriptModule:
+    """An archive that has not run yet, on a device: a trace holds the device that it was made on wherever a tensor is created, which `to` leaves (pytorch issue 145995)."""
+    for module in net.modules():
+        for node in module.graph.findAllNodes("prim::Constant") if hasattr(module, "forward") else ():
+            if node.output().type().kind() == "DeviceObjType":
+                node.s_("value", str(device))
+    return net.to(device)
+
+
+def _loaded(bundle: Bundle) -> tuple[torch.jit.ScriptModule, torch.jit.ScriptModule]:
+    """Coarse and local net on the CPU, in float32.
+
+    Raises:
+        UserError: this version of torch cannot read the archives.
+    """
+    try:
+        return tuple(torch.jit.load(str(path), map_location="cpu").float().eval() for path in (bundle.coarse_path, bundle.local_path))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
             f"Torch {torch.__version__} cannot read the nets of bundle '{bundle.manifest.name}' ({reason}). Use torch 2.2 or later, or install the bundle again."
         ) from error
-    choice = RuntimeChoice(EXACT)
-    if target.type == "cpu":
-        local, choice = choose_runtime(bundle, local, runtime=runtime)
-    return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=target, runtime=choice)
 
 
 def thread_count(threads: int | None) -> int:
@@ -238,15 +277,17 @@ def thread_count(threads: int | None) -> int:
 
 @contextmanager
 def reproducible(threads: int | None) -> Iterator[None]:
-    """Fixed thread count, deterministic cuDNN, no TF32; everything as before at the end.
+    """Fixed thread count, deterministic cuDNN, products of float32 in float32; everything as before at the end.
 
     Args:
         threads: CPU threads; None as in thread_count.
     """
-    before = torch.get_num_threads()
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(thread_count(threads))
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precision)

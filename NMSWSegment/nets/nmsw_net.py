@@ -152,7 +152,7 @@ def upsampled(values: Tensor, *, size: Sequence[int]) -> Tensor:
 
 def _interpolation(old: int, new: int, *, like: Tensor) -> Tensor:
     """The matrix of linear interpolation along an axis, (new, old)."""
-    identity = torch.eye(old, dtype=torch.float32, device=like.device)
+    identity = torch.eye(old).type_as(like).float()  # type_as, because a trace would hold a device
     return torch.nn.functional.interpolate(identity[None], size=new, mode="linear")[0].t().to(like.dtype)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from NMSWSegment.engine.runtime import Nets, OutOfMemory, available_devices, memory_explained, open_nets, reproducible, resolve_device, without_padding
 from NMSWSegment.engine.selection import LEAST_ENTROPY, log_entropy
@@ -37,7 +38,8 @@ class FullOffCpu(torch.nn.Module):
 
 def nets_on_full_gpu(error: Exception) -> tuple[Nets, FullOffCpu]:
     local = FullOffCpu(error)
-    return Nets(manifest=TWO_CLASSES, coarse_net=torch.nn.Identity(), local_net=local, device=torch.device("meta")), local
+    coarse = torch.nn.Identity()
+    return Nets(manifest=TWO_CLASSES, coarse_net=coarse, local_net=local, device=torch.device("meta"), on_cpu=lambda: (coarse, local)), local
 
 
 @pytest.fixture
@@ -72,7 +74,12 @@ def test_missing_device_lists_what_is_there(two_gpus):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError(TORCHSCRIPT_MESSAGE), RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)")],
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(TORCHSCRIPT_MESSAGE),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+        RuntimeError("Invalid buffer size: 12.34 GB"),
+    ],
 )
 def test_out_of_memory_moves_the_nets_to_the_cpu_for_good(error):
     # An archive raises a plain RuntimeError where eager torch raises OutOfMemoryError (pytorch issue 148642).
@@ -92,11 +99,91 @@ def test_missing_operator_on_mps_moves_the_nets_to_the_cpu():
     assert nets.device_steps == ["meta lacks an operator of the nets; the nets went on with the CPU"]
 
 
-def test_another_error_on_a_gpu_is_not_taken_for_lack_of_memory():
-    nets, local = nets_on_full_gpu(RuntimeError("shape mismatch"))
+@pytest.mark.parametrize(
+    ("error", "step"),
+    [
+        (
+            "CUDA error: no kernel image is available for execution on the device\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+            "is not supported by this build of torch",
+        ),
+        ("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later", "failed (CUDA error: unspecified launch failure)"),
+        (
+            "The following operation failed in the TorchScript interpreter.\nRuntimeError: Expected all tensors to be on the same device",
+            "failed (Expected all tensors to be on the same device)",
+        ),
+        ("", "failed (RuntimeError)"),
+    ],
+)
+def test_a_gpu_that_fails_in_any_other_way_leaves_the_run_to_the_cpu(error, step):
+    nets, local = nets_on_full_gpu(RuntimeError(error))
+    patch = torch.arange(24.0).reshape(1, 2, 3, 4)
+    assert torch.equal(nets.local(patch), torch.stack([-patch, patch], dim=1))
+    assert nets.device_steps == [f"meta {step}; the nets went on with the CPU"] and local.calls == ["meta", "cpu"]
+
+
+def test_an_error_that_the_cpu_makes_too_is_passed_on():
+    def broken(*inputs):
+        raise RuntimeError("shape mismatch")
+
+    nets = Nets(manifest=TWO_CLASSES, coarse_net=broken, local_net=broken, device=torch.device("meta"), on_cpu=lambda: (broken, broken))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         nets.local(torch.zeros(1, 2, 3, 4))
-    assert local.calls == ["meta"] and nets.device_steps == []
+
+
+class DeviceWatch(TorchDispatchMode):
+    """Operations that mix devices, which a GPU refuses and meta tensors allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        tensors = [one for one in [*arguments, *(options or {}).values()] if isinstance(one, torch.Tensor) and one.dim()]
+        if len({one.device for one in tensors}) > 1 and "type_as" not in str(operation):
+            self.mixed.append(f"{operation} of {[(tuple(one.shape), one.device.type) for one in tensors]}")
+        return operation(*arguments, **(options or {}))
+
+
+def with_weights_on(net: torch.jit.ScriptModule, device: torch.device) -> torch.jit.ScriptModule:
+    """As net.to(device), which does not move an archive to meta."""
+    for module in net.modules():
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            module._c.setattr(name, value.to(device))
+    return net
+
+
+def mixed_devices(bundle: Bundle, monkeypatch) -> list[str]:
+    """What the nets of a bundle do on a GPU, for which meta tensors stand, with tensors of the CPU."""
+    monkeypatch.setattr(torch.jit.RecursiveScriptModule, "to", with_weights_on)
+    monkeypatch.setattr("NMSWSegment.engine.runtime.resolve_device", lambda name: torch.device("meta"))
+    nets, manifest = open_nets(bundle, device="meta"), bundle.manifest
+    patch = torch.zeros(1, 1, *manifest.patch_size, device="meta")
+    parts = [length // factor for length, factor in zip(manifest.patch_size, manifest.coarse_factor)]
+    inputs = (patch, torch.zeros(1, manifest.num_classes, *parts, device="meta")) if manifest.is_cascade else (patch,)
+    with torch.inference_mode(), DeviceWatch() as watch:
+        logits = nets.local_net(*inputs)
+        coarse_logits, importance_map = nets.coarse_net(torch.zeros(1, 1, *[2 * manifest.coarse_multiple] * 3, device="meta"))
+    assert {one.device.type for one in (logits, coarse_logits, importance_map)} == {"meta"}
+    return watch.mixed
+
+
+@pytest.mark.parametrize("name", ["torso-unet", "torso-unet-fine", "torso-mednext", "torso-swinunetr", "torso-e2enet"])
+def test_packaged_nets_run_on_a_gpu_with_nothing_left_on_the_cpu(name, monkeypatch):
+    assert mixed_devices(load_bundle(name), monkeypatch) == []
+
+
+def test_nets_that_do_not_fit_on_the_gpu_are_opened_on_the_cpu(a_tiny_bundle, monkeypatch):
+    monkeypatch.setattr("NMSWSegment.engine.runtime.resolve_device", lambda name: torch.device("cuda:0"))
+
+    def full(net, device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("NMSWSegment.engine.runtime.moved", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    nets = open_nets(load_bundle(a_tiny_bundle), device="cuda")
+    assert nets.device == torch.device("cpu") and nets.batch_size == 1
+    assert nets.device_steps == ["cuda:0 ran out of memory; the nets went on with the CPU"]
+    assert nets.coarse(torch.rand(1, 1, 4, 4, 4))[0].shape == (4, 4, 4, 4)
 
 
 def test_out_of_memory_on_the_cpu_is_passed_on():
@@ -130,15 +217,16 @@ class FitsOnly(torch.nn.Module):
             raise RuntimeError(TORCHSCRIPT_MESSAGE)
         return torch.cat([-x, x], dim=1)
 
-    def to(self, device):
-        self.room = 99
-        return self
-
 
 def nets_with_room(room: int, monkeypatch) -> tuple[Nets, FitsOnly, list[str]]:
-    local, freed = FitsOnly(room), []
+    local, freed, coarse = FitsOnly(room), [], torch.nn.Identity()
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cuda"))
-    return NetsWithoutTransfer(manifest=TWO_CLASSES, coarse_net=torch.nn.Identity(), local_net=local, device=torch.device("cuda:0")), local, freed
+
+    def on_cpu():
+        local.room = 99
+        return coarse, local
+
+    return NetsWithoutTransfer(manifest=TWO_CLASSES, coarse_net=coarse, local_net=local, device=torch.device("cuda:0"), on_cpu=on_cpu), local, freed
 
 
 @pytest.mark.parametrize(
