@@ -116,8 +116,8 @@ def segment(arguments: argparse.Namespace) -> int:
     try:
         with stopped_at_once():
             from NMSWSegment.engine.segment import segment_volume, structure_values
-    except ImportError as error:
-        if (error.name or "").startswith("NMSWSegment"):
+    except (ImportError, OSError) as error:  # OSError where a library of torch does not load on Windows
+        if (getattr(error, "name", None) or "").startswith("NMSWSegment"):
             raise
         raise UserError(f"PyTorch cannot be loaded ({error}). Install it again, or close other programs if memory is short.") from error
 

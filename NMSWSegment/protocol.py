@@ -11,11 +11,11 @@ POLICIES = ("greedy", "top_k", "random")
 EXACT = "exact"
 RUNTIMES = (EXACT, "auto", "openvino", "openvino-bf16", "torch-bf16")
 AUTO = "auto"
+"""num_patches that stops by itself where the next patch is expected to change little."""
 AUTO_GAIN = 0.01
 """Share of the expected error that the next patch must add for k = auto to take it, unless the bundle says otherwise (nmsw export --calibrate). Set on the two held-out volumes of the model card (27
 candidates each), with weights of an earlier stage: 7 patches, within 0.003 DSC of all patches, where 0.02 stops 0.011 short on one of
 them. With the weights of the model card: 5 patches, within 0.005. The packaged sample volume gets 8 of 36."""
-"""num_patches that stops by itself where the next patch is expected to change little."""
 
 MAX_THREADS = 1024
 """Where the system refuses threads, libgomp ends the process without a word."""

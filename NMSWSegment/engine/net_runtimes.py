@@ -90,6 +90,10 @@ def choose_runtime(bundle: Bundle, net: LocalNet, *, runtime: str) -> tuple[Loca
     """
     if runtime == EXACT:
         return net, RuntimeChoice(EXACT)
+    key = _choice_key(bundle)
+    remembered = _remembered_choice(key) if runtime == "auto" else None
+    if remembered and remembered.name == EXACT:
+        return net, remembered
     inputs = probe_inputs(bundle.manifest)
     with torch.inference_mode():
         expected = net(*inputs)
@@ -98,12 +102,8 @@ def choose_runtime(bundle: Bundle, net: LocalNet, *, runtime: str) -> tuple[Loca
             return prepared_runtime(runtime, bundle, net, inputs=inputs, expected=expected)
         except Unusable as error:
             raise UserError(f"The runtime {runtime} cannot be used on this computer: {error}. Use the runtime 'exact', or 'auto'.") from error
-    key = _choice_key(bundle)
-    remembered = _remembered_choice(key)
     if remembered is None:
         return _measured(bundle, net, inputs=inputs, expected=expected, key=key)
-    if remembered.name == EXACT:
-        return net, remembered
     try:
         prepared, choice = prepared_runtime(remembered.name, bundle, net, inputs=inputs, expected=expected)
         return prepared, RuntimeChoice(choice.name, speedup=remembered.speedup, agreement=choice.agreement)

@@ -14,7 +14,7 @@ from torch import Tensor
 from NMSWSegment.engine.aggregation import uniform_cells
 from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid, model_grid_around
+from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid, model_grid_around, moves_with
 from NMSWSegment.files.normalization import IntensityScale, intensity_scale
 from NMSWSegment.files.padding import Padding
 from NMSWSegment.files.volume import Volume
@@ -186,17 +186,18 @@ def block_averaged(
     factors_ijk = np.minimum(factors_ijk, volume.shape[::-1])
     kernel = tuple(int(factor) for factor in factors_ijk[::-1])
     slab_size = kernel[0] * max(1, VOXELS_AT_ONCE // (kernel[0] * volume.shape[1] * volume.shape[2]))
-    pieces = []
+    averaged = torch.empty([-(-length // factor) for length, factor in zip(volume.shape, kernel)])
     for start in range(0, volume.shape[0], slab_size):
         piece = _as_float32(volume.array[start : start + slab_size], bounds and tuple(scale.own(bound) for bound in bounds))
         if padding is not None and padding.share_of_zeros:  # of any other value it has been bounded
             piece[torch.from_numpy(padding.of_slices(slice(start, start + slab_size)))] = bounds[0]
         if max(kernel) > 1:
             piece = torch.nn.functional.avg_pool3d(piece[None, None], kernel, ceil_mode=True, count_include_pad=False)[0, 0]
-        pieces.append(scale.normalized(piece))
+        first = start // kernel[0]
+        averaged[first : first + len(piece)] = scale.normalized(piece)
     to_first = np.diag([*factors_ijk.astype(float), 1.0])
     to_first[:3, 3] = (factors_ijk - 1) / 2
-    return torch.cat(pieces), volume.ijk_to_ras @ to_first
+    return averaged, volume.ijk_to_ras @ to_first
 
 
 def _as_float32(array: np.ndarray, bounds: tuple[float, float] | None) -> Tensor:
@@ -223,10 +224,10 @@ def _positions(matrix: np.ndarray, *, shape: Sequence[int], slab: slice) -> list
     j = torch.arange(shape[1], dtype=torch.float64)[None, :, None]
     i = torch.arange(shape[2], dtype=torch.float64)[None, None, :]
     positions = []
-    for row in matrix[:3]:
+    for row, matters in zip(matrix[:3], moves_with(matrix, shape=shape)):
         position = torch.full((1, 1, 1), float(row[3]), dtype=torch.float64)
-        for coefficient, index in zip(row[:3], (i, j, k)):
-            if abs(coefficient) > 1e-12:
+        for coefficient, index, is_moved in zip(row[:3], (i, j, k), matters):
+            if is_moved:
                 position = position + float(coefficient) * index
         rounded = position.round()
         positions.append(torch.where((position - rounded).abs() < GRID_TOLERANCE, rounded, position))

@@ -87,7 +87,7 @@ class Nets:
             reason = _reason_to_leave(error)
             logger.warning("%s %s: %s", self.device, reason, error)
         # After the except block, because the error keeps the frames of the failed call alive, and with them their memory.
-        _free_cached_memory(self.device)
+        free_cached_memory(self.device)
         if reason == OUT_OF_MEMORY and len(inputs[0]) > 1:
             self.batch_size = len(inputs[0]) // 2
             self.device_steps.append(f"{self.device} {reason}; the batch went from {len(inputs[0])} to {self.batch_size}")
@@ -164,7 +164,7 @@ def _title(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _free_cached_memory(device: torch.device) -> None:
+def free_cached_memory(device: torch.device) -> None:
     """Give the memory that torch keeps for later back to the GPU."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -241,7 +241,7 @@ def open_nets(bundle: Bundle, *, device: str, runtime: str = EXACT) -> Nets:
         logger.warning("%s %s: %s", target, reason, error)
     else:
         return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=target, on_cpu=lambda: _loaded(bundle))
-    _free_cached_memory(target)
+    free_cached_memory(target)
     coarse, local = _loaded(bundle)
     return Nets(manifest=bundle.manifest, coarse_net=coarse, local_net=local, device=torch.device("cpu"), device_steps=[_step_to_cpu(target, reason)])
 

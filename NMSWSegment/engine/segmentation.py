@@ -13,6 +13,7 @@ from NMSWSegment.files.output_file import file_ending
 from NMSWSegment.files.run_checks import check_intensities, check_modality
 from NMSWSegment.files.statistics import StructureStatistics, structure_statistics
 from NMSWSegment.files.volume import Volume, open_volume, write_labelmap
+from NMSWSegment.files.volume_checks import check_numbers
 from NMSWSegment.protocol import OnProgress, PatchBox, SegmentOptions, UserError, ignore_progress
 
 
@@ -118,12 +119,16 @@ def segment_with_options(
         if not force_modality:
             check_modality(file, bundle.manifest)
         volume = file.read()
+    else:
+        check_numbers(volume.array, volume.name)
     if not force_modality:
         check_intensities(volume, bundle.manifest)
     nets = _open_nets(bundle.folder, bundle.sha256, options.device, options.runtime, options.threads)
-    result = segment_volume(volume, bundle, options=options, on_progress=on_progress, run_cache=RunCache(nets=nets, keeps_coarse=False))
-    if nets.device_steps:  # another volume may fit where this one did not
-        _open_nets.cache_clear()
+    try:
+        result = segment_volume(volume, bundle, options=options, on_progress=on_progress, run_cache=RunCache(nets=nets, keeps_coarse=False))
+    finally:
+        if nets.device_steps:  # another volume may fit where this one did not
+            _open_nets.cache_clear()
     labels = tuple(label for label in bundle.manifest.labels if label.value in kept_values)
     return Segmentation(volume=volume, labelmap=result.labelmap, labels=labels, patches=result.patches, run_info=result.run_info, source=source, series=series)
 

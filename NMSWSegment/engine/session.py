@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from NMSWSegment.engine.patch_cache import PatchCache
-from NMSWSegment.engine.runtime import OutOfMemory, open_nets, reproducible, resolve_device, thread_count
+from NMSWSegment.engine.runtime import OutOfMemory, free_cached_memory, open_nets, reproducible, resolve_device, thread_count
 from NMSWSegment.engine.segment import CoarseResult, RunCache, SegmentResult, segment_volume
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import Bundle, BundleManifest
@@ -66,6 +66,9 @@ class Session:
         except OutOfMemory:
             self.forget()
             raise
+        finally:
+            if self._run_cache.nets:
+                free_cached_memory(self._run_cache.nets.device)  # the application draws on the same GPU
 
     def measure(self, bundle: Bundle, *, device: str, threads: int | None, runtime: str = EXACT) -> tuple[str, Rate]:
         """Segment a small volume and look at the clock; the nets stay for the runs to come.

@@ -87,7 +87,7 @@ def serve(*, folder: Path | None = None) -> int:
 
         from NMSWSegment.engine.net_runtimes import TITLES, possible_runtimes
         from NMSWSegment.engine.runtime import available_devices
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError where a library of torch does not load on Windows
         message = f"PyTorch cannot be loaded ({error}). Install it with the extension PyTorch, then restart."
         print(message, file=sys.stderr)
         send(_error_event(None, "user", message))
@@ -302,6 +302,7 @@ def _read_volume(folder: Path, volume_info: dict) -> "Volume":
     import numpy as np
 
     from NMSWSegment.files.volume import Volume
+    from NMSWSegment.files.volume_checks import check_numbers
 
     try:
         array = np.load(folder / "volume.npy")
@@ -310,12 +311,7 @@ def _read_volume(folder: Path, volume_info: dict) -> "Volume":
             f"The volume cannot be read from the temporary folder '{folder}' ({error.strerror}). Segment again; if this comes back, look whether a "
             "program cleans that folder up."
         ) from error
-    if not (np.isfinite(array.min()) and np.isfinite(array.max())):
-        num_bad = int((~np.isfinite(array)).sum())
-        raise UserError(
-            f"The volume '{volume_info['name']}' has {num_bad} voxels that are no number (NaN or infinite). Replace them, for example by -1024 (air), and "
-            "segment again."
-        )
+    check_numbers(array, volume_info["name"])
     return Volume(array=array, ijk_to_ras=np.array(volume_info["ijk_to_ras"], dtype=np.float64), name=volume_info["name"])
 
 

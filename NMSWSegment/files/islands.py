@@ -17,6 +17,7 @@ def without_islands(labelmap: Volume, *, min_ml: float) -> Volume:
     array = labelmap.array.copy()
     min_voxels = min_ml * 1000 / float(np.prod(labelmap.spacing_mm))
     boxes = sitk.LabelShapeStatisticsImageFilter()
+    boxes.ComputePerimeterOff()  # only the boxes are needed
     boxes.Execute(sitk.GetImageFromArray(labelmap.array))
     for value in boxes.GetLabels():
         first, size = boxes.GetBoundingBox(value)[:3], boxes.GetBoundingBox(value)[3:]

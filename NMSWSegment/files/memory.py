@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid
+from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid, moves_with
 
 MAX_CACHE_BYTES = 2 << 30
 """Most that the worker spends on the logits of patches for the next run; of little memory it takes a quarter."""
@@ -91,7 +91,7 @@ def needed_memory_bytes(
     parts = num_patches * int(np.prod([-(-size // factor) + 1 for size, factor in zip(grid.patch_size, coarse_factor)]))
     refined = stays if cache_bytes else stays - 4 * num_classes * max(0, coarse - parts)
     to_source = np.linalg.inv(model_grid.ijk_to_ras) @ model_grid.source_ijk_to_ras
-    is_oblique = bool((np.abs(to_source[:3, :3]) > 1e-12).sum() > 3)
+    is_oblique = bool(moves_with(to_source, shape=model_grid.source_shape).sum() > 3)
     restore_slab_bytes = _RESTORE_OBLIQUE_SLAB_BYTES if is_oblique else _RESTORE_SLAB_BYTES
     stages = [
         _resample_bytes(model_grid, is_oblique=is_oblique) + 4 * padded,
@@ -111,14 +111,14 @@ def needed_memory_bytes(
 
 
 def _resample_bytes(model_grid: ModelGrid, *, is_oblique: bool) -> int:
-    """Source slab, averaged source twice (its pieces, then together), slab of the model grid."""
+    """Source slab, averaged source, slab of the model grid."""
     source, model = np.prod(model_grid.source_shape, dtype=float), np.prod(model_grid.shape, dtype=float)
     slab_bytes = _RESAMPLE_OBLIQUE_SLAB_BYTES if is_oblique else _RESAMPLE_SLAB_BYTES
-    return int(4 * min(_SLAB_VOXELS, source) + 8 * _averaged_voxels(model_grid) + slab_bytes * min(_SLAB_VOXELS, model))
+    return int(4 * min(_SLAB_VOXELS, source) + 4 * _averaged_voxels(model_grid) + slab_bytes * min(_SLAB_VOXELS, model))
 
 
 def _averaged_voxels(model_grid: ModelGrid) -> float:
-    """Voxels of the source after the averaging of resampling.resample_to_model_grid."""
+    """Voxels of the source after the averaging of resampling.block_averaged."""
     axes = model_grid.source_ijk_to_ras[:3, :3]
     source_mm_ijk = np.linalg.norm(axes, axis=0)
     directions = np.abs(axes / source_mm_ijk)

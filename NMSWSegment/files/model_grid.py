@@ -34,6 +34,16 @@ class ModelGrid:
         return tuple(float(value) for value in np.diag(self.ijk_to_ras)[2::-1])
 
 
+def moves_with(ijk_to_ijk: np.ndarray, *, shape: Sequence[int]) -> np.ndarray:
+    """Which coordinate (row) changes along which axis i, j, k (column) of a grid, (3, 3) bool; what rounding leaves in direction cosines moves nothing.
+
+    Args:
+        ijk_to_ijk: 4 x 4 to the voxels of another grid.
+        shape: of the grid, KJI.
+    """
+    return np.abs(ijk_to_ijk[:3, :3]) * np.array(shape[::-1]) > GRID_TOLERANCE / 10
+
+
 def model_grid_around(shape: Sequence[int], ijk_to_ras: np.ndarray, *, spacing_mm: Sequence[float]) -> ModelGrid:
     """The smallest upright grid that holds every voxel of a volume, centered on it.
 

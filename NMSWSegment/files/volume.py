@@ -22,6 +22,7 @@ from NMSWSegment.files.volume_checks import (
     check_geometry,
     check_header,
     check_memory,
+    check_numbers,
     check_readable,
     damaged_error,
     nonfinite_error,
@@ -274,15 +275,14 @@ def _check_nifti_voxels(path: Path, header: NiftiHeader) -> None:
     if num_bad is None:
         raise UserError(f"'{path.name}' is damaged or incomplete: its voxels end early. Copy or export it again.")
     if num_bad:
-        raise nonfinite_error(path, num_bad)
+        raise nonfinite_error(path.name, num_bad)
 
 
 def _checked(volume: Volume, path: Path) -> Volume:
     """The volume itself, if there is something to segment in it."""
-    low, high = volume.array.min(), volume.array.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise nonfinite_error(path, int((~np.isfinite(volume.array)).sum()))
-    if low == high:
+    check_numbers(volume.array, path.name)
+    low = volume.array.min()
+    if low == volume.array.max():
         raise UserError(f"All voxels of '{path.name}' are {low}: there is nothing to segment. Check that the right file was exported.")
     return volume
 

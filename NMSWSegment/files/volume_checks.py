@@ -94,9 +94,15 @@ def damaged_error(path: Path) -> UserError:
     return UserError(f"'{path.name}' cannot be read: it is damaged, incomplete or not of the format its ending says. Copy or export it again.")
 
 
-def nonfinite_error(path: Path, num_bad: int) -> UserError:
+def check_numbers(array: np.ndarray, name: str) -> None:
+    """Raise UserError for NaN and infinite voxels."""
+    if not (np.isfinite(array.min()) and np.isfinite(array.max())):
+        raise nonfinite_error(name, int((~np.isfinite(array)).sum()))
+
+
+def nonfinite_error(name: str, num_bad: int) -> UserError:
     """The sentence for NaN and infinite voxels."""
-    return UserError(f"'{path.name}' has {num_bad} voxels that are no number (NaN or infinite). Replace them, for example by -1024 (air), and save it again.")
+    return UserError(f"'{name}' has {num_bad} voxels that are no number (NaN or infinite). Replace them, for example by -1024 (air), and start again.")
 
 
 def times(size: Iterable[int | str]) -> str:

@@ -150,9 +150,9 @@ def test_drawing_of_the_rooms_equals_the_files_on_disk():
 
 
 def test_code_refers_to_every_deviation_and_to_no_other():
-    listed = re.findall(r"^\| (D\d+) \|", (ROOT / "docs" / "deviations.md").read_text(), flags=re.MULTILINE)
+    listed = re.findall(r"^\| (D\d+) \|", (ROOT / "docs" / "deviations.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert listed == [f"D{number}" for number in range(1, len(listed) + 1)]
-    code = "\n".join(path.read_text() for path in (ROOT / "NMSWSegment").rglob("*.py"))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "NMSWSegment").rglob("*.py"))
     assert sorted(set(re.findall(r"\bD\d+\b", code))) == sorted(listed)
 
 
@@ -195,7 +195,7 @@ def test_parameter_names_of_the_ui_file_are_fields_of_the_parameter_node():
     bound = {prop.find("string").text for prop in ui.iter("property") if prop.get("name") == "SlicerParameterName"}
     fields = {
         item.target.id
-        for node in ast.parse(MODULE_FILE.read_text()).body
+        for node in ast.parse(MODULE_FILE.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef) and node.name == "NMSWSegmentParameterNode"
         for item in node.body
         if isinstance(item, ast.AnnAssign)

@@ -61,6 +61,8 @@ def test_auto_stays_with_torch_where_nothing_is_clearly_faster(a_bundle_and_net,
     prepared_as(monkeypatch, {"torch-bf16": lambda x: net(x)})
     with_seconds(monkeypatch, lambda found: 1.0 if found is net else 0.9)
     assert choose_runtime(bundle, net, runtime="auto") == (net, RuntimeChoice("exact"))
+    monkeypatch.setattr(net_runtimes, "probe_inputs", None)  # the second time nothing runs
+    assert choose_runtime(bundle, net, runtime="auto") == (net, RuntimeChoice("exact"))
 
 
 def test_auto_leaves_out_a_runtime_whose_labels_differ(a_bundle_and_net, monkeypatch):

@@ -7,7 +7,7 @@ from NMSWSegment.engine import resampling
 from NMSWSegment.engine.resampling import coarse_ijk_to_ras, coarse_input, normalize_intensity, resample_to_model_grid, restore_labelmap
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.model_grid import ModelGrid, model_grid_around
+from NMSWSegment.files.model_grid import ModelGrid, model_grid_around, moves_with
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import UserError
 
@@ -48,6 +48,17 @@ def test_any_frame_gives_the_same_picture(spacing_mm, shape, orientation):
         near = ((points - np.array(center)) ** 2).sum(-1) < 12**2
         assert near.any()
         np.testing.assert_allclose(intensity.numpy()[near], hu, atol=1e-2)
+
+
+def test_rounding_of_direction_cosines_makes_no_volume_oblique():
+    shape = (20, 24, 28)
+    exact, rounded = (turned((3.0, 3.0, 3.0), shape, degrees=(0, 0, degrees)) for degrees in (0, 1e-8))
+    assert not np.array_equal(exact, rounded)
+    assert (moves_with(np.linalg.inv(exact) @ rounded, shape=shape) == np.eye(3, dtype=bool)).all()
+    assert moves_with(np.linalg.inv(exact) @ turned((3.0, 3.0, 3.0), shape, degrees=(0, 0, 0.001)), shape=shape).sum() == 5
+    array = np.random.default_rng(0).normal(0, 100, shape).astype(np.float32)
+    first, second = (resample_to_model_grid(Volume(array, matrix), spacing_mm=(2.0, 2.0, 2.0), outside=0)[0] for matrix in (exact, rounded))
+    np.testing.assert_allclose(first, second, atol=1e-3)
 
 
 def test_outside_of_an_oblique_volume_is_the_lower_bound():

@@ -8,8 +8,9 @@ import pytest
 
 import NMSWSegment
 from NMSWSegment.__main__ import main
-from NMSWSegment.engine import net_runtimes
+from NMSWSegment.engine import net_runtimes, segmentation
 from NMSWSegment.files import phantoms
+from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.volume import Volume, read_volume, write_volume
 from NMSWSegment.protocol import Cancelled, UserError
 
@@ -69,6 +70,25 @@ def test_second_call_finds_the_networks_loaded(a_phantom, a_tiny_bundle):
     for _ in range(2):
         timings = NMSWSegment.segment(a_phantom[0], model=a_tiny_bundle, k=0, device="cpu", threads=1).run_info["timings_s"]
     assert "load" not in timings
+
+
+def test_networks_that_left_a_gpu_get_another_chance_even_after_a_run_that_ended_early(a_phantom, a_tiny_bundle):
+    def stop_at_the_patches(progress):
+        if progress.stage == "patches":
+            segmentation._open_nets(load_bundle(a_tiny_bundle).folder, load_bundle(a_tiny_bundle).sha256, "cpu", "exact", 1).device_steps.append("a step")
+            raise Cancelled
+
+    options = {"model": a_tiny_bundle, "k": 1, "device": "cpu", "threads": 1}
+    with pytest.raises(Cancelled):
+        NMSWSegment.segment(a_phantom[0], on_progress=stop_at_the_patches, **options)
+    assert NMSWSegment.segment(a_phantom[0], **options).run_info["device_steps"] == []
+
+
+def test_voxels_that_are_no_number_are_told_of_a_volume_object_too(a_phantom, a_tiny_bundle):
+    array = a_phantom[0].array.copy()
+    array[3, 4, 5] = np.nan
+    with pytest.raises(UserError, match="'holes' has 1 voxels that are no number.*Replace them"):
+        NMSWSegment.segment(Volume(array, a_phantom[0].ijk_to_ras, "holes"), model=a_tiny_bundle, device="cpu", force_modality=True)
 
 
 def test_importing_the_package_loads_no_library():
