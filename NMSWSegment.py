@@ -7,6 +7,7 @@ __version__ = "0.1.0"  # as in NMSWSegment/__init__.py, which Slicer never runs
 
 import dataclasses
 import importlib.util
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -145,6 +146,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._models = None
         self._timers = ()
         self._run = Run()
+        self._choicesOfRun = ()
+        self._workerComplaint = ""
         self._lastRunInfo = None
         self._status = ""
         self._availableBytes = None
@@ -187,6 +190,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._stopSurfaces()
         for timer in self._timers:
             timer.stop()
+        if self._models:
+            self._models.close()
         self._setParameterNode(None)
         self.removeObservers()
 
@@ -234,9 +239,10 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Bind the panel to the scene's parameter node; the first volume is the first choice."""
         self._setParameterNode(self.logic.getParameterNode())
         if not self._parameterNode.inputVolume:
-            firstVolume = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode")
-            if firstVolume:
-                self._parameterNode.inputVolume = firstVolume
+            from NMSWSegment.panel.volume_batch import volumes_of_scene
+
+            for volume in volumes_of_scene(slicer.mrmlScene)[:1]:
+                self._parameterNode.inputVolume = slicer.mrmlScene.GetNodeByID(volume.node_id)
 
     def _setParameterNode(self, parameterNode: NMSWSegmentParameterNode | None) -> None:
         """Bind the panel to a parameter node, or to none."""
@@ -283,6 +289,15 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ui.segmentAllButton.connect("clicked(bool)", self.onSegmentAllButton)
         ui.installOpenvinoButton.connect("clicked(bool)", self.onInstallOpenvinoButton)
         ui.exportDicomButton.connect("clicked(bool)", self.onExportDicomButton)
+        ui.regionOfInterestSelector.connect("nodeAddedByUser(vtkMRMLNode*)", self.onRegionOfInterestAdded)
+
+    def onRegionOfInterestAdded(self, region: vtkMRMLMarkupsROINode) -> None:
+        """A new region of interest is the whole volume, to be made smaller by its handles."""
+        bounds = [0.0] * 6
+        if self._parameterNode and self._parameterNode.inputVolume:
+            self._parameterNode.inputVolume.GetRASBounds(bounds)
+            region.SetCenterWorld([(low + high) / 2 for low, high in zip(bounds[::2], bounds[1::2])])
+            region.SetSizeWorld([high - low for low, high in zip(bounds[::2], bounds[1::2])])
 
     def onModelOrDeviceChosen(self) -> None:
         """Show what the choice means for the run."""
@@ -390,6 +405,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._idleTimer.stop()
         self._stopSurfaces()
         self._isCancelledByUser = False
+        self._workerComplaint = ""
+        self._choicesOfRun = self._choices()
         self._run.start(runId, num_patches=options.num_patches, is_live=isLive)
         self._showRunState(_("Starting..."))
 
@@ -400,7 +417,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             return
         if self.segmenter.is_running and self._run.is_live and self._run.num_patches != self._numPatches():
             self._cancel()
-        elif node.outputSegmentation and self._run.wants_live_update(self._signature(), self._numPatches()):
+        elif node.outputSegmentation and self._run.wants_live_update(self._signature(self._choices()), self._numPatches()):
             with slicer.util.tryWithErrorDisplay(_("The segmentation could not be updated.")):
                 self._start(segmentation=node.outputSegmentation, isLive=True)
 
@@ -459,7 +476,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._log(runInfo["runtime_note"])
         if self._batch is not None:
             self._batch.done(event["segmentation"].GetID())
-        self._run.done(event["id"], signature=self._signature())
+        self._run.done(event["id"], signature=self._signature(self._choicesOfRun))
         self._endRun(done_message(runInfo, device=self._models.device_title(runInfo["device"]), seconds=event["seconds"]))
 
     def _on_cancelled(self, event: dict) -> None:
@@ -468,6 +485,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _on_error(self, event: dict) -> None:
         self._log(event["details"] or event["message"])
+        if event["id"] is None:
+            self._workerComplaint = event["message"]  # why it ends, if it does
         if event["id"] is None or not self._run.failed(event["id"]):
             return
         message = event["message"] if event["kind"] == "user" else _("The segmentation failed. Please report this with the details.")
@@ -483,7 +502,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _on_died(self, event: dict) -> None:
         self._log(_("The segmentation process ended: {reason}").format(reason=event["message"]))
         if self._run.worker_died():
-            self._failRun(_("The run stopped. The previous result is kept."), died_message(event["message"]), details=event["details"])
+            message = self._workerComplaint or died_message(event["message"])
+            self._failRun(_("The run stopped. The previous result is kept."), message, details=event["details"])
 
     def _failRun(self, status: str, message: str, *, details: str) -> None:
         """Show how a run failed; of many volumes, all that failed are told at the end."""
@@ -543,6 +563,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         table = self._volumesTable()
         self.ui.volumesTable.setMRMLTableNode(table)
         self.ui.volumesTable.visible = table is not None
+        self.ui.editedLabel.visible = table is not None and self.segmenter.is_edited(node.outputSegmentation)
         self._updateExport()
         self.ui.segmentButton.enabled = self._run.is_button_enabled(is_blocked=bool(blocking))
         self.ui.segmentButton.toolTip = blocking[0] if blocking else _("Segment the input volume. The previous result is kept until the new one is complete.")
@@ -560,7 +581,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         button.toolTip = obstacle or _("Write the segments as a DICOM segmentation of the patient and study that the input volume was loaded from.")
 
     def _estimateMessage(self, inputs: checks.Inputs) -> str:
-        """The line under the slider; the slider ends at the number of candidates."""
+        """The line under the slider; the slider ends at the number of candidates, or at k."""
         estimate = checks.estimate_run(
             inputs.geometry,
             inputs.manifest,
@@ -569,7 +590,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             expected_patches=self._patchesOfLastRun(),
             available_bytes=inputs.available_bytes,
         )
-        self.ui.numPatchesSlider.maximum = max(1, min(estimate.candidates, MAX_PATCHES))
+        # a k that is too large for this volume runs every patch, and may suit the next volume
+        self.ui.numPatchesSlider.maximum = max(1, min(estimate.candidates, MAX_PATCHES), int(self._parameterNode.numPatches))
         rate = self._rate()
         seconds = None if rate is None else checks.estimate_seconds(estimate, rate)
         self.ui.modelComboBox.toolTip = model_tooltip(self._models.manifest, seconds=seconds)
@@ -582,6 +604,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.progressBar.visible = isRunning
         for widget in (self.ui.volumeSection, self.ui.modelSection, self.ui.advancedSection):
             widget.enabled = self._run.are_settings_enabled or self._run.is_live
+        self.ui.bundlesFolderLineEdit.enabled = self._run.are_settings_enabled  # another folder needs another worker
         self.ui.segmentButton.text = _("Cancel") if isRunning else _("Segment")
         self._showProgress(0, status)
         self._updatePanel()
@@ -630,12 +653,19 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         with slicer.util.tryWithErrorDisplay(_("The DICOM segmentation could not be written.")):
             if not ensure_highdicom():
                 return
-            chosen = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), _("Export DICOM SEG"), f"{segmentation.GetName()}.dcm", "DICOM (*.dcm)")
+            name = slicer.app.coreIOManager().forceFileNameValidCharacters(f"{segmentation.GetName()}.dcm")
+            chosen = qt.QFileDialog.getSaveFileName(slicer.util.mainWindow(), _("Export DICOM SEG"), name, "DICOM (*.dcm)")
             if not chosen:
                 return
+            if not chosen.lower().endswith(".dcm"):
+                chosen = f"{chosen}.dcm"
+                if os.path.exists(chosen) and not slicer.util.confirmYesNoDisplay(
+                    _("'{name}' exists already. Replace it?").format(name=os.path.basename(chosen))
+                ):
+                    return
             try:
                 with slicer.util.WaitCursor():
-                    path = write_dicom_seg(segmentation, chosen if chosen.lower().endswith(".dcm") else f"{chosen}.dcm")
+                    path = write_dicom_seg(segmentation, chosen)
                 if slicer.util.confirmYesNoDisplay(exported_question(str(path))):
                     add_to_database(path)
             except UserError as error:
@@ -655,7 +685,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _showSurfacesOfResult(self) -> None:
         """Show the result in the 3D views if the box says so; the end of a run does it for what changes meanwhile."""
         from NMSWSegment.panel.stepped_task import SteppedTask
-        from NMSWSegment.panel.surfaces import has_surfaces, show_surfaces_steps
+        from NMSWSegment.panel.surfaces import has_surfaces, reveal_surfaces, show_surfaces_steps
 
         node = self._parameterNode or self.logic.getParameterNode()
         segmentation = node.outputSegmentation
@@ -672,6 +702,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
         self._stopSurfaces()
         if has_surfaces(segmentation):
+            reveal_surfaces(segmentation)
             onDone(True)
         else:
             self._surfacesTask = SteppedTask(show_surfaces_steps(segmentation), on_done=onDone, on_error=onError)
@@ -729,15 +760,24 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             volume_inputs(volume), manifest=self._models.manifest, num_patches=numPatches, roi_to_ras=roiToRas, available_bytes=self._availableBytes
         )
 
-    def _signature(self) -> tuple:
-        """Everything but k that a result depends on, and the result itself: while it is the same, a live update loses nothing."""
-        from NMSWSegment.panel.result import segments_state
+    def _choices(self) -> tuple:
+        """Everything but k that a result depends on."""
+        from NMSWSegment.panel.segmenter import volume_key
 
         node = self._parameterNode or self.logic.getParameterNode()
-        segmentation = node.outputSegmentation
-        nodeIds = tuple(item.GetID() if item else None for item in (node.inputVolume, node.regionOfInterest, segmentation))
-        choices = (node.model, tuple(node.omittedStructures), node.policy, node.device, node.threads, node.runtime, node.minIslandMl)
-        return (*nodeIds, *choices, segments_state(segmentation) if segmentation else ())
+        try:
+            volume = volume_key(node.inputVolume)
+        except UserError:  # none, or one that cannot be segmented
+            volume = None
+        region = node.regionOfInterest.GetID() if node.regionOfInterest else None
+        return (volume, region, node.model, tuple(node.omittedStructures), node.policy, node.device, node.threads, node.runtime, node.minIslandMl)
+
+    def _signature(self, choices: tuple) -> tuple:
+        """Choices, and the result itself: while it is the same, a live update loses nothing."""
+        from NMSWSegment.panel.result import segments_state
+
+        segmentation = (self._parameterNode or self.logic.getParameterNode()).outputSegmentation
+        return (*choices, segmentation.GetID(), segments_state(segmentation)) if segmentation else choices
 
     def _rate(self) -> "Rate | None":
         """How fast the chosen model is on the chosen device."""

@@ -13,6 +13,7 @@ from NMSWSegment.panel.messages import model_summary, model_tooltip
 from NMSWSegment.protocol import EXACT, SegmentOptions, UserError
 
 BUNDLES_FOLDER_KEY = "NMSWSegment/BundlesFolder"
+TYPING_MS = 800
 
 
 class ModelSection:
@@ -37,6 +38,11 @@ class ModelSection:
         self._on_chosen, self._on_log, self._close_worker = on_chosen, on_log, close_worker
         self._manifests: dict[str, BundleManifest] = {}
         self._are_devices_known = False
+        self._folder_timer = qt.QTimer()
+        """A path that is typed changes with every key."""
+        self._folder_timer.setSingleShot(True)
+        self._folder_timer.setInterval(TYPING_MS)
+        self._folder_timer.connect("timeout()", self._take_bundles_folder)
         self.ui.installOpenvinoButton.enabled = False
         if setting(BUNDLES_FOLDER_KEY):
             os.environ[USER_FOLDER_VARIABLE] = setting(BUNDLES_FOLDER_KEY)
@@ -48,15 +54,21 @@ class ModelSection:
         self._connect()
 
     def show_settings(self) -> None:
-        """Show what the parameter node says."""
-        node = self.parameter_node
-        if self.ui.modelComboBox.currentData != node.model and self.ui.modelComboBox.findData(node.model) >= 0:
-            self.ui.modelComboBox.currentIndex = self.ui.modelComboBox.findData(node.model)
-        for combo_box, chosen in ((self.ui.deviceComboBox, node.device), (self.ui.runtimeComboBox, node.runtime)):
-            if combo_box.findData(chosen) < 0 and not self._are_devices_known:
+        """Show what the parameter node says; what a scene names but this computer lacks is replaced there, so that nothing runs that is not shown."""
+        node, defaults = self.parameter_node, SegmentOptions()
+        for combo_box, name, default, is_known in (
+            (self.ui.modelComboBox, "model", defaults.bundle, True),
+            (self.ui.deviceComboBox, "device", defaults.device, self._are_devices_known),
+            (self.ui.runtimeComboBox, "runtime", defaults.runtime, self._are_devices_known),
+        ):
+            chosen = getattr(node, name)
+            if combo_box.findData(chosen) < 0 and not is_known:
                 combo_box.addItem(chosen, chosen)
             if combo_box.currentData != chosen:
-                combo_box.currentIndex = max(0, combo_box.findData(chosen))
+                combo_box.currentIndex = next((place for place in map(combo_box.findData, (chosen, default)) if place >= 0), 0)
+            if combo_box.currentData and getattr(node, name) != combo_box.currentData:
+                self._on_log(_("'{chosen}' is not on this computer; '{used}' takes its place.").format(chosen=chosen, used=combo_box.currentData))
+                setattr(node, name, combo_box.currentData)
         omitted = {name for name, is_checked in self.structures().items() if not is_checked}
         if omitted != set(node.omittedStructures) & set(self.structures()):
             self._fill_structures()
@@ -102,11 +114,11 @@ class ModelSection:
         self.ui.noStructuresButton.connect("clicked()", lambda: self._check_structures(False))
         self.ui.addModelButton.connect("clicked(bool)", self._on_add_model)
         self.ui.removeModelButton.connect("clicked(bool)", self._on_remove_model)
-        self.ui.bundlesFolderLineEdit.connect("currentPathChanged(QString)", self._on_bundles_folder_changed)
+        self.ui.bundlesFolderLineEdit.connect("currentPathChanged(QString)", lambda path: self._folder_timer.start())
 
-    def fill_models(self) -> None:
-        """Fill the list of models; a bundle that cannot be read is named in the log."""
-        chosen = self.parameter_node.model if self.parameter_node else SegmentOptions.bundle
+    def fill_models(self, chosen: str = "") -> None:
+        """Fill the list of models, and choose one, or the one that was chosen; a bundle that cannot be read is named in the log."""
+        chosen = chosen or (self.parameter_node.model if self.parameter_node else SegmentOptions.bundle)
         self.is_filling = True
         self._manifests.clear()
         self.ui.modelComboBox.clear()
@@ -223,8 +235,15 @@ class ModelSection:
         if slicer.util.confirmYesNoDisplay(_("Remove the model '{name}' from this computer?").format(name=name)):
             self._change_models(lambda: remove_bundle(name))
 
-    def _on_bundles_folder_changed(self, folder: str) -> None:
-        """Look for user-installed models in another folder, also next time and in the worker."""
+    def close(self) -> None:
+        """The panel goes away."""
+        self._folder_timer.stop()
+
+    def _take_bundles_folder(self) -> None:
+        """Look for user-installed models in another folder, also next time and in the worker; a path that is no folder yet is still being typed."""
+        folder = self.ui.bundlesFolderLineEdit.currentPath
+        if folder == setting(BUNDLES_FOLDER_KEY) or (folder and not os.path.isdir(folder)):
+            return
         qt.QSettings().setValue(BUNDLES_FOLDER_KEY, folder)
         os.environ[USER_FOLDER_VARIABLE] = folder
         self._close_worker()
@@ -238,9 +257,7 @@ class ModelSection:
             except UserError as error:
                 slicer.util.errorDisplay(str(error))
                 return
-            if name:
-                self.parameter_node.model = name
-            self.fill_models()
+            self.fill_models(name or "")
 
 
 def setting(key: str) -> str:

@@ -173,7 +173,8 @@ def write_statistics_table(segmentation_node: "slicer.vtkMRMLSegmentationNode", 
         statistics: StructureStatistics.to_dict() of every label; those without a voxel have no segment and no row.
     """
     table_node = segmentation_node.GetNodeReference(VOLUMES_ROLE)
-    if table_node is None:
+    others = (node for node in nodes_of_class(segmentation_node.GetScene(), "vtkMRMLSegmentationNode") if node is not segmentation_node)
+    if table_node is None or any(node.GetNodeReference(VOLUMES_ROLE) is table_node for node in others):  # a clone shares the table with its original
         table_node = segmentation_node.GetScene().AddNewNodeByClass("vtkMRMLTableNode", f"{segmentation_node.GetName()} statistics")
         segmentation_node.SetNodeReferenceID(VOLUMES_ROLE, table_node.GetID())
     segmentation = segmentation_node.GetSegmentation()

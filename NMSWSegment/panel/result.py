@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import slicer
 from vtk.util.numpy_support import vtk_to_numpy
@@ -32,6 +32,7 @@ def result_steps(
     output_name: str = "",
     started: float,
     keep_visibility: bool = False,
+    on_new_node: Callable[["slicer.vtkMRMLSegmentationNode"], None] = lambda node: None,
 ) -> Steps[tuple["slicer.vtkMRMLSegmentationNode", float]]:
     """Replace the content of a segmentation node by a result, with everything that belongs to it, in steps of some milliseconds.
 
@@ -46,6 +47,7 @@ def result_steps(
         segmentation_node: None makes a new one, of the name output_name.
         started: time.perf_counter() at the click.
         keep_visibility: segments that were hidden stay hidden; else the whole segmentation is shown.
+        on_new_node: takes the new node as soon as it is in the scene.
 
     Raises:
         UserError: a node was removed, or the volume is no longer the one that was segmented; raised by the first step, which changes nothing.
@@ -60,6 +62,7 @@ def result_steps(
     yield
     if segmentation_node is None:
         segmentation_node = new_segmentation_node(volume_node, name=output_name)
+        on_new_node(segmentation_node)
         yield
     hidden = hidden_segments(segmentation_node) if keep_visibility else set()
     yield from import_steps(

@@ -114,7 +114,7 @@ class Segmenter:
         self._worker.start()
         self._run_count += 1
         folder = Path(tempfile.mkdtemp(dir=self._worker.folder))
-        volume_info = {"key": _volume_key(volume_node, volume), "name": volume.name, "ijk_to_ras": volume.ijk_to_ras.tolist()}
+        volume_info = {"key": volume_key(volume_node), "name": volume.name, "ijk_to_ras": volume.ijk_to_ras.tolist()}
         request = {
             "request": "segment",
             "id": self._run_count,
@@ -165,6 +165,11 @@ class Segmenter:
         """Whether a segmentation is empty or exactly as a run left it, in this session or before the scene was saved, so that replacing it loses nothing."""
         state = segments_state(segmentation_node)
         return not state or self._own_states.get(segmentation_node.GetID()) == state or is_as_made(segmentation_node)
+
+    def is_edited(self, segmentation_node: "slicer.vtkMRMLSegmentationNode") -> bool:
+        """Whether a result of this session was edited since; of another session's it is not known."""
+        made = self._own_states.get(segmentation_node.GetID())
+        return made is not None and made != segments_state(segmentation_node)
 
     def _send(self, volume: Volume, *, is_sent: bool) -> None:
         """Send the request of the run, with the voxels unless the worker has them."""
@@ -226,14 +231,20 @@ class Segmenter:
         active = self._active
         labelmap = Volume(array=np.load(active.folder / event["labelmap"]), ijk_to_ras=active.ijk_to_ras)
 
+        def on_new_node(node) -> None:
+            active.segmentation_node = node
+
         def steps():
             remove_traces_of_run(active.scene)
             yield
+            # the application goes on during a run, so a user may have moved the volume, filtered it or gone to another time point meanwhile
+            if active.volume_node.GetScene() is not None and volume_key(active.volume_node) != active.request["volume"]["key"]:
+                raise UserError(f"The volume '{active.volume_node.GetName()}' was moved or changed during the run. Segment it again.")
             return (
                 yield from result_steps(
                     labelmap, event["run_info"], LabelContent(**event["content"]), labels=active.bundle.manifest.labels, statistics=event["statistics"],
                     volume_node=active.volume_node, segmentation_node=active.segmentation_node, output_name=active.output_name, started=active.started,
-                    keep_visibility=active.keep_visibility,
+                    keep_visibility=active.keep_visibility, on_new_node=on_new_node,
                 )
             )  # fmt: skip
 
@@ -296,8 +307,13 @@ def _error_event(active: _ActiveRun | None, error: Exception) -> dict:
     return {"event": "error", "id": run_id, "kind": "bug", "message": str(error), "details": details}
 
 
-def _volume_key(node: "slicer.vtkMRMLScalarVolumeNode", volume: Volume) -> str:
-    """Names these voxels in this place: VTK's modification counter is unique in a session."""
+def volume_key(node: "slicer.vtkMRMLScalarVolumeNode") -> str:
+    """Names these voxels in this place: VTK's modification counter is unique in a session.
+
+    Raises:
+        UserError: as nodes.volume_from_node.
+    """
+    place = volume_from_node(node).ijk_to_ras
     image = node.GetImageData()
     stamp = max(image.GetMTime(), image.GetPointData().GetScalars().GetMTime())
-    return f"{node.GetID()} {stamp} {volume.ijk_to_ras.tobytes().hex()}"
+    return f"{node.GetID()} {stamp} {place.tobytes().hex()}"

@@ -30,6 +30,7 @@ def show_surfaces_steps(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> 
     yield
     if segmentation_node.GetScene() is None:
         return False
+    reveal_surfaces(segmentation_node)
     is_shown = bool(segmentation_node.CreateClosedSurfaceRepresentation())
     # Nothing was left to convert, so the views are told as a conversion tells them.
     segmentation.InvokeEvent(slicer.vtkSegmentation.ContainedRepresentationNamesModified)
@@ -38,8 +39,17 @@ def show_surfaces_steps(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> 
 
 
 def hide_surfaces(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> None:
-    """Take the segments out of the 3D views."""
-    segmentation_node.RemoveClosedSurfaceRepresentation()
+    """Take the segments out of the 3D views; surfaces that a segmentation consists of stay in it."""
+    if segmentation_node.GetSegmentation().GetSourceRepresentationName() != SURFACE_REPRESENTATION:
+        segmentation_node.RemoveClosedSurfaceRepresentation()
+    elif segmentation_node.GetDisplayNode() is not None:
+        segmentation_node.GetDisplayNode().SetVisibility3D(False)
+
+
+def reveal_surfaces(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> None:
+    """Let the 3D views show the surfaces that are there."""
+    if segmentation_node.GetDisplayNode() is not None:
+        segmentation_node.GetDisplayNode().SetVisibility3D(True)
 
 
 def has_surfaces(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> bool:

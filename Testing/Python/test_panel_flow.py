@@ -643,3 +643,145 @@ def test_reload_reads_the_library_again_and_ends_the_worker(app, widget):
 def test_self_tests_of_the_module_pass_outside_the_application_too(app):
     sys.modules["NMSWSegment"].NMSWSegmentTest().runTest()
     assert {dialog.kind for dialog in app.dialogs} == {"delay"}
+
+
+# What a clinician does between two clicks
+
+
+def test_model_that_a_scene_names_runs_only_if_the_list_shows_it(app, widget):
+    node = widget.logic.getParameterNode()
+    node.model = "/somewhere/else/evil"
+    assert widget.ui.modelComboBox.currentData == node.model == "torso-unet"
+    assert "'/somewhere/else/evil' is not on this computer; 'torso-unet' takes its place." in widget.ui.logTextEdit.plainText
+    node.model = "tiny"
+    assert widget.ui.modelComboBox.currentData == node.model == "tiny"
+
+
+def test_device_that_this_computer_lacks_becomes_automatic_also_in_a_scene_that_comes_later(app, widget):
+    node = widget.logic.getParameterNode()
+    node.device = "cuda:7"
+    assert widget.ui.deviceComboBox.currentData == node.device == "auto"
+
+
+def test_volume_that_changes_in_a_run_gets_no_result(app, widget):
+    volume = widget.logic.getParameterNode().inputVolume
+    widget.ui.segmentButton.click()
+    volume_from_node(volume).array[:] = -1000
+    volume.GetImageData().GetPointData().GetScalars().Modified()
+    app.wait_until(lambda: not widget.segmenter.is_running, TIMEOUT_S)
+    app.process_events()
+    assert [dialog.text for dialog in app.dialogs] == ["The volume 'Phantom' was moved or changed during the run. Segment it again."]
+    assert result_of(widget) is None and node_names(app.scene, "vtkMRMLSegmentationNode") == []
+    app.dialogs.clear()
+
+
+def test_live_update_stays_with_the_volume_that_was_segmented(app, widget):
+    segment(app, widget)
+    node = widget.logic.getParameterNode()
+    volume, other = node.inputVolume, add_phantom(app.scene, name="Other")
+    widget.ui.numPatchesSlider.value = 3
+    app.wait_until(lambda: widget.segmenter.is_running, TIMEOUT_S)
+    node.inputVolume = other
+    app.wait_until(lambda: not widget.segmenter.is_running, TIMEOUT_S)
+    widget.ui.numPatchesSlider.value = 4
+    app.process_events(seconds=1)
+    assert not widget.segmenter.is_running and result_of(widget).GetAttribute("NMSW.NumPatches") == "3"
+    assert result_of(widget).GetNodeReference(slicer.vtkMRMLSegmentationNode.GetReferenceImageGeometryReferenceRole()) is volume
+
+
+def test_table_of_edited_segments_says_so(app, widget):
+    segment(app, widget)
+    assert not widget.ui.volumesTable.isHidden() and widget.ui.editedLabel.isHidden()
+    result_of(widget).GetSegmentation().GetNthSegment(0).SetName("renamed")
+    widget.exit()
+    widget.enter()
+    assert not widget.ui.volumesTable.isHidden() and not widget.ui.editedLabel.isHidden()
+
+
+def test_new_region_of_interest_is_the_whole_volume(app, widget):
+    widget.ui.regionOfInterestSelector.addNode("vtkMRMLMarkupsROINode")
+    node, expected, found = widget.logic.getParameterNode(), [0.0] * 6, [0.0] * 6
+    node.inputVolume.GetRASBounds(expected)
+    node.regionOfInterest.GetRASBounds(found)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert widget.ui.segmentButton.enabled
+
+
+def test_k_outlasts_a_volume_that_has_fewer_patches(app, widget):
+    node = widget.logic.getParameterNode()
+    large, node.numPatches = node.inputVolume, 6
+    node.inputVolume = add_phantom(app.scene, name="Small", shape=(14, 15, 16))
+    assert "4 of 4 patches" in widget.ui.workLabel.text
+    node.inputVolume = large
+    assert node.numPatches == widget.ui.numPatchesSlider.value == 6
+
+
+def test_first_volume_that_is_chosen_is_no_labelmap(app):
+    app.scene.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode", "Labels")
+    volume = add_phantom(app.scene)
+    assert app.open_panel("NMSWSegment").logic.getParameterNode().inputVolume is volume
+
+
+def test_model_folder_is_taken_once_it_is_a_folder(app, widget, tmp_path):
+    widget.ui.bundlesFolderLineEdit.currentPath = str(tmp_path / "not there yet")
+    app.process_events(seconds=1)
+    assert widget.ui.modelComboBox.findData("tiny") >= 0 and widget.segmenter.worker.is_alive
+    (tmp_path / "empty").mkdir()
+    widget.ui.bundlesFolderLineEdit.currentPath = str(tmp_path / "empty")
+    app.wait_until(lambda: widget.ui.modelComboBox.findData("tiny") < 0, TIMEOUT_S)
+    assert widget.logic.getParameterNode().model == "torso-unet"
+
+
+def test_new_segmentation_that_is_deleted_while_the_result_enters_it_stops_the_run(app, widget, monkeypatch):
+    from PySide6.QtCore import QTimer
+
+    from NMSWSegment.panel import result
+
+    def deleting(segmentation_node, *arguments, **options):
+        QTimer.singleShot(0, lambda: app.scene.RemoveNode(segmentation_node))
+        while segmentation_node.GetScene() is not None:
+            yield
+
+    monkeypatch.setattr(result, "import_steps", deleting)
+    widget.ui.segmentButton.click()
+    app.wait_until(lambda: not widget.segmenter.is_running, TIMEOUT_S)
+    app.process_events()
+    assert app.dialogs == []
+    assert "The output segmentation was deleted, so the run was stopped." in widget.ui.statusLabel.text
+
+
+def test_clone_keeps_its_own_table(app, widget):
+    from NMSWSegment.panel.nodes import VOLUMES_ROLE
+
+    segment(app, widget)
+    original = result_of(widget)
+    table = original.GetNodeReference(VOLUMES_ROLE)
+    clone = app.scene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Clone")
+    clone.SetNodeReferenceID(VOLUMES_ROLE, table.GetID())
+    segment(app, widget)
+    assert clone.GetNodeReference(VOLUMES_ROLE) is table and original.GetNodeReference(VOLUMES_ROLE) is not table
+
+
+def test_surfaces_that_a_segmentation_consists_of_outlast_the_box_3d(app, widget):
+    from NMSWSegment.panel.surfaces import hide_surfaces, reveal_surfaces
+
+    source = vtk.vtkSphereSource()
+    source.Update()
+    segmentation_node = app.scene.AddNewNodeByClass("vtkMRMLSegmentationNode", "From STL")
+    segmentation_node.CreateDefaultDisplayNodes()
+    segmentation_node.GetSegmentation().SetSourceRepresentationName("Closed surface")
+    segmentation_node.AddSegmentFromClosedSurfaceRepresentation(source.GetOutput(), "ball", [1, 0, 0])
+    hide_surfaces(segmentation_node)
+    assert segmentation_node.GetSegmentation().ContainsRepresentation("Closed surface") and not segmentation_node.GetDisplayNode().GetVisibility3D()
+    reveal_surfaces(segmentation_node)
+    assert segmentation_node.GetDisplayNode().GetVisibility3D()
+
+
+def test_worker_that_cannot_load_torch_says_why_it_ended(app, own_folder, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise OSError('c10.dll cannot be loaded')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    widget = click_first_run(app)
+    app.wait_until(lambda: app.dialogs, TIMEOUT_S)
+    assert app.dialogs[-1].text == "PyTorch cannot be loaded (c10.dll cannot be loaded). Install it with the extension PyTorch, then restart."
+    assert not widget.segmenter.is_running
+    app.dialogs.clear()

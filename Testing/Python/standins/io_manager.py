@@ -1,5 +1,6 @@
 """qSlicerCoreIOManager: reading and writing nodes and scenes, by the storage nodes of MRML."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ class qSlicerCoreIOManager(QObject):
         """What a file holds, by its ending."""
         endings = {".mrml": "SceneFile", ".mrb": "SceneFile", ".seg.nrrd": "SegmentationFile", ".csv": "TableFile", ".tsv": "TableFile"}
         return next((kind for ending, kind in endings.items() if file_name.endswith(ending)), "VolumeFile")
+
+    def forceFileNameValidCharacters(self, file_name: str) -> str:
+        """Without the characters that Slicer keeps out of names of files."""
+        return "".join(re.findall(r"[A-Za-z0-9 \-_.()$!~#'%^{}]", file_name))
 
     def fileWriterFileType(self, node: Any) -> str:
         """What a node is written as."""
