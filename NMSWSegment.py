@@ -90,7 +90,7 @@ class NMSWSegment(ScriptedLoadableModule):
         ).format(url=TUTORIAL_URL)
         parent.acknowledgementText = _(
             'The method is described in "No More Sliding Window: Efficient 3D Medical Image Segmentation with Differentiable Top-k '
-            'Patch Sampling", MICCAI 2025, <a href="https://arxiv.org/abs/2501.10814">arXiv:2501.10814</a>.'
+            'Patch Sampling", MICCAI 2025, <a href="https://arxiv.org/abs/2501.10814">arXiv:2501.10814</a>; the backbone E2ENet in <a href="https://arxiv.org/abs/2312.04727">arXiv:2312.04727</a>.'
         )
         slicer.app.connect("startupCompleted()", registerSampleData)
 

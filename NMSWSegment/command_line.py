@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a bug, 2 something a user can fix, 130 stopped with Ctrl-C
 """
 
 import argparse
+import difflib
 import errno
 import importlib
 import json
@@ -74,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _sigterm_as_ctrl_c():
             argv = sys.argv[1:] if argv is None else argv
-            arguments = _parser(argv).parse_args(argv)
+            arguments, unknown = _parser(argv).parse_known_args(argv)
+            if unknown:
+                raise UserError(_unknown_argument(unknown[0], verb=argv[0], options=arguments.options))
             code = arguments.run(arguments)
             say_all()
             return code
@@ -224,7 +227,16 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             module = _verb_module(module_name, verb=verb)
             module.add_arguments(verb_parser)
             verb_parser.set_defaults(run=module.run)
+    for verb_parser in verbs.choices.values():
+        verb_parser.set_defaults(options=list(verb_parser._option_string_actions))
     return parser
+
+
+def _unknown_argument(found: str, *, verb: str, options: list[str]) -> str:
+    """The sentence for a word that a verb does not know, with the nearest option."""
+    nearest = difflib.get_close_matches(found.partition("=")[0], options, n=1)
+    hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+    return f"'nmsw {verb}' does not know '{found}'.{hint} Run 'nmsw {verb} --help' for what is possible."
 
 
 def _add_segment_arguments(parser: argparse.ArgumentParser) -> None:
@@ -312,7 +324,7 @@ def _verb_module(module_name: str, *, verb: str) -> ModuleType:
         if (error.name or "").partition(".")[0] == "NMSWSegment":
             raise
         raise UserError(
-            f"'nmsw {verb}' needs the package '{error.name}', which is not installed. Install what training needs with: pip install \"NMSWSegment[train]\""
+            f"'nmsw {verb}' needs the package '{error.name}', which is not installed. Install what training needs, in the project's folder, with: pip install \".[train]\""
         ) from error
 
 

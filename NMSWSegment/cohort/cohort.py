@@ -25,13 +25,14 @@ from NMSWSegment.command_line import DONE as EXIT_DONE
 from NMSWSegment.command_line import USER_ERROR, add_run_arguments, run_options
 from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, check_dicom_export
+from NMSWSegment.files.folder_lock import locked_folder
 from NMSWSegment.files.memory import available_memory_bytes
 from NMSWSegment.files.output_file import replaced_file
 from NMSWSegment.files.outputs import require_matplotlib
 from NMSWSegment.files.volume import LABELMAP_ENDINGS
 from NMSWSegment.protocol import AUTO, UserError
 
-OUTCOMES_NAME, PAGE_NAME, STATISTICS_NAME, LOCK_NAME = "cohort.csv", "quality.html", "statistics.csv", ".lock"
+OUTCOMES_NAME, PAGE_NAME, STATISTICS_NAME = "cohort.csv", "quality.html", "statistics.csv"
 _WRITE_INTERVAL_S = 5.0
 """The csv is written anew at most this often, and at the end."""
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     bundle = load_bundle(options.bundle)
     _check_structures(bundle, options.structures)
     if not arguments.no_pictures:
-        require_matplotlib()
+        require_matplotlib("The quality sheets", or_else=", or leave them out with --no-pictures")
     cases = find_cases(arguments.source)
     if arguments.format in DICOM_SEG_ENDINGS:
         check_dicom_export(next((case.input for case in cases if case.input.is_dir()), cases[0].input))
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         with_pictures=not arguments.no_pictures,
         force_modality=arguments.force_modality,
     )
-    with _locked(settings.output):
+    with locked_folder(settings.output):
         _prepare(settings, restart=arguments.restart)
         outcomes = {case.name: outcome for case in cases if (outcome := finished_outcome(settings.output, case))}
         waiting = [case for case in cases if case.name not in outcomes]
@@ -206,36 +207,6 @@ def _remove_half_done(output: Path) -> None:
     """Remove what processes left that were stopped in the middle of a case."""
     for partial in (output / "cases").glob(f"{PARTIAL_PREFIX}*"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the system gives the lock back however this process ends.
-
-    Raises:
-        UserError: another run works there, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = open(folder / LOCK_NAME, "a+b")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"The output folder '{folder}' cannot be used ({error.strerror}). Choose a folder that you may write to.") from error
-    try:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                stream.seek(0)
-                msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"Another run works in the folder '{folder}'. Wait for its end, or choose another folder.") from error
-        yield
-    finally:
-        stream.close()
 
 
 @contextmanager

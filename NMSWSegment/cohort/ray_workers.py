@@ -65,7 +65,7 @@ def _connected(address: str, *, plan: WorkerPlan):
     try:
         import ray
     except ImportError as error:
-        raise UserError('Running on Ray needs the package ray, which is not installed. Install it with: pip install "NMSWSegment[ray]"') from error
+        raise UserError("Running on Ray needs the package ray, which is not installed. Install it with: pip install ray") from error
     try:
         if address == LOCAL:
             ray.init(num_cpus=len(plan.devices) * plan.threads, include_dashboard=False, configure_logging=False, log_to_driver=False)

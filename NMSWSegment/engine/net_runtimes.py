@@ -254,7 +254,7 @@ def _openvino() -> ModuleType:
         try:
             import openvino
         except ImportError as error:
-            raise Unusable('OpenVINO is not installed; install it with: pip install "NMSWSegment[openvino]"') from error
+            raise Unusable("OpenVINO is not installed; install it with: pip install openvino") from error
     return openvino
 
 

@@ -115,7 +115,8 @@ class BundleManifest:
     """What the weights were trained on and how; for people."""
     scores: dict = field(default_factory=dict)
     """Held-out scores; for people."""
-    license: str = "Apache-2.0"
+    license: str = "not stated"
+    """Of the weights."""
     attributions: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
@@ -335,7 +336,9 @@ def _check_name(name: str, *, folder: Path, replace: bool) -> None:
         raise UserError(f"A bundle named '{name}' comes with the program. Export yours under another name, and install that.")
     taken = [path.name for path in folder.glob("*") if path.name.casefold() == name.casefold()]
     if taken and not (replace and taken == [name] and name in list_bundles(folder)):
-        raise UserError(f"A bundle named '{taken[0]}' is installed already in '{folder}'. Remove it first, or export yours under another name.")
+        raise UserError(
+            f"A bundle named '{taken[0]}' is installed already in '{folder}'. Remove it first ('nmsw remove {taken[0]}'), replace it ('nmsw install --replace'), or export yours under another name."
+        )
 
 
 def _is_plain_name(name: str) -> bool:

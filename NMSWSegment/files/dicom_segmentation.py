@@ -74,7 +74,7 @@ def check_dicom_export(source: str | Path | Sequence[Path]) -> None:
         source: what was segmented; for a DICOM series its folder or its files.
     """
     if importlib.util.find_spec("highdicom") is None:
-        raise UserError('Writing DICOM needs the package highdicom, which is not installed. Install it with: pip install "NMSWSegment[dicom]"')
+        raise UserError("Writing DICOM needs the package highdicom, which is not installed. Install it with: pip install highdicom")
     if isinstance(source, (str, Path)) and not Path(source).is_dir():
         raise UserError(
             f"A DICOM segmentation refers to the DICOM images it was made from, but the input '{source}' is not a folder with a DICOM series. "

@@ -43,12 +43,18 @@ def write_patches(patches: Sequence[PatchBox], path: str | Path) -> None:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def require_matplotlib() -> None:
-    """Raise UserError if pictures cannot be drawn; to be asked before a long run."""
+def require_matplotlib(what: str = "A preview", *, or_else: str = "") -> None:
+    """Raise UserError if pictures cannot be drawn; to be asked before a long run.
+
+    Args:
+        what: needs it.
+        or_else: another way out, after the sentence.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError('A preview needs matplotlib, which is not installed. Install it with: pip install "NMSWSegment[headless]"') from error
+        need = "need" if what.endswith("s") else "needs"
+        raise UserError(f"{what} {need} matplotlib, which is not installed. Install it with: pip install matplotlib{or_else}") from error
 
 
 def write_preview(volume: Volume, labelmap: Volume, *, labels: Sequence[Label], patches: Sequence[PatchBox], path: str | Path) -> None:

@@ -45,6 +45,7 @@ def export_bundle(
     *,
     title: str = "",
     description: str = "",
+    license: str = "",
     scores: tuple[Path, ...] = (),
     data_notes: tuple[Path, ...] = (),
     picture: Path | None = None,
@@ -56,7 +57,8 @@ def export_bundle(
     Args:
         runs: run folder of `nmsw train`, or several with the same options but for their cases, weights and seed.
         output: bundle folder to create.
-        scores: files that `nmsw evaluate` wrote, for the model card.
+        license: of the weights; "" says that it is not stated.
+        scores: files that `nmsw evaluate` wrote of cases that the weights were not trained on, for the model card.
         data_notes: JSON with "trained_on" (text) and "attributions" (list of texts); several are put one after the other.
         picture: PNG for the model card, for example a preview of 'nmsw segment'.
         calibrates: find the threshold of k = auto on the cases that the run held out.
@@ -79,6 +81,12 @@ def export_bundle(
     held_out = {}
     for path in scores:
         held_out |= _read_object(path, key="cases", advice="Give a file that 'nmsw evaluate --output' wrote.")["cases"]
+    learned = sorted(set(held_out) & set().union(*(one.checkpoint.get("case_names", {}).get("training", ()) for one in trained)))
+    if learned:
+        raise UserError(
+            f"The scores are of cases that the weights were trained on: {', '.join(learned)}. Held-out scores need others: "
+            "give 'nmsw evaluate' --cases or --split, or leave --scores out."
+        )
     manifest = {
         "name": output.name,
         "title": title or output.name,
@@ -95,6 +103,7 @@ def export_bundle(
             "trained_on": "\n\n".join(note["trained_on"] for note in notes if "trained_on" in note),
         },
         "scores": held_out,
+        "license": license or BundleManifest.license,
         "attributions": tuple(
             dict.fromkeys(
                 [
@@ -256,6 +265,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", action="store_true", help="find out on the cases that the run held out when k = auto stops")
     parser.add_argument("--title", default="", help="name for people")
     parser.add_argument("--description", default="", help="one sentence for the model list")
+    parser.add_argument("--license", default="", help="of the weights, for example CC-BY-4.0 (default: not stated)")
     parser.add_argument("--scores", type=Path, action="append", default=[], metavar="FILE.json", help="held-out scores that 'nmsw evaluate' wrote; repeat")
     parser.add_argument("--picture", type=Path, default=None, metavar="FILE.png", help="picture for the model card, for example a preview of 'nmsw segment'")
     parser.add_argument(
@@ -275,6 +285,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output,
         title=arguments.title,
         description=arguments.description,
+        license=arguments.license,
         scores=tuple(arguments.scores),
         data_notes=tuple(arguments.data_notes),
         picture=arguments.picture,

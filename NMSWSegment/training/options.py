@@ -5,6 +5,8 @@ is not an option.
 """
 
 import argparse
+import ast
+import inspect
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -232,7 +234,9 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND:FOLDER",
         help="decathlon, nnunet, word, totalsegmentator, prepared or anatomies; repeat to mix",
     )
-    group.add_argument("--hold-out", type=_comma_list, default=argparse.SUPPRESS, metavar="ID,...", help="cases and anatomies to leave out")
+    group.add_argument(
+        "--hold-out", type=_comma_list, default=argparse.SUPPRESS, metavar="ID,...", help="cases and anatomies to leave out; the cases are validated on"
+    )
     group.add_argument(
         "--window",
         type=float,
@@ -241,9 +245,11 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("LOW", "HIGH"),
         help="intensity window of the nets in HU, or in units of the normalization (default: a piecewise line for CT, 0 1 for percentiles, -3 4 for zscore)",
     )
+    texts = _attribute_texts(TrainOptions)
     for field in fields(TrainOptions):
         flag = "--" + _FLAG_NAMES.get(field.name, field.name).replace("_", "-")
-        default = {"dest": field.name, "default": argparse.SUPPRESS, "help": f"default: {field.default}"}
+        text = f"{texts[field.name]} (default: {'none' if field.default in ('', None) else field.default})"
+        default = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if field.type in (tuple[float, float, float], tuple[int, int, int]):
             group.add_argument(flag, type=field.type.__args__[0], nargs=3, metavar=_TRIPLE_AXES, **default)
         elif field.type is bool:
@@ -284,6 +290,16 @@ def options_from_arguments(arguments: argparse.Namespace) -> TrainOptions:
     if values.get("normalization", FIXED) != bundle.get("normalization", FIXED) and "intensity_points" not in given:
         values["intensity_points"] = INTENSITY_POINTS[values["normalization"]]
     return TrainOptions(**values)
+
+
+def _attribute_texts(cls: type) -> dict[str, str]:
+    """What stands below every attribute of a class, on one line."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    return {
+        attribute.target.id: " ".join(text.value.value.split())
+        for attribute, text in zip(body, body[1:])
+        if isinstance(attribute, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
 
 
 def changed_options(old: TrainOptions, new: TrainOptions) -> str:

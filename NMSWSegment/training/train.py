@@ -13,12 +13,14 @@ goes on where a killed run stopped, with the same samples.
 import argparse
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from NMSWSegment.data.case_cache import CaseCache
 from NMSWSegment.data.training_sample import TrainingSample
+from NMSWSegment.files.folder_lock import locked_folder
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.training_set import TrainingSet
 from NMSWSegment.training.datasets import find_data, open_training_set, open_validation_cases
@@ -67,10 +69,10 @@ def train(
         cache: folder of prepared cases; None is the one in the run folder.
 
     Raises:
-        UserError: the run folder holds a run (without resume) or other options (with it), the data, the nets or the initial run
+        UserError: the run folder holds a run (without resume) or other options (with it), or another process trains there, the data, the nets or the initial run
             cannot be used, or the disk is full.
     """
-    with joined_group(device) as group:
+    with joined_group(device) as group, ExitStack() as held:
         check_precision(options, group.device)
         previous = check_run_folder(output, options, resume=resume)
         data = find_data(options)
@@ -93,6 +95,8 @@ def train(
         held_out = open_validation_cases(options, data=data, cache=case_cache, group=group)
         validation = Validation(held_out, options=options, label_names=training_set.label_names, group=group) if held_out else None
         group.wait()  # until every process has looked at the run folder
+        if group.is_first:
+            held.enter_context(locked_folder(output))
         if previous and previous.iterations != options.iterations:
             _say(group, _other_length(state, previous, options))
         if group.is_first and options != previous:  # only now: a start that failed leaves no run behind

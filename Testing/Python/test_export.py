@@ -400,3 +400,18 @@ def test_verb_exports_and_tells_the_size(a_run, tmp_path, capsys):
     assert export_module.run(parser.parse_args([str(a_run), "-o", str(tmp_path / "by-verb"), "--title", "By verb"])) == 0
     assert load_bundle(tmp_path / "by-verb").manifest.title == "By verb"
     assert "MB); exported and trained nets agree." in capsys.readouterr().out
+
+
+def test_scores_of_cases_that_were_trained_on_are_not_held_out(a_run, tmp_path):
+    trained_on = load_checkpoint(a_run)["case_names"]["training"][0]
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps({"cases": {trained_on: {"5": {"candidates": 8, "mean": 0.9, "dsc": {"liver": 0.9}}}}}))
+    with pytest.raises(UserError, match=f"trained on: {trained_on}.*--cases or --split"):
+        export_bundle(a_run, tmp_path / "bundle", scores=(scores,))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_license_is_what_the_exporter_says(a_run, tmp_path):
+    assert load_bundle(export_bundle(a_run, tmp_path / "silent")).manifest.license == "not stated"
+    assert load_bundle(export_bundle(a_run, tmp_path / "said", license="CC-BY-4.0")).manifest.license == "CC-BY-4.0"
+    assert "License of the weights: CC-BY-4.0" in (tmp_path / "said" / "MODEL_CARD.md").read_text(encoding="utf-8")

@@ -11,11 +11,12 @@ pytest.importorskip("tensorboard")
 
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
+from NMSWSegment.files.folder_lock import locked_folder  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
 from NMSWSegment.training import train as train_module  # noqa: E402
 from NMSWSegment.training.iteration import new_schedule  # noqa: E402
 from NMSWSegment.training.options import OPTIONS_NAME  # noqa: E402
-from NMSWSegment.training.run_folder import load_checkpoint, load_run_options, save_checkpoint  # noqa: E402
+from NMSWSegment.training.run_folder import CHECKPOINT_NAME, load_checkpoint, load_run_options, save_checkpoint  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 
 
@@ -157,3 +158,12 @@ def test_sgd_follows_a_polynomial_from_any_iteration_on(data, tmp_path, monkeypa
     assert later.param_groups[0]["lr"] == pytest.approx(2 * seen[3])
     groups = load_checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
     assert [(group["momentum"], group["nesterov"]) for group in groups] == [(0.99, True)]
+
+
+def test_second_training_in_a_run_folder_is_refused_while_the_first_goes_on(data, tmp_path):
+    train(options_of(data, iterations=1), output=tmp_path / "run", num_workers=0)
+    before = (tmp_path / "run" / CHECKPOINT_NAME).read_bytes()
+    with locked_folder(tmp_path / "run"), pytest.raises(UserError, match="Another run works in the folder"):
+        train(options_of(data, iterations=2), output=tmp_path / "run", num_workers=0, resume=True)
+    assert (tmp_path / "run" / CHECKPOINT_NAME).read_bytes() == before and load_run_options(tmp_path / "run").iterations == 1
+    train(options_of(data, iterations=2), output=tmp_path / "run", num_workers=0, resume=True)

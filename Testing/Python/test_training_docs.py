@@ -144,4 +144,4 @@ def test_every_command_of_the_document_is_in_a_section_that_is_run():
         "Into the panel",
         "Several GPUs and computers",
     }
-    assert commands("Install") == ['pip install "NMSWSegment[train]"']
+    assert commands("Install") == ['pip install ".[train]"']
