@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: words after the program's name; None takes those of the process.
     """
     try:
-        with _sigterm_as_ctrl_c():
+        with _ends_as_ctrl_c():
             argv = sys.argv[1:] if argv is None else argv
             arguments, unknown = _parser(argv).parse_known_args(argv)
             if unknown:
@@ -113,8 +113,8 @@ def _bug() -> int:
 def segment(arguments: argparse.Namespace) -> int:
     """The verb 'segment': everything is checked before the run, and written together after it."""
     options = run_options(arguments)
-    outputs = _checked_outputs(arguments)
     bundle = load_bundle(options.bundle)
+    outputs = _checked_outputs(arguments, bundle)
     # Engine last: it imports torch, which takes seconds that a misspelled option should not cost.
     try:
         with stopped_at_once():
@@ -342,8 +342,8 @@ def run_options(arguments: argparse.Namespace) -> SegmentOptions:
     )
 
 
-def _checked_outputs(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Files to write by kind, each possible, none twice and none the input."""
+def _checked_outputs(arguments: argparse.Namespace, bundle: Bundle) -> dict[str, Path]:
+    """Files to write by kind, each possible, none twice and none of the input or of the model."""
     wanted = {
         "labelmap": (arguments.output, (*LABELMAP_ENDINGS, *DICOM_SEG_ENDINGS)),
         "statistics": (arguments.statistics, STATISTICS_ENDINGS),
@@ -360,8 +360,11 @@ def _checked_outputs(arguments: argparse.Namespace) -> dict[str, Path]:
     places = {}
     for kind, path in outputs.items():
         # samefile also sees through links and other spellings of the same place.
-        if path.exists() and arguments.input.exists() and os.path.samefile(path, arguments.input):
+        is_slice = arguments.input.is_dir() and file_ending(path, DICOM_SEG_ENDINGS) and path.resolve().is_relative_to(arguments.input.resolve())
+        if path.exists() and arguments.input.exists() and (is_slice or os.path.samefile(path, arguments.input)):
             raise UserError(f"The {kind} '{path}' would overwrite the input. Choose another name.")
+        if path.exists() and path.resolve().is_relative_to(bundle.folder.resolve()):
+            raise UserError(f"The {kind} '{path}' would overwrite a file of the model '{bundle.manifest.name}'. Choose another name.")
         place = path.resolve()
         if place in places:
             raise UserError(f"The {kind} and the {places[place]} have the same file '{path}'. Choose another name for one of them.")
@@ -432,18 +435,23 @@ def _model_info(bundle: Bundle) -> dict:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM end a run like Ctrl-C, so that nothing partial stays."""
+def _ends_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP of a terminal that was closed, end a run like Ctrl-C, so that nothing partial stays."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
     try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
+        previous = {end: signal.getsignal(end) for end in ends}
+        for end in ends:
+            if previous[end] != signal.SIG_IGN:  # nohup
+                signal.signal(end, interrupt)
     except ValueError:  # only the main thread may do so; elsewhere the caller cares for signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for end in ends:
+            signal.signal(end, previous[end] or signal.SIG_DFL)  # None where it was not set from Python

@@ -80,7 +80,8 @@ class Nets:
             return self._call(name, *inputs)
         except RuntimeError as error:
             if self.device.type == "cpu":
-                if "TorchScript interpreter" in str(error) and not _is_out_of_memory(error):
+                is_of_archive = "TorchScript interpreter" in str(error) or "forward()" in str(error)  # the latter of other arguments
+                if is_of_archive and not _is_out_of_memory(error):
                     last_line = str(error).strip().splitlines()[-1]
                     raise UserError(f"The {_title(name)} of model '{self.manifest.name}' does not run ({last_line}). Export the bundle again.") from error
                 raise

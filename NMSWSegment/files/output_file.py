@@ -111,7 +111,10 @@ def replaced_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
             _flush(folder)
     except BaseException as error:
         # BaseException: Ctrl-C must leave nothing behind either.
-        _restore(placed, temporaries)
+        try:
+            _restore(placed, temporaries)
+        finally:
+            _restore(placed, temporaries)  # the rest, where a second Ctrl-C came into the first
         if isinstance(error, OSError):
             raise UserError(f"The output could not be written ({error}). Check that the disk is not full and that the folder may be written to.") from error
         raise

@@ -13,11 +13,15 @@ from NMSWSegment.protocol import AUTO, SegmentOptions, UserError
 
 AIR_AND_LUNG_HU = (-1100.0, -200.0)
 """Every CT has voxels here: air around or in the body, or at least lung or fat at their border. MR, stored values without rescaling and
-HU + 1024 have none, even with a padding of -2000 or -1024 outside of the field of view."""
-FAT_HU, FAT_SHARE = (-150.0, -50.0), 0.01
-"""What a crop inside of a body has where it has no air: fat, in at least this share of its voxels."""
-CT_AIR_SHARE = 0.01
-"""Of the voxels; less than any CT of a body has there."""
+HU + 1024 have none, but for a padding of one value."""
+AIR_HU = -1000.0
+"""The one value that may be all there is of air, where the outside of a body was set to it."""
+FAT_HU = (-150.0, -50.0)
+"""What a crop inside of a body has where it has no air."""
+SOFT_TISSUE_HU = (-150.0, 300.0)
+"""What every body has; rescaled twice, it lies in the range of air."""
+LEAST_SHARE = 0.01
+"""Of the voxels; less than any CT of a body has of soft tissue, or a crop of fat."""
 
 
 def check_modality(file: VolumeFile, manifest: BundleManifest) -> None:
@@ -32,34 +36,38 @@ def check_modality(file: VolumeFile, manifest: BundleManifest) -> None:
 def check_intensities(volume: Volume, manifest: BundleManifest) -> None:
     """Raise UserError if the model takes CT and the voxels are no Hounsfield units, or if it takes MR and they are."""
     low, high = AIR_AND_LUNG_HU
-    if manifest.modality == "MR" and _looks_like_ct(volume.array):
+    num_air, air_values = _air(volume.array)
+    if manifest.modality == "MR" and num_air >= LEAST_SHARE * volume.array.size and len(air_values) > 1:
         raise UserError(
             f"'{volume.name}' looks like a CT in Hounsfield units: it has air and lung between {low:g} and {high:g}. But model '{manifest.name}' was trained on MR. "
             "Choose another model (see 'nmsw models'), or run it nevertheless with --force-modality."
         )
-    if manifest.modality != "CT" or any(((piece > low) & (piece < high)).any() for piece in volume.array) or _has_fat(volume.array):
+    has_air = len(air_values) > 1 or air_values == {AIR_HU}
+    if manifest.modality != "CT" or (_has(volume.array, SOFT_TISSUE_HU) and (has_air or _has(volume.array, FAT_HU))):
         return
     raise UserError(
-        f"'{volume.name}' is hardly a CT in Hounsfield units, which model '{manifest.name}' was trained on: no voxel lies between {low:g} and {high:g} (air, "
-        f"lung), and hardly one between {FAT_HU[0]:g} and {FAT_HU[1]:g} (fat); they go from {volume.array.min():g} to {volume.array.max():g}. Export it with its rescaling, or run it nevertheless with --force-modality."
+        f"'{volume.name}' is hardly a CT in Hounsfield units, which model '{manifest.name}' was trained on: there are hardly any voxels between {SOFT_TISSUE_HU[0]:g} and "
+        f"{SOFT_TISSUE_HU[1]:g} (soft tissue), or neither between {low:g} and {high:g} (air, lung) nor between {FAT_HU[0]:g} and {FAT_HU[1]:g} (fat); "
+        f"they go from {volume.array.min():g} to {volume.array.max():g}. Export it with its rescaling, or run it nevertheless with --force-modality."
     )
 
 
-def _has_fat(array: np.ndarray) -> bool:
-    """Whether FAT_SHARE of the voxels have the values of fat."""
-    low, high = FAT_HU
-    return sum(int(((piece > low) & (piece < high)).sum()) for piece in array) >= FAT_SHARE * array.size
+def _has(array: np.ndarray, bounds: tuple[float, float]) -> bool:
+    """Whether LEAST_SHARE of the voxels lie between two values."""
+    low, high = bounds
+    return sum(int(np.count_nonzero((piece > low) & (piece < high))) for piece in array) >= LEAST_SHARE * array.size
 
 
-def _looks_like_ct(array: np.ndarray) -> bool:
-    """Whether a share of the voxels has the values of air and lung, and not a single one, which would be a padding."""
+def _air(array: np.ndarray) -> tuple[int, set[float]]:
+    """How many voxels have values of air and lung, and the lowest and the highest of these values; only one may be a padding."""
     low, high = AIR_AND_LUNG_HU
-    count, lowest, highest = 0, np.inf, -np.inf
+    count, values = 0, set()
     for piece in array:
         found = piece[(piece > low) & (piece < high)]
         if found.size:
-            count, lowest, highest = count + found.size, min(lowest, float(found.min())), max(highest, float(found.max()))
-    return count >= CT_AIR_SHARE * array.size and lowest < highest
+            ends = {float(found.min()), float(found.max())} | values
+            count, values = count + found.size, {min(ends), max(ends)}
+    return count, values
 
 
 def run_memory_bytes(shape: Sequence[int], ijk_to_ras: np.ndarray, manifest: BundleManifest, *, num_patches: int | None, bytes_per_voxel: int) -> int:

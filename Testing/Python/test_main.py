@@ -174,7 +174,8 @@ def test_segment_failure_of_the_last_file_takes_the_others_away(a_case, a_tiny_b
     assert ("Traceback" in errors and "Please report it" in errors) == (code == 1)
 
 
-def test_segment_stopped_by_sigterm_returns_130_and_leaves_nothing(a_case, a_tiny_bundle):
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP"))])
+def test_segment_stopped_by_a_signal_returns_130_and_leaves_nothing(a_case, a_tiny_bundle, name):
     # The engine waits in a patch until the signal comes.
     program = (
         "import sys, time, NMSWSegment.engine.segment as engine\n"
@@ -188,11 +189,28 @@ def test_segment_stopped_by_sigterm_returns_130_and_leaves_nothing(a_case, a_tin
     )
     assert run.stdout.readline() == "running\n"
     started = time.monotonic()
-    os.kill(run.pid, signal.SIGTERM)
+    os.kill(run.pid, getattr(signal, name))
     _, errors = run.communicate(timeout=20)
     assert run.returncode == 130 and "Stopped" in errors and "Traceback" not in errors
     assert time.monotonic() - started < 10
     assert names(a_case) == {"ct.nii.gz"}
+
+
+def test_output_that_is_a_slice_of_the_input_or_a_file_of_the_model_is_refused(a_case, a_tiny_bundle, tmp_path, capfd):
+    slices = tmp_path / "series"
+    slices.mkdir()
+    (slices / "0003.dcm").write_bytes(b"a slice")
+    manifest = (a_tiny_bundle / "manifest.json").read_bytes()
+    for more, sentence in (
+        ([str(slices), "-o", str(slices / "0003.dcm")], "would overwrite the input"),
+        (
+            [str(a_case / "ct.nii.gz"), "-o", str(a_case / "labels.nii.gz"), "--report", str(a_tiny_bundle / "manifest.json")],
+            "would overwrite a file of the model",
+        ),
+    ):
+        assert main(["segment", *more, "--bundle", str(a_tiny_bundle), "--device", "cpu"]) == 2
+        assert sentence in capfd.readouterr().err
+    assert (slices / "0003.dcm").read_bytes() == b"a slice" and (a_tiny_bundle / "manifest.json").read_bytes() == manifest
 
 
 def test_progress_is_drawn_in_a_terminal_only(a_case, a_tiny_bundle, monkeypatch, capsys):

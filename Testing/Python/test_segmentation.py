@@ -11,6 +11,7 @@ from NMSWSegment.__main__ import main
 from NMSWSegment.engine import net_runtimes, segmentation
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.run_checks import check_intensities
 from NMSWSegment.files.volume import Volume, read_volume, write_volume
 from NMSWSegment.protocol import Cancelled, UserError
 
@@ -56,13 +57,28 @@ def test_values_that_are_no_hounsfield_units_are_refused_unless_forced(a_phantom
     assert NMSWSegment.segment(shifted, model=a_tiny_bundle, k=0, device="cpu", threads=1, force_modality=True).patches == ()
 
 
+@pytest.mark.parametrize("what", ["HU + 1024, padded with -1024", "rescaled twice", "one odd voxel"])
+def test_values_that_are_shifted_are_refused_although_some_look_like_air(a_tiny_bundle, what):
+    generator = np.random.default_rng(0)
+    hu = np.rint(np.concatenate([np.full(9000, -1000.0), generator.normal(-850, 40, 4000), generator.normal(-100, 15, 4000), generator.normal(50, 30, 9000)]))
+    hu = np.concatenate([hu, generator.normal(400, 100, 1000)]).reshape(27, 25, 40).astype(np.float32)
+    shifted = hu + 1024 if what != "rescaled twice" else hu - 1024
+    if what.startswith("HU"):
+        shifted = np.pad(shifted, 4, constant_values=-1024)
+    if what == "one odd voxel":
+        shifted[0, 0, 0] = -500
+    check_intensities(Volume(hu, np.eye(4)), load_bundle(a_tiny_bundle).manifest)
+    with pytest.raises(UserError, match="hardly a CT in Hounsfield units"):
+        check_intensities(Volume(shifted, np.eye(4)), load_bundle(a_tiny_bundle).manifest)
+
+
 def test_crop_inside_of_a_body_is_a_ct_without_any_air(a_tiny_bundle):
     array = np.full((20, 24, 28), 45.0, np.float32)
     array[:, :4] = -105.0  # fat
     inside = Volume(array, np.diag([3.0, 3.0, 3.0, 1.0]))
     assert NMSWSegment.segment(inside, model=a_tiny_bundle, k=0, device="cpu", threads=1).patches == ()
     array[:, :4] = 0.0
-    with pytest.raises(UserError, match="no voxel lies between -1100 and -200 .air, lung., and hardly one between -150 and -50 .fat."):
+    with pytest.raises(UserError, match="neither between -1100 and -200 .air, lung. nor between -150 and -50 .fat."):
         NMSWSegment.segment(inside, model=a_tiny_bundle, k=0, device="cpu", threads=1)
 
 
