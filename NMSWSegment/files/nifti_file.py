@@ -19,6 +19,8 @@ from NMSWSegment.protocol import UserError
 
 _BLOCK_BYTES = 1 << 22
 _HEADER_BYTES = 348
+_FIRST_VOXEL_BYTE = 352
+"""Of a file without extensions; ITK reads from byte 348 where the header says less, nothing included."""
 _DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 """Datatype codes that numpy reads as one number."""
 _SPACING_TOLERANCE = 0.01
@@ -70,7 +72,11 @@ def read_header(path: Path) -> NiftiHeader:
 
 
 def nonfinite_voxels(path: Path, header: NiftiHeader) -> int | None:
-    """How many voxels are NaN or infinite; None if the file is incomplete or its compression is damaged."""
+    """How many voxels are NaN or infinite; None if the file is incomplete or its compression is damaged.
+
+    Raises:
+        UserError: something else follows the compressed voxels.
+    """
     num_bytes = num_bad = 0
     is_float = header.dtype is not None and header.dtype.kind == "f"
     try:
@@ -82,7 +88,9 @@ def nonfinite_voxels(path: Path, header: NiftiHeader) -> int | None:
                 if is_float:
                     values = np.frombuffer(block, dtype=header.dtype, count=len(block) // header.dtype.itemsize)
                     num_bad += int(np.count_nonzero(~np.isfinite(values)))
-    except (EOFError, OSError, zlib.error):
+    except (EOFError, OSError, zlib.error) as error:
+        if "Not a gzipped file" in str(error):  # of what follows: the beginning was read with the header
+            raise UserError(f"'{path.name}' goes on behind its compressed voxels with something that is not gzip. Copy or export it again.") from error
         return None
     return num_bad if num_bytes >= (header.num_bytes or 0) else None
 
@@ -130,11 +138,15 @@ def _parsed(data: bytes, path: Path) -> NiftiHeader:
     (qform_code, sform_code), quatern, rows = field("2h", 252), field("6f", 256), field("12f", 280)
     if not 1 <= dim[0] <= 7 or min(dim[1 : dim[0] + 1]) < 1 or not 0 <= offset < 1 << 40:
         raise damaged_error(path)
+    if offset < _FIRST_VOXEL_BYTE:
+        raise UserError(
+            f"The voxels of '{path.name}' begin at byte {offset:g} (vox_offset), which is within its header of {_FIRST_VOXEL_BYTE} bytes. Convert it again from the original."
+        )
     sform = np.vstack([np.array(rows).reshape(3, 4), [0, 0, 0, 1]]) if sform_code > 0 else None
     return NiftiHeader(
         shape_ijk=dim[1 : dim[0] + 1],
         dtype=np.dtype(order + _DTYPES[datatype]) if datatype in _DTYPES else None,
-        first_byte=int(offset) or 352,
+        first_byte=int(offset),
         spacing_ijk_mm=pixdim[1:4],
         qform=_qform(quatern, pixdim) if qform_code > 0 else None,
         sform=sform,
@@ -164,6 +176,12 @@ def _check_geometry(header: NiftiHeader, path: Path) -> None:
         return  # refused as one slice
     if not all(math.isfinite(value) for value in header.scaling):
         raise UserError(f"The intensities of '{path.name}' are scaled by {header.scaling[0]:g} and {header.scaling[1]:g}. {_SAVE_AGAIN}")
+    slope, intercept = header.scaling
+    if slope == 0 and intercept != 0:  # not scaled, says the standard; ITK adds the intercept
+        raise UserError(
+            f"It is not clear whether the intensities of '{path.name}' are to be scaled: scl_slope is 0 but scl_inter {intercept:g}. "
+            "Convert it again from the original, or set scl_slope to 1 if the intercept is to be added, and scl_inter to 0 if not."
+        )
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise UserError(f"The voxels of '{path.name}' have the size {_shown(spacing)} mm (pixdim). {_SAVE_AGAIN}")
     for name, matrix in (("qform", header.qform), ("sform", header.sform)):

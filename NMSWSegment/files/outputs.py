@@ -150,7 +150,8 @@ def _draw_slice(ax, view: DisplaySlice, *, labels: Sequence[Label], window: tupl
     ax.imshow(overlay, extent=extent, interpolation="nearest")
     for label in labels:
         is_label = view.labels == label.value
-        if is_label.any() and not is_label.all():
+        # A contour needs at least 2 x 2 pixels.
+        if is_label.any() and not is_label.all() and min(is_label.shape) > 1:
             ax.contour(
                 is_label.astype(np.float32), levels=[0.5], colors=[[channel / 255 for channel in label.color]], linewidths=0.9, extent=extent, origin="upper"
             )

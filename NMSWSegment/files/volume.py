@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from NMSWSegment.files.bundle import Label
-from NMSWSegment.files.compressed_voxels import is_intact
+from NMSWSegment.files.text_header import check_data_files, check_units, is_intact, read_text_header
 from NMSWSegment.files.dicom_series import SeriesInfo, find_series, list_series
 from NMSWSegment.files.dicom_voxels import read_voxels
 from NMSWSegment.files.nifti_file import NiftiHeader, holds_voxels, nonfinite_voxels, read_header
@@ -192,6 +192,9 @@ def _open_file(path: Path, ending: str) -> VolumeFile:
     """The header of one file."""
     check_readable(path)
     nifti = read_header(path) if ending in (".nii", ".nii.gz") else None
+    text_header = read_text_header(path) if nifti is None else None
+    if text_header is not None:
+        check_data_files(text_header)
     for matrix in (nifti.sform, nifti.qform) if nifti else ():
         if matrix is not None:
             check_geometry(matrix, path)
@@ -201,6 +204,8 @@ def _open_file(path: Path, ending: str) -> VolumeFile:
     with _explained(path, ending):
         reader.ReadImageInformation()
     check_header(reader, path)
+    if text_header is not None:
+        check_units(text_header)
     # A fourth axis of one voxel is common and harmless; extracting size 0 removes it.
     size = reader.GetSize()
     reader.SetExtractSize([*size[:3], *([0] * (len(size) - 3))])
@@ -219,7 +224,7 @@ def _open_file(path: Path, ending: str) -> VolumeFile:
             image = reader.Execute()
         if nifti is not None:
             _check_nifti_voxels(path, nifti)
-        if nifti is None and not is_intact(path):
+        if text_header is not None and not is_intact(text_header, num_bytes=num_bytes):
             raise damaged_error(path)
         if signature(path) != before:
             raise changed_error(path)

@@ -12,7 +12,8 @@ from NMSWSegment.protocol import UserError
 SHEAR_TOLERANCE = 1e-3
 """Cosine between two voxel axes; 0.001 moves the far end of a 500 mm axis by half a millimeter."""
 
-_SPACING_RANGE_MM = (1e-4, 1e3)
+_SPACING_RANGE_MM = (1e-4, 100.0)
+"""Nothing that a patient is shown with has larger voxels; the model grid of a few such voxels would fill the memory."""
 _FARTHEST_MM = 1e6
 """From the origin; what lies beyond is damage, and would be rounded in float32."""
 
@@ -56,7 +57,8 @@ def check_geometry(ijk_to_ras: np.ndarray, path: Path) -> None:
     low, high = _SPACING_RANGE_MM
     if np.isfinite(lengths).all() and not (low <= lengths.min() and lengths.max() <= high):
         raise UserError(
-            f"The voxels of '{path.name}' are {times(f'{length:.3g}' for length in lengths)} mm large. Correct the spacing, for example in 3D Slicer."
+            f"The voxels of '{path.name}' are {times(f'{length:.3g}' for length in lengths)} mm large; {low:g} to {high:g} mm are expected. "
+            "Correct the spacing, for example in 3D Slicer."
         )
     if not np.abs(ijk_to_ras[:3, 3]).max() <= _FARTHEST_MM:  # "not <=" catches NaN
         place = ", ".join(f"{value:.3g}" for value in ijk_to_ras[:3, 3])

@@ -4,6 +4,7 @@ import gzip
 import os
 import struct
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,14 @@ REFUSED = {
     "vox_offset infinite": ({"offset": (108, "f", (INF,))}, "damaged"),
     "vox_offset below 0": ({"offset": (108, "f", (-5,))}, "damaged"),
     "vox_offset behind the end": ({"offset": (108, "f", (1e6,))}, "end early"),
+    "vox_offset within the header": ({"offset": (108, "f", (100,))}, "begin at byte 100 .vox_offset., which is within its header"),
+    "vox_offset 0": ({"offset": (108, "f", (0,))}, "begin at byte 0 .vox_offset., which is within its header"),
+    "vox_offset 348": ({"offset": (108, "f", (348,))}, "begin at byte 348 .vox_offset., which is within its header"),
+    "slope 0 with an intercept": ({"slope": (112, "2f", (0, -1024))}, "scl_slope is 0 but scl_inter -1024.*set scl_slope to 1"),
+    "voxels of 999 mm": (
+        {"s": rows(np.diag([999.0, 999, 999, 1])), "pixdim": (80, "3f", (999,) * 3), "q": NO_QFORM},
+        "999 x 999 x 999 mm large; 0.0001 to 100",
+    ),
     "slope nan": ({"slope": (112, "f", (NAN,))}, "scaled by nan"),
     "slope infinite": ({"slope": (112, "f", (INF,))}, "scaled by inf"),
     "dim of eight axes": ({"dim": (40, "h", (8,))}, "damaged"),
@@ -116,6 +125,19 @@ def test_nifti_2_is_no_damage(tmp_path, tally):
     nibabel = pytest.importorskip("nibabel", reason="nibabel is not installed")
     nibabel.save(nibabel.Nifti2Image(a_volume().array.T, PLACE), tmp_path / "ct.nii.gz")
     assert "is NIfTI-2, which cannot be read here. Save it as NIfTI-1" in str(tally(lambda: read_volume(tmp_path / "ct.nii.gz")))
+
+
+@pytest.mark.parametrize("tail", [b"", b"\0" * 700])
+def test_nifti_padded_behind_its_compressed_voxels_is_read(tmp_path, tally, tail):
+    path = nifti(tmp_path / "ct.nii.gz")
+    path.write_bytes(path.read_bytes() + tail)
+    np.testing.assert_array_equal(tally(lambda: read_volume(path)).array, a_volume().array)
+
+
+def test_nifti_with_garbage_behind_its_compressed_voxels_is_not_called_damaged(tmp_path, tally):
+    path = nifti(tmp_path / "ct.nii.gz")
+    path.write_bytes(path.read_bytes() + b"garbage" * 50)
+    assert "goes on behind its compressed voxels with something that is not gzip" in str(tally(lambda: read_volume(path)))
 
 
 def test_nifti_scaled_beyond_float32_is_refused(tmp_path, tally):
@@ -210,6 +232,180 @@ def test_nrrd_is_refused_with(tmp_path, tally, capfd, fields):
     assert capfd.readouterr() == ("", "")
 
 
+RAST = "dimension=4;sizes=8 7 6 1;space directions=(1,0,0,0) (0,2,0,0) (0,0,3,0) (0,0,0,1);space origin=(1,2,3,0);kinds=domain domain domain time;space="
+NO_SPACE = ";space=;space directions=;space origin="
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (RAST + "right-anterior-superior-time", "space 'right-anterior-superior-time', which cannot be read here. Save one time point"),
+        (RAST + "LAST", "space 'LAST', which cannot be read here"),
+        ('space units="cm" "cm" "cm"', "gives lengths in 'cm', but millimeters are needed"),
+        ('space units="m" "m" "m"', "gives lengths in 'm', but millimeters are needed"),
+        ('spacings=1 2 3;units="mm" "mm" "cm"' + NO_SPACE, "gives lengths in 'cm'"),
+        ("kinds=" + NO_SPACE, "does not say how large its voxels are. Add 'space directions' or 'spacings'"),
+        ("spacings=nan nan nan" + NO_SPACE, "does not say how large its voxels are"),
+        ("encoding=bzip2", "compressed with bzip2, which cannot be read here. Save it with the encoding gzip or raw"),
+    ],
+)  # fmt: skip
+def test_nrrd_is_refused_with_the_reason(tmp_path, tally, capfd, fields, sentence):
+    assert sentence in str(tally(lambda: read_volume(nrrd(tmp_path, fields=fields))))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        'space units="mm" "mm" "mm"', 'space units="" "" ""', 'space units="MM" "Millimeters" "???"', "spacings=1 2 3;kinds=domain domain domain" + NO_SPACE,
+        RAST + "left-posterior-superior-time;space units=\"mm\" \"mm\" \"mm\" \"s\"",
+        "dimension=4;sizes=1 8 7 6;space directions=none (1,0,0) (0,2,0) (0,0,3);kinds=list domain domain domain",
+    ],
+)  # fmt: skip
+def test_nrrd_in_millimeters_is_read_with(tmp_path, tally, fields):
+    found = tally(lambda: read_volume(nrrd(tmp_path, fields=fields)))
+    np.testing.assert_array_equal(found.array, a_volume().array)
+    np.testing.assert_allclose(np.abs(np.diag(found.ijk_to_ras)), (1, 2, 3, 1))
+
+
+@pytest.mark.parametrize("cut", [0, 9])
+def test_nrrd_of_two_gzip_streams_is_right_or_refused(tmp_path, tally, cut):
+    path = nrrd(tmp_path, fields="encoding=gzip")
+    data = a_volume().array.tobytes()
+    header = path.read_bytes()[: -len(data)].rstrip(b"\n") + b"\nencoding:=a key of somebody\n\n"
+    path.write_bytes(header + gzip.compress(data[:300]) + gzip.compress(data[300:])[: -cut or None])
+    found = tally(lambda: read_volume(path))
+    if cut:
+        assert "damaged" in str(found)
+    else:
+        np.testing.assert_array_equal(found.array, a_volume().array)
+
+
+# --- voxels of MetaImage that are elsewhere, or too few -------------------------------------------------------------
+
+
+def meta_image(folder: Path, data_file: str, *, fields: str = "", data: bytes = b"") -> Path:
+    """A header with the given last line, and what follows it; raw slices s0.raw to s5.raw lie beside it."""
+    lines = {
+        "ObjectType": "Image", "NDims": "3", "BinaryData": "True", "Offset": "1 2 3", "ElementSpacing": "1 2 3", "DimSize": "8 7 6", "ElementType": "MET_SHORT",
+    }  # fmt: skip
+    for field in filter(None, fields.split(";")):
+        key, _, value = field.partition("=")
+        lines[key] = value
+    text = "".join(f"{key} = {value}\n" for key, value in lines.items() if value) + f"ElementDataFile = {data_file}"
+    for index, plane in enumerate(a_volume().array):
+        (folder / f"s{index}.raw").write_bytes(plane.tobytes())
+    path = folder / ("ct.mha" if data_file == "LOCAL\n" else "ct.mhd")
+    path.write_bytes(text.encode() + data)
+    return path
+
+
+def compressed(data: bytes) -> tuple[str, bytes]:
+    """Fields and stream."""
+    stream = zlib.compress(data)
+    return f"CompressedData=True;CompressedDataSize={len(stream)}", stream
+
+
+NAMES = [f"s{index}.raw" for index in range(6)]
+
+
+@pytest.mark.parametrize("file", ["LOCAL\n", "ct.zraw\n"])
+@pytest.mark.parametrize("size", ["right", "missing", "too small"])
+@pytest.mark.parametrize("share", [0.5, 1, 2])
+def test_meta_image_with_a_stream_of_half_the_voxels_is_refused(tmp_path, tally, capfd, file, size, share):
+    data = a_volume().array.tobytes()
+    fields, stream = compressed((data * 2)[: int(len(data) * share)])
+    fields = {"right": fields, "missing": "CompressedData=True", "too small": "CompressedData=True;CompressedDataSize=100"}[size]
+    (tmp_path / "ct.zraw").write_bytes(stream)
+    found = tally(lambda: read_volume(meta_image(tmp_path, file, fields=fields, data=stream if file == "LOCAL\n" else b"")))
+    if share < 1 or size == "too small" or (size == "missing" and file == "LOCAL\n"):
+        sentence = "CompressedDataSize.*Write it again" if size == "missing" and file == "LOCAL\n" else "damaged, incomplete"
+        with pytest.raises(UserError, match=sentence):
+            raise found
+    else:
+        np.testing.assert_array_equal(found.array, a_volume().array)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("size", ["0", "-5", "x"])
+def test_meta_image_with_a_senseless_size_of_its_stream_is_refused(tmp_path, tally, size):
+    data = zlib.compress(a_volume().array.tobytes())
+    path = meta_image(tmp_path, "LOCAL\n", fields=f"CompressedData=1;CompressedDataSize={size}", data=data)
+    assert "does not say how many bytes its compressed voxels are (CompressedDataSize)" in str(tally(lambda: read_volume(path)))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        "LIST\n" + "\n".join(NAMES) + "\n", "LIST 2\r\n" + "\r\n".join(NAMES) + "\r\n", "s%d.raw 0 5 1\n", "s%01d.raw 0\n", "LIST\n" + "\n".join(NAMES) + "\n\n",
+        "./s%d.raw 0 5 1",
+    ],
+)  # fmt: skip
+def test_meta_image_of_a_file_for_each_slice_is_right(tmp_path, tally, files):
+    found = tally(lambda: read_volume(meta_image(tmp_path, files)))
+    np.testing.assert_array_equal(found.array, a_volume().array)
+    assert found.spacing_mm == (3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ("LIST\n" + "\n".join(NAMES[:5]) + "\n", "has 6 slices but names 5 files"),
+        ("LIST\n" + "\n".join(NAMES), "has 6 slices but names 5 files. Export it again with all its files; in a list, the last name needs a line break"),  # ITK passes over the last
+        ("LIST\n", "has 6 slices but names 0 files"),
+        ("LIST 3\ns0.raw\n", "cannot be read here. Give one number such as %03d"),
+        ("LIST\n" + "\n".join([*NAMES[:5], "none.raw"]) + "\n", "in the file 'none.raw', which is not there"),
+        ("s%d.raw 0 4 1\n", "has 6 slices but names 5 files"),
+        ("s%d.raw 0 10 2\n", "in the file 's6.raw', which is not there"),
+        ("s%d.raw 0 5\n", "cannot be read here. Give one number such as %03d"),  # a division by zero in ITK
+        ("s%d.raw 0 5 0\n", "cannot be read here. Give one number such as %03d"),
+        ("s%d.raw 5 0 -1\n", "cannot be read here. Give one number such as %03d"),
+        ("s%d.raw 0 5 1 2\n", "cannot be read here. Give one number such as %03d"),
+        ("s%s%s%n.raw 0 5 1\n", "cannot be read here. Give one number such as %03d"),  # ITK crashes
+        ("s%d%s.raw 0 5 1\n", "cannot be read here. Give one number such as %03d"),
+        ("s%99999999d.raw 0 5 1\n", "cannot be read here. Give one number such as %03d"),
+        ("x" * 5000 + "\n", "x', which is not there"),
+        ("s%%.raw 0 5 1\n", "cannot be read here. Give one number such as %03d"),
+        ("none.raw\n", "in the file 'none.raw', which is not there"),
+        (".\n", "is no file, but a folder, device, pipe"),
+        ("/dev/zero\n", "is no file, but a folder, device, pipe"),
+    ],
+)  # fmt: skip
+def test_meta_image_of_other_files_than_slices_is_refused(tmp_path, tally, capfd, files, sentence):
+    assert sentence in str(tally(lambda: read_volume(meta_image(tmp_path, files))))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ("ElementSpacing=", "does not say how large its voxels are. Add 'ElementSpacing'"),
+        ("DistanceUnits=cm", "gives lengths in 'cm', but millimeters are needed"),
+        ("CompressedData=True", "compressed voxels of 'ct.mhd' are in several files"),
+        ("CompressedData=True;CompressedDataSize=99;HeaderSize=-1", "gives a HeaderSize of -1, but its voxels do not begin there"),
+    ],
+)
+def test_meta_image_is_refused_with_the_reason(tmp_path, tally, fields, sentence):
+    assert sentence in str(tally(lambda: read_volume(meta_image(tmp_path, "s%d.raw 0 5 1\n", fields=fields))))
+
+
+@pytest.mark.parametrize("header_size", [0, -1, 50])
+def test_meta_image_whose_voxels_would_begin_within_its_header_is_refused(tmp_path, tally, header_size):
+    path = meta_image(tmp_path, "LOCAL\n", fields=f"HeaderSize={header_size}", data=a_volume().array.tobytes())
+    found = tally(lambda: read_volume(path))
+    if header_size > 0:
+        assert "gives a HeaderSize of 50, but its voxels do not begin there" in str(found)
+    else:
+        np.testing.assert_array_equal(found.array, a_volume().array)
+
+
+@pytest.mark.parametrize("fields", ["DistanceUnits=mm", "DistanceUnits=?", "ElementSpacing=;ElementSize=1 2 3"])
+def test_meta_image_in_millimeters_is_read_with(tmp_path, tally, fields):
+    found = tally(lambda: read_volume(meta_image(tmp_path, "s%d.raw 0 5 1\n", fields=fields)))
+    np.testing.assert_array_equal(found.array, a_volume().array)
+    assert found.spacing_mm == (3, 2, 1)
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float32, np.float64])
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii.gz"])
 def test_every_type_of_voxels_is_right(tmp_path, tally, dtype, ending):
@@ -280,6 +476,28 @@ def test_pipe_does_not_hang(tmp_path, tally):
     thread.join(20)
     assert "is no file, but a device, pipe" in str(ends[0])
     assert "is no file, but a device, pipe" in str(tally(lambda: write_volume(a_volume(), tmp_path / "ct.nii.gz")))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes among its files")
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_header_that_names_a_pipe_does_not_hang(tmp_path, tally, ending):
+    sitk.WriteImage(sitk.GetImageFromArray(a_volume().array), str(tmp_path / f"ct{ending}"))
+    (tmp_path / "ct.raw").unlink()
+    os.mkfifo(tmp_path / "ct.raw")
+    ends = []
+    thread = threading.Thread(target=lambda: ends.append(tally(lambda: read_volume(tmp_path / f"ct{ending}"))), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert "is no file, but a folder, device, pipe" in str(ends[0])
+
+
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_compressed_file_beside_its_header_is_right_or_refused(tmp_path, tally, ending):
+    sitk.WriteImage(sitk.GetImageFromArray(a_volume().array), str(tmp_path / f"ct{ending}"), useCompression=True)
+    np.testing.assert_array_equal(tally(lambda: read_volume(tmp_path / f"ct{ending}")).array, a_volume().array)
+    data = next(path for path in tmp_path.iterdir() if path.suffix != ending)
+    data.write_bytes(data.read_bytes()[:-5])
+    assert "damaged" in str(tally(lambda: read_volume(tmp_path / f"ct{ending}")))
 
 
 def test_file_that_may_not_be_read_is_told(tmp_path, tally, monkeypatch):

@@ -190,9 +190,21 @@ def test_preview_of_an_empty_labelmap_is_drawn(tmp_path):
     assert picture(tmp_path / "p.png").shape[2] == 3
 
 
-def test_preview_without_matplotlib_names_the_extra(monkeypatch):
+@pytest.mark.parametrize("shape", [(2, 2, 3000), (2, 3000, 2), (3000, 2, 2), (2, 2, 2)])
+def test_preview_of_a_volume_of_two_by_two_voxels_is_drawn(tmp_path, shape):
+    pytest.importorskip("matplotlib")
+    labels = np.zeros(shape, np.uint8)
+    labels[:, :, : shape[2] // 2] = 1
+    matrix = np.diag([-1.0, -1.0, 1.0, 1.0])
+    red = Label(1, "liver", (255, 0, 0), ANATOMY, ORGAN)
+    write_preview(ramp(matrix, shape), Volume(labels, matrix), labels=[red], patches=(), path=tmp_path / "p.png")
+    pixels = picture(tmp_path / "p.png").astype(int)
+    assert ((pixels[..., 0] > pixels[..., 1] + 80) & (pixels[..., 0] > pixels[..., 2] + 80)).any()
+
+
+def test_preview_without_matplotlib_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r'pip install "NMSWSegment\[headless\]"'):
+    with pytest.raises(UserError, match="pip install matplotlib"):
         require_matplotlib()
 
 
