@@ -356,7 +356,7 @@ def _checked_outputs(arguments: argparse.Namespace, bundle: Bundle) -> dict[str,
     if arguments.preview is not None:
         require_matplotlib()
     if file_ending(arguments.output, DICOM_SEG_ENDINGS):
-        check_dicom_export(arguments.input)
+        check_dicom_export(arguments.input, series_uid=arguments.series)
     places = {}
     for kind, path in outputs.items():
         # samefile also sees through links and other spellings of the same place.

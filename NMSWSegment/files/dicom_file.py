@@ -35,11 +35,11 @@ _SEQUENCES = frozenset((SHARED_GROUPS, FRAME_GROUPS, PLANE_POSITION, PLANE_ORIEN
 TRANSFER_SYNTAX, MEDIA_CLASS, OBJECT_CLASS = 0x00020010, 0x00020002, 0x00080016
 IMAGE_TYPE, MODALITY, SERIES_DESCRIPTION = 0x00080008, 0x00080060, 0x0008103E
 PATIENT_NAME, PATIENT_ID = 0x00100010, 0x00100020
-STUDY_UID, SERIES_UID, POSITION, ORIENTATION = 0x0020000D, 0x0020000E, 0x00200032, 0x00200037
+STUDY_UID, SERIES_UID, ACQUISITION_NUMBER, POSITION, ORIENTATION = 0x0020000D, 0x0020000E, 0x00200012, 0x00200032, 0x00200037
 SAMPLES, PHOTOMETRIC, NUM_FRAMES, ROWS, COLUMNS, PIXEL_SPACING = 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011, 0x00280030
 BITS_ALLOCATED, BITS_STORED, HIGH_BIT, IS_SIGNED, INTERCEPT, SLOPE = 0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00281052, 0x00281053
 _KEPT = frozenset((
-    OBJECT_CLASS, IMAGE_TYPE, MODALITY, SERIES_DESCRIPTION, PATIENT_NAME, PATIENT_ID, STUDY_UID, SERIES_UID, POSITION, ORIENTATION,
+    OBJECT_CLASS, IMAGE_TYPE, MODALITY, SERIES_DESCRIPTION, PATIENT_NAME, PATIENT_ID, STUDY_UID, SERIES_UID, ACQUISITION_NUMBER, POSITION, ORIENTATION,
     SAMPLES, PHOTOMETRIC, NUM_FRAMES, ROWS, COLUMNS, PIXEL_SPACING, BITS_ALLOCATED, BITS_STORED, HIGH_BIT, IS_SIGNED, INTERCEPT, SLOPE,
 ))  # fmt: skip
 
@@ -71,6 +71,18 @@ class Elements:
             return tuple(float(part) for part in self.text(tag).split("\\"))
         except ValueError:
             return ()
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the object; 1 where it does not say.
+
+        Raises:
+            DicomError: it is no whole number, or one that no file has.
+        """
+        number = (self.numbers(NUM_FRAMES) or (1.0,))[0]
+        if not (number.is_integer() and abs(number) < 1 << 31):  # inf and nan are no integers
+            raise DicomError(f"its number of frames is '{self.text(NUM_FRAMES)}'")
+        return int(number)
 
     def first(self, tag: int) -> "Elements":
         """The first item of a sequence; no elements where it is missing."""

@@ -5,7 +5,9 @@ Written by highdicom (extra "dicom"), which is imported when it is needed. DICOM
 
 import importlib.util
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +25,14 @@ _GRID_TOLERANCE_VOXELS = 0.25
 """Scanners round the positions of slices; a grid that is off by a voxel is off by 1."""
 _SERIES_NUMBER_STEP = 1000
 """Added to the number of the source series, so that the segmentation is listed behind the images."""
+_HIGHEST_SERIES_NUMBER = 2**31 - 1
+"""Of an integer string (IS)."""
+_SAME_UIDS = {"StudyInstanceUID": "Study Instance UID", "SeriesInstanceUID": "Series Instance UID", "FrameOfReferenceUID": "Frame of Reference UID"}
+"""By keyword; a segmentation refers to its source by these, so they are the same in every file."""
+_OWN_UIDS = {"SOPClassUID": "SOP Class UID", "SOPInstanceUID": "SOP Instance UID"}
+"""By keyword; it refers to each file by these."""
+_FRAME_GROUPS = "PerFrameFunctionalGroupsSequence"
+_WAY_OUT = "Export the original series again, or write .seg.nrrd or .nii.gz."
 _PATIENT_AND_STUDY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime")
 """Must be in the file, though they may be empty; anonymized files often lack them."""
 
@@ -67,11 +77,15 @@ class _Source:
     ijk_to_ras: np.ndarray
 
 
-def check_dicom_export(source: str | Path | Sequence[Path]) -> None:
+def check_dicom_export(source: str | Path | Sequence[Path], *, series_uid: str | None = None, with_headers: bool = True) -> None:
     """Raise UserError if no DICOM SEG can be made of a result; to be asked before a long run.
+
+    A folder whose series cannot be read, or has to be chosen first, passes: reading it says more.
 
     Args:
         source: what was segmented; for a DICOM series its folder or its files.
+        series_uid: Series Instance UID, where the folder has several series.
+        with_headers: whether to look into the files; not where others are to be segmented too and one must not stop all.
     """
     if importlib.util.find_spec("highdicom") is None:
         raise UserError("Writing DICOM needs the package highdicom, which is not installed. Install it with: pip install highdicom")
@@ -80,6 +94,8 @@ def check_dicom_export(source: str | Path | Sequence[Path]) -> None:
             f"A DICOM segmentation refers to the DICOM images it was made from, but the input '{source}' is not a folder with a DICOM series. "
             "Give that folder as the input, or write .seg.nrrd or .nii.gz."
         )
+    if with_headers:
+        _check_references(_instances(_known_files(source, series_uid=series_uid), keywords=[*_SAME_UIDS, *_OWN_UIDS, _FRAME_GROUPS]))
 
 
 def export_dicom_seg(
@@ -99,7 +115,7 @@ def export_dicom_seg(
             what a segmentation needs, or the file cannot be written.
     """
     output = check_output_path(output, DICOM_SEG_ENDINGS)
-    check_dicom_export(source)
+    check_dicom_export(source, series_uid=series_uid, with_headers=False)  # they are read in a moment
     source = _source(source, series_uid=series_uid)
     present = set(np.unique(labelmap.array).tolist())
     labels = [label for label in labels if label.value in present]
@@ -121,18 +137,53 @@ def export_dicom_seg(
 
 def _source(source: str | Path | Sequence[Path], *, series_uid: str | None) -> _Source:
     """Headers and grid of a series."""
-    import pydicom
-
-    paths = series_files(Path(source), series_uid=series_uid) if isinstance(source, (str, Path)) else source
+    instances = _instances(series_files(Path(source), series_uid=series_uid) if isinstance(source, (str, Path)) else source)
+    _check_references(instances)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        instances = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
         try:
             for instance in instances:
                 _complete(instance)
             return _source_of(instances)
         except (AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
             raise _lacking_error(error) from error
+
+
+def _known_files(source: str | Path | Sequence[Path], *, series_uid: str | None) -> Sequence[Path]:
+    """The files of a series; none where it cannot be read or is not the only one."""
+    if not isinstance(source, (str, Path)):
+        return source
+    with suppress(UserError):
+        return series_files(Path(source), series_uid=series_uid)
+    return []
+
+
+def _instances(paths: Sequence[Path], *, keywords: list[str] | None = None) -> list:
+    """Headers as pydicom datasets; only some elements where keywords are given. Old archives have files without a preamble, hence `force`."""
+    import pydicom
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=keywords) for path in paths]
+
+
+def _check_references(instances: list) -> None:
+    """Raise UserError unless a segmentation can refer to every file, and to each of them alone."""
+    num_files = len(instances)
+    if num_files > 1 and any(_FRAME_GROUPS in instance for instance in instances):
+        raise UserError(
+            f"The DICOM series lies in {num_files} multi-frame files, and a DICOM segmentation can refer to one only. "
+            "Give a folder with one of them, or write .seg.nrrd or .nii.gz."
+        )
+    for keyword, name in (_SAME_UIDS | _OWN_UIDS).items():
+        uids = Counter(str(instance.get(keyword) or "") for instance in instances)
+        if num_lacking := uids[""]:
+            raise UserError(f"{num_lacking} of {num_files} files of the DICOM series have no {name}, by which a segmentation refers to them. {_WAY_OUT}")
+        if keyword in _SAME_UIDS and len(uids) > 1:
+            raise UserError(f"The files of the DICOM series have {len(uids)} different {name}s, and a segmentation can refer to one only. {_WAY_OUT}")
+        if keyword == "SOPInstanceUID" and len(uids) < num_files:
+            uid, count = uids.most_common(1)[0]
+            raise UserError(f"{count} files of the DICOM series have the same {name} '{uid}', so a segmentation cannot refer to each of them. {_WAY_OUT}")
 
 
 def _complete(instance) -> None:
@@ -149,22 +200,22 @@ def _complete(instance) -> None:
 def _source_of(instances: list) -> _Source:
     """The grid of the slices; a single file holds all of them as frames."""
     first = instances[0]
-    if "FrameOfReferenceUID" not in first:
-        raise AttributeError("no Frame of Reference UID")
-    if len(instances) == 1 and "PerFrameFunctionalGroupsSequence" in first:
+    if len(instances) == 1 and _FRAME_GROUPS in first:
         frames, shared = list(first.PerFrameFunctionalGroupsSequence), first.SharedFunctionalGroupsSequence[0]
         positions = np.array([frame.PlanePositionSequence[0].ImagePositionPatient for frame in frames], dtype=float)
         orientation = _group("PlaneOrientationSequence", frames[0], shared).ImageOrientationPatient
-        spacing = _group("PixelMeasuresSequence", frames[0], shared).PixelSpacing
+        measures = _group("PixelMeasuresSequence", frames[0], shared)
     else:
         positions = np.array([instance.ImagePositionPatient for instance in instances], dtype=float)
-        orientation, spacing = first.ImageOrientationPatient, first.PixelSpacing
+        orientation, measures = first.ImageOrientationPatient, first
     along_row, down_column = np.array(orientation, dtype=float).reshape(2, 3)
     order = np.argsort(positions @ np.cross(along_row, down_column), kind="stable")
     ijk_to_lps = np.eye(4)
-    ijk_to_lps[:3, 0], ijk_to_lps[:3, 1] = along_row * float(spacing[1]), down_column * float(spacing[0])
+    ijk_to_lps[:3, 0], ijk_to_lps[:3, 1] = along_row * float(measures.PixelSpacing[1]), down_column * float(measures.PixelSpacing[0])
     ijk_to_lps[:3, 2] = (positions[order[-1]] - positions[order[0]]) / max(len(positions) - 1, 1)
     ijk_to_lps[:3, 3] = positions[order[0]]
+    if not measures.get("SliceThickness"):  # may be empty in the source, but not in a segmentation
+        measures.SliceThickness = f"{np.linalg.norm(ijk_to_lps[:3, 2]):.8g}"
     # LPS (DICOM) -> RAS (Slicer)
     return _Source(instances, frame_order=order, shape=(len(positions), int(first.Rows), int(first.Columns)), ijk_to_ras=_LPS_TO_RAS @ ijk_to_lps)
 
@@ -217,7 +268,7 @@ def _segmentation(frames: np.ndarray, instances: list, *, labels: Sequence[Label
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=[_description(label, number, identification=identification, kind=kind) for number, label in enumerate(labels, start=1)],
             series_instance_uid=highdicom.UID(),
-            series_number=int(source.get("SeriesNumber") or 0) + _SERIES_NUMBER_STEP,
+            series_number=_series_number(source),
             sop_instance_uid=highdicom.UID(),
             instance_number=1,
             manufacturer="NMSWSegment",
@@ -230,6 +281,15 @@ def _segmentation(frames: np.ndarray, instances: list, *, labels: Sequence[Label
         )
     except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise _lacking_error(error) from error
+
+
+def _series_number(source) -> int:
+    """A number behind that of the source; the step alone where the source has none, or none that leaves room."""
+    try:
+        number = int(source.get("SeriesNumber") or 0) + _SERIES_NUMBER_STEP
+    except (TypeError, ValueError):
+        return _SERIES_NUMBER_STEP
+    return number if 1 <= number <= _HIGHEST_SERIES_NUMBER else _SERIES_NUMBER_STEP
 
 
 def _description(label: Label, number: int, *, identification, kind):
@@ -261,10 +321,11 @@ def _concept(code: Code):
 
 def _lacking_error(error: Exception) -> UserError:
     """The sentence for headers that are too poor."""
-    return UserError(
-        f"The headers of the DICOM series lack what a segmentation must refer to ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
-        "Export the original series again, or write .seg.nrrd or .nii.gz."
-    )
+    if isinstance(error, AttributeError) and error.name:
+        what = f"no {error.name}"
+    else:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"The headers of the DICOM series lack what a segmentation must refer to ({what}). {_WAY_OUT}")
 
 
 def _times(shape: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""The one image series of a DICOM folder, its slices in order and checked for gaps, uneven spacing and tilt.
+"""The one image series of a DICOM folder, its slices in order and checked for gaps, uneven spacing, sideways shifts and tilt.
 
 A slice is one file, or one frame of an enhanced (multi-frame) object. Positions are in the coordinates of the files (LPS).
 """
@@ -20,13 +20,20 @@ _DERIVED_MODALITIES = ("SEG", "RTDOSE", "RTSTRUCT", "RTIMAGE", "SR", "PR", "KO",
 # A gap that differs by more than this share of the usual one is no rounding of the scanner: those stay near 1 %.
 _GAP_TOLERANCE = 0.1
 
-# Sideways movement from the first to the last slice that cannot be seen at the spacing of a CT.
+# Of the spacing: how far a slice may lie from its place at an even spacing, where every gap by itself is within the tolerance.
+_PLACE_TOLERANCE = 0.5
+
+# Sideways movement of slices that cannot be seen at the spacing of a CT.
 _DRIFT_MM = 0.5
+
+# Every frame of compressed pixels begins with a tag and a length.
+_LEAST_FRAME_BYTES = 8
 
 # Cosines of the two axes of a slice, and how much their length may differ from 1.
 _AXES_TOLERANCE = 1e-3
 
 _EXPORT_AGAIN = "Export the series again, completely and uncompressed."
+_EVEN_SPACING = "Export a series with even spacing, or load it in 3D Slicer, whose DICOM module resamples it, and save the volume as NRRD."
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,8 @@ def find_series(folder: Path, *, series_uid: str | None = None) -> DicomSeries:
             raise UserError(f"The folder '{folder}' has no image series with the UID '{series_uid}'. It has: {_listing(volumes)}.")
         volumes = chosen
     if len(volumes) > 1:
-        advice = "Choose one with --series UID." if len({_uid(slices) for slices in volumes}) == len(volumes) else "Put each into a folder of its own."
+        has_own_uids = len({_uid(slices) for slices in volumes}) == len(volumes)
+        advice = "Choose one with --series UID." if has_own_uids else "Put each into a folder of its own, or export again what belongs together."
         raise UserError(f"The folder '{folder}' has {len(volumes)} image series: {_listing(volumes)}. {advice}")
     return _ordered(volumes[0])
 
@@ -162,7 +170,9 @@ def _volumes(folder: Path) -> list[list[DicomSlice]]:
         for found in _read_slices(path):
             series.setdefault(found.series_key, []).append(found)
     # Scouts come with nearly every study; only a folder with nothing else keeps them.
-    volumes = [slices for slices in series.values() if len(slices) > 1 and not slices[0].is_localizer]
+    images = [slices for slices in series.values() if not slices[0].is_localizer]
+    volumes = [slices for slices in images if len(slices) > 1]
+    volumes += [slices for slices in images if len(slices) == 1 and any(_is_of_stack(slices[0], others) for others in volumes)]
     placed = [slices for slices in volumes if any(found.position_mm is not None for found in slices)]
     if volumes and not placed:
         raise UserError(
@@ -172,6 +182,14 @@ def _volumes(folder: Path) -> list[list[DicomSlice]]:
     if not placed:
         _raise_no_series(folder, list(series.values()))
     return placed
+
+
+def _is_of_stack(found: DicomSlice, others: list[DicomSlice]) -> bool:
+    """Whether a single slice has the series UID, size and direction of others, so that only a text such as the description sets it apart."""
+    first = others[0]
+    if not _uid([found]) or _uid([found]) != _uid(others) or found.position_mm is None or found.axes is None or first.axes is None:
+        return False
+    return found.size == first.size and np.allclose(found.axes, first.axes, atol=_AXES_TOLERANCE)
 
 
 def _read_slices(path: Path) -> list[DicomSlice]:
@@ -195,13 +213,15 @@ def _slices(path: Path, header: DicomHeader) -> list[DicomSlice]:
         if rows or columns:
             raise DicomError("its pixels are missing")
         return []
-    num_frames = int((elements.numbers(dicom_file.NUM_FRAMES) or (1,))[0])
+    num_frames = elements.num_frames
     bits, samples = elements.integer(dicom_file.BITS_ALLOCATED), elements.integer(dicom_file.SAMPLES) or 1
     if not (rows and columns and bits and num_frames > 0):
         raise DicomError(f"it says that it has {rows} rows and {columns} columns of {bits} bits in {num_frames} frames")
     num_bytes = rows * columns * num_frames * samples * bits // 8
     if header.pixel_bytes is not None and header.pixel_bytes < num_bytes:
         raise DicomError(f"it says {rows} x {columns} pixels, which are {num_bytes} bytes, and holds {header.pixel_bytes}")
+    if header.pixel_bytes is None and num_frames * _LEAST_FRAME_BYTES > (packed_bytes := path.stat().st_size - header.pixel_offset):
+        raise DicomError(f"it says that it has {num_frames} frames, and holds {packed_bytes} bytes of pixels")
     frame_groups = elements.sequences.get(dicom_file.FRAME_GROUPS, [])
     is_enhanced = bool(frame_groups or dicom_file.SHARED_GROUPS in elements.sequences)
     if is_enhanced and len(frame_groups) not in (0, num_frames):
@@ -215,7 +235,7 @@ def _slices(path: Path, header: DicomHeader) -> list[DicomSlice]:
 def _slice(path: Path, frame: int, header: DicomHeader, own: Elements, shared: Elements) -> DicomSlice:
     """One slice: what its frame says, else what all frames share, else what the object says at its top."""
     top = header.elements
-    is_single = not (top.numbers(dicom_file.NUM_FRAMES) or (1,))[0] > 1
+    is_single = top.num_frames == 1
 
     def numbers(group: int, tag: int, count: int) -> np.ndarray | None:
         for elements in (own.first(group), shared.first(group), *([top] if is_single or tag != dicom_file.POSITION else [])):
@@ -275,14 +295,9 @@ def _ordered(slices: list[DicomSlice]) -> DicomSeries:
     slices = sorted(slices, key=lambda found: float(found.position_mm @ normal))
     positions = np.stack([found.position_mm for found in slices])  # (slices, 3)
     _check_gaps(positions @ normal, name)
-    path_mm = positions[-1] - positions[0]
-    drift_mm = float(np.linalg.norm(path_mm - (path_mm @ normal) * normal))
-    if drift_mm > _DRIFT_MM:
-        raise UserError(
-            f"The slices of series '{name}' are shifted sideways by {drift_mm:.1f} mm from first to last (gantry tilt). "
-            "Load it in 3D Slicer, whose DICOM module corrects the tilt, and save the volume as NRRD."
-        )
-    return DicomSeries(slices=tuple(slices), spacing_k_mm=float(path_mm @ normal) / (len(slices) - 1))
+    _check_acquisitions(slices, name)
+    _check_sideways(positions, normal, name)
+    return DicomSeries(slices=tuple(slices), spacing_k_mm=float((positions[-1] - positions[0]) @ normal) / (len(slices) - 1))
 
 
 def _checked_slices(slices: list[DicomSlice], name: str) -> DicomSlice:
@@ -295,7 +310,12 @@ def _checked_slices(slices: list[DicomSlice], name: str) -> DicomSlice:
     for what, is_missing in missing.items():
         if any(is_missing):
             raise UserError(f"{sum(is_missing)} of {len(slices)} slices of series '{name}' have no {what}. {_EXPORT_AGAIN}")
+    modalities = Counter(text.upper() for found in slices if (text := found.header.elements.text(dicom_file.MODALITY)))
+    if len(modalities) > 1:
+        listing = ", ".join(f"{count} of {modality}" for modality, count in modalities.most_common())
+        raise UserError(f"Series '{name}' mixes slices of several modalities: {listing}. Put each into a folder of its own.")
     for found in slices:
+        _check_bits(found)
         if not np.abs(found.axes @ found.axes.T - np.eye(2)).max() < _AXES_TOLERANCE:
             raise UserError(
                 f"The directions of rows and columns in '{found.path}' are not at right angles or not of length 1 (Image Orientation "
@@ -312,13 +332,60 @@ def _checked_slices(slices: list[DicomSlice], name: str) -> DicomSlice:
     if "MONOCHROME1" in photometric:
         raise UserError(f"Series '{name}' is stored as a negative (MONOCHROME1), so it is unknown whether dark means little or much. Export it as MONOCHROME2.")
     first = slices[0]
-    if any(found.size != first.size or not np.allclose(found.axes, first.axes, atol=1e-3) for found in slices):
+    if any(found.size != first.size or not np.allclose(found.axes, first.axes, atol=_AXES_TOLERANCE) for found in slices):
         raise UserError(f"The slices of series '{name}' differ in size or direction, so they are no volume. Export only the slices of one stack.")
     sizes_mm = Counter(found.spacing_mm for found in slices)
     if not np.allclose([*sizes_mm], first.spacing_mm, rtol=1e-3, atol=0):
         usual, other = (size for size, _ in (sizes_mm.most_common(1)[0], sizes_mm.most_common()[-1]))
         raise UserError(f"The slices of series '{name}' have pixels of several sizes: {_numbers(usual)} mm and {_numbers(other)} mm. {_EXPORT_AGAIN}")
     return first
+
+
+def _check_bits(found: DicomSlice) -> None:
+    """Raise UserError unless the stored bits of a slice are the lowest ones; a file that does not say so is taken to have them there."""
+    elements = found.header.elements
+    stored, high = elements.integer(dicom_file.BITS_STORED) or elements.integer(dicom_file.BITS_ALLOCATED), elements.integer(dicom_file.HIGH_BIT)
+    if high not in (None, stored - 1):
+        raise UserError(
+            f"The intensities in '{found.path}' have {stored} bits, the highest of which is bit {high} instead of bit {stored - 1} (High Bit), "
+            f"so they would be read wrongly. {_EXPORT_AGAIN}"
+        )
+
+
+def _check_acquisitions(slices: list[DicomSlice], name: str) -> None:
+    """Raise UserError if slices of several acquisitions alternate, e.g. two phases half a slice apart.
+
+    One acquisition per table position or per slice is usual, and in MR the odd and the even slices of one volume may be two.
+    """
+    first = slices[0].header.elements
+    numbers = [text for found in slices if (text := found.header.elements.text(dicom_file.ACQUISITION_NUMBER))]
+    distinct = list(dict.fromkeys(numbers))
+    num_changes = sum(one != other for one, other in zip(numbers, numbers[1:]))
+    num_returns = num_changes - (len(distinct) - 1)  # to an acquisition that was left before
+    if first.text(dicom_file.MODALITY).upper() != "MR" and len(distinct) > 1 and num_returns > (len(numbers) - 1) / 2:
+        raise UserError(
+            f"The slices of series '{name}' alternate between {len(distinct)} acquisitions (Acquisition Number {', '.join(distinct[:5])}), "
+            "so they are several phases in one. Export one acquisition only."
+        )
+
+
+def _check_sideways(positions_mm: np.ndarray, normal: np.ndarray, name: str) -> None:
+    """Raise UserError unless the slices, (slices, 3) in order, lie straight above each other."""
+    from_first_mm = positions_mm - positions_mm[0]
+    heights_mm = from_first_mm @ normal
+    sideways_mm = from_first_mm - heights_mm[:, None] * normal
+    off_line_mm = np.linalg.norm(sideways_mm - np.outer(heights_mm / heights_mm[-1], sideways_mm[-1]), axis=1)
+    if off_line_mm.max() > _DRIFT_MM:
+        raise UserError(
+            f"The slices of series '{name}' are shifted sideways against each other: they lie up to {off_line_mm.max():.1f} mm off the straight line "
+            "from the first to the last one. Export only the slices of one stack."
+        )
+    drift_mm = float(np.linalg.norm(sideways_mm[-1]))
+    if drift_mm > _DRIFT_MM:
+        raise UserError(
+            f"The slices of series '{name}' are shifted sideways by {drift_mm:.1f} mm from first to last (gantry tilt). "
+            "Load it in 3D Slicer, whose DICOM module corrects the tilt, and save the volume as NRRD."
+        )
 
 
 def _check_gaps(distances_mm: np.ndarray, name: str) -> None:
@@ -329,6 +396,7 @@ def _check_gaps(distances_mm: np.ndarray, name: str) -> None:
         num_repeated = int((gaps < 1e-3).sum())
         raise UserError(f"Series '{name}' has {num_repeated} slices at places where it already has one (phases or copies). Export one phase, each slice once.")
     if np.abs(gaps - usual).max() <= _GAP_TOLERANCE * usual:
+        _check_places(distances_mm, name)
         return
     widest = int(gaps.argmax())
     if gaps[widest] > 1.5 * usual:
@@ -337,10 +405,20 @@ def _check_gaps(distances_mm: np.ndarray, name: str) -> None:
             f"Series '{name}' misses about {num_missing} of its slices: after slice {widest + 1} of {len(gaps) + 1} comes a gap of "
             f"{gaps[widest]:.2f} mm instead of {usual:.2f} mm. Export the series again, completely."
         )
-    raise UserError(
-        f"The slices of series '{name}' are unevenly spaced: {gaps.min():.2f} to {gaps.max():.2f} mm. Export a series with even spacing, "
-        "or load it in 3D Slicer, whose DICOM module resamples it, and save the volume as NRRD."
-    )
+    raise UserError(f"The slices of series '{name}' are unevenly spaced: {gaps.min():.2f} to {gaps.max():.2f} mm. {_EVEN_SPACING}")
+
+
+def _check_places(distances_mm: np.ndarray, name: str) -> None:
+    """Raise UserError if small differences between the gaps add up to a wrong place."""
+    num_slices = len(distances_mm)
+    off_mm = np.abs(distances_mm - np.linspace(distances_mm[0], distances_mm[-1], num_slices))
+    spacing_mm = (distances_mm[-1] - distances_mm[0]) / (num_slices - 1)
+    farthest = int(off_mm.argmax())
+    if off_mm[farthest] > _PLACE_TOLERANCE * spacing_mm:
+        raise UserError(
+            f"The slices of series '{name}' are unevenly spaced: slice {farthest + 1} of {num_slices} lies {off_mm[farthest]:.1f} mm from its place "
+            f"at an even spacing of {spacing_mm:.2f} mm. {_EVEN_SPACING}"
+        )
 
 
 def _numbers(values) -> str:

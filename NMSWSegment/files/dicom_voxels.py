@@ -7,6 +7,7 @@ import SimpleITK as sitk
 
 from NMSWSegment.files import dicom_file
 from NMSWSegment.files.dicom_series import DicomSeries, DicomSlice
+from NMSWSegment.files.output_file import check_name
 from NMSWSegment.protocol import UserError
 
 
@@ -19,7 +20,7 @@ def read_voxels(series: DicomSeries, *, quiet: Callable) -> np.ndarray:
         quiet: context manager that keeps the reader's own messages from the terminal.
 
     Raises:
-        UserError: a file is damaged, or is packed in a way that cannot be read.
+        UserError: a file is damaged, is packed in a way that cannot be read, or has a name that the reader cannot be given.
     """
     voxels: np.ndarray | None = None
     frames: dict = {}
@@ -54,6 +55,7 @@ def _frames(series: DicomSeries, found: DicomSlice, *, quiet: Callable) -> np.nd
 
 def _read(found: DicomSlice, *, quiet: Callable) -> np.ndarray:
     """The intensities of a file as GDCM reads them, (rows, columns), or with the frames in front."""
+    check_name(found.path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(found.path))
@@ -71,11 +73,10 @@ def _stored(found: DicomSlice) -> np.ndarray:
     elements = found.header.elements
     allocated, is_signed = elements.integer(dicom_file.BITS_ALLOCATED), elements.integer(dicom_file.IS_SIGNED) == 1
     stored = elements.integer(dicom_file.BITS_STORED) or allocated
-    if allocated not in (8, 16, 32) or not 0 < stored <= allocated or elements.integer(dicom_file.HIGH_BIT) not in (None, stored - 1):
+    if allocated not in (8, 16, 32) or not 0 < stored <= allocated:
         raise _damaged(found)
     order = ">" if elements.is_big_endian else "<"
-    num_frames = int((elements.numbers(dicom_file.NUM_FRAMES) or (1,))[0])
-    count = num_frames * found.size[0] * found.size[1]
+    count = elements.num_frames * found.size[0] * found.size[1]
     try:
         with open(found.path, "rb") as stream:
             stream.seek(found.header.pixel_offset)
@@ -87,7 +88,7 @@ def _stored(found: DicomSlice) -> np.ndarray:
     values = values.astype(values.dtype.newbyteorder("="))
     if stored < allocated:  # bits above the stored ones may hold anything
         values = values << (allocated - stored) >> (allocated - stored)
-    return values.reshape(num_frames, *found.size)
+    return values.reshape(-1, *found.size)
 
 
 def _rescaled(stored: np.ndarray, rescale: tuple[float, float]) -> np.ndarray:

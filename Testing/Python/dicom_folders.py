@@ -12,12 +12,21 @@ from NMSWSegment.files.volume import Volume
 STUDY_UID, FRAME_UID = "1.2.826.0.1.3680043.8.498.1", "1.2.826.0.1.3680043.8.498.2"
 
 
-def write_ct_series(volume: Volume, folder: Path, *, series_uid: str | None = None, description: str = "Thorax 2.5", without: tuple[str, ...] = ()) -> str:
+def write_ct_series(
+    volume: Volume,
+    folder: Path,
+    *,
+    series_uid: str | None = None,
+    description: str = "Thorax 2.5",
+    without: tuple[str, ...] = (),
+    instead: dict[str, object] | None = None,
+) -> str:
     """One file per plane of a volume in HU, in an order of names that says nothing; returns the Series Instance UID.
 
     Args:
         volume: (K, J, I), right-handed.
         without: keywords that are left out of every file.
+        instead: values by keyword that every file has instead of the usual ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     series_uid = series_uid or generate_uid()[:56].rstrip(".")
@@ -41,7 +50,7 @@ def write_ct_series(volume: Volume, folder: Path, *, series_uid: str | None = No
             "Rows": volume.shape[1], "Columns": volume.shape[2], "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 1,
             "RescaleIntercept": -24, "RescaleSlope": 1, "RescaleType": "HU",
         }  # fmt: skip
-        for keyword, value in values.items():
+        for keyword, value in (values | (instead or {})).items():
             if keyword not in without:
                 setattr(dataset, keyword, value)
         dataset.PixelData = (np.rint(volume.array[k]).astype(np.int16) + 24).tobytes()

@@ -1,6 +1,7 @@
 """DICOM SEG: what is written, read back with highdicom, pydicom and dcmqi; left and right; and what is refused."""
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ import highdicom
 import pydicom
 from conftest import turned
 from dicom_folders import FRAME_UID, STUDY_UID, write_ct_series
+from hostile import an_enhanced_object, save
 
 from NMSWSegment.__main__ import main
 from NMSWSegment.files import dicom_segmentation, phantoms
-from NMSWSegment.files.dicom_segmentation import Algorithm, export_dicom_seg
+from NMSWSegment.files.dicom_segmentation import Algorithm, check_dicom_export, export_dicom_seg
 from NMSWSegment.files.labels import coded_labels
 from NMSWSegment.files.volume import Volume, read_volume, series_files, series_of_folder
 from NMSWSegment.protocol import UserError
@@ -199,6 +201,7 @@ def test_anonymized_headers_without_a_patient_still_give_a_segmentation(tmp_path
         "StudyTime",
         "SeriesNumber",
         "RescaleType",
+        "SliceThickness",
     )
     write_ct_series(volume, tmp_path / "ct", without=without)
     export_dicom_seg(labelmap, tmp_path / "ct", tmp_path / "seg.dcm", labels=LABELS, algorithm=ALGORITHM)
@@ -206,10 +209,106 @@ def test_anonymized_headers_without_a_patient_still_give_a_segmentation(tmp_path
     assert (dataset.PatientName, dataset.StudyInstanceUID, dataset.SeriesNumber) == ("", STUDY_UID, 1000)
 
 
-def test_headers_without_a_frame_of_reference_are_refused_in_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("without", "instead", "sentence"),
+    [
+        (("FrameOfReferenceUID",), {}, "30 of 30 files of the DICOM series have no Frame of Reference UID"),
+        ((), {"FrameOfReferenceUID": ""}, "30 of 30 files of the DICOM series have no Frame of Reference UID"),
+        (("StudyInstanceUID",), {}, "30 of 30 files of the DICOM series have no Study Instance UID"),
+        ((), {"StudyInstanceUID": ""}, "30 of 30 files of the DICOM series have no Study Instance UID"),
+        (("SOPInstanceUID",), {}, "30 of 30 files of the DICOM series have no SOP Instance UID"),
+        (("SOPClassUID",), {}, "30 of 30 files of the DICOM series have no SOP Class UID"),
+        ((), {"SOPInstanceUID": "1.2.3.4"}, "30 files of the DICOM series have the same SOP Instance UID '1.2.3.4'"),
+    ],
+)
+def test_headers_that_nothing_can_refer_to_are_refused_before_the_run(tmp_path, without, instead, sentence):
     volume, labelmap = a_case("upright")
-    write_ct_series(volume, tmp_path / "ct", without=("FrameOfReferenceUID",))
-    with pytest.raises(UserError, match="no Frame of Reference UID.*Export the original series"):
+    write_ct_series(volume, tmp_path / "ct", without=without, instead=instead)
+    check_dicom_export(tmp_path / "ct", with_headers=False)
+    for ask in (
+        lambda: check_dicom_export(tmp_path / "ct"),
+        lambda: check_dicom_export(sorted((tmp_path / "ct").iterdir())),
+        lambda: export_dicom_seg(labelmap, tmp_path / "ct", tmp_path / "seg.dcm", labels=LABELS, algorithm=ALGORITHM),
+    ):
+        with pytest.raises(UserError, match=f"{sentence}.*Export the original series again, or write .seg.nrrd"):
+            ask()
+
+
+def test_command_line_refuses_an_empty_study_uid_before_the_run(tmp_path, a_tiny_bundle, monkeypatch, capfd):
+    volume, _ = a_case("upright")
+    write_ct_series(volume, tmp_path / "ct", instead={"StudyInstanceUID": ""})
+    monkeypatch.setattr("NMSWSegment.command_line.export_dicom_seg", None)  # it is asked after the run
+    assert main(["segment", str(tmp_path / "ct"), "-o", str(tmp_path / "seg.dcm"), "--bundle", str(a_tiny_bundle)]) == 2
+    assert "no Study Instance UID" in capfd.readouterr().err
+
+
+def test_series_that_is_not_chosen_yet_passes_the_check_before_the_run(tmp_path):
+    volume, _ = a_case("upright")
+    write_ct_series(volume, tmp_path / "ct", series_uid="1.2.3")
+    write_ct_series(Volume(volume.array[:20], volume.ijk_to_ras), tmp_path / "ct", series_uid="1.2.4", instead={"SOPInstanceUID": "1.2.3.4"})
+    check_dicom_export(tmp_path / "ct")
+    check_dicom_export(tmp_path / "ct", series_uid="1.2.3")
+    with pytest.raises(UserError, match="20 files of the DICOM series have the same SOP Instance UID"):
+        check_dicom_export(tmp_path / "ct", series_uid="1.2.4")
+
+
+@pytest.mark.parametrize("thickness", ["", "0"])
+def test_empty_slice_thickness_becomes_the_spacing_between_slices(tmp_path, thickness):
+    volume, labelmap = a_case("oblique")
+    write_ct_series(volume, tmp_path / "ct", instead={"SliceThickness": thickness})
+    export_dicom_seg(labelmap, tmp_path / "ct", tmp_path / "seg.dcm", labels=LABELS, algorithm=ALGORITHM)
+    found = highdicom.seg.segread(tmp_path / "seg.dcm")
+    assert found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == pytest.approx(5.0, abs=1e-4)
+    assert np.count_nonzero(found.get_volume(combine_segments=True).array) == np.count_nonzero(labelmap.array)
+
+
+def test_files_without_a_preamble_give_a_segmentation(tmp_path):
+    volume, labelmap = a_case("upright")
+    write_ct_series(volume, tmp_path / "ct")
+    for path in (tmp_path / "ct").iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data[data.index(struct.pack("<HH", 8, 5), 132) :])
+    check_dicom_export(tmp_path / "ct")
+    export_dicom_seg(labelmap, tmp_path / "ct", tmp_path / "seg.dcm", labels=LABELS, algorithm=ALGORITHM)
+    found = highdicom.seg.segread(tmp_path / "seg.dcm")
+    assert (found.StudyInstanceUID, found.PatientName) == (STUDY_UID, "Müller^Anna")
+    assert np.count_nonzero(found.get_volume(combine_segments=True).array) == np.count_nonzero(labelmap.array)
+
+
+@pytest.mark.parametrize(("number", "expected"), [("3", 1003), ("2147482647", 2147483647), ("2147482648", 1000), ("2147483647", 1000), ("-2000", 1000)])
+def test_series_number_stays_in_the_range_of_an_integer_string(tmp_path, number, expected):
+    volume, labelmap = a_case("upright")
+    write_ct_series(volume, tmp_path / "ct", instead={"SeriesNumber": number})
+    export_dicom_seg(labelmap, tmp_path / "ct", tmp_path / "seg.dcm", labels=LABELS, algorithm=ALGORITHM)
+    assert pydicom.dcmread(tmp_path / "seg.dcm").SeriesNumber == expected
+
+
+def write_enhanced(folder: Path, *, parts) -> Volume:
+    """A series of 12 slices in multi-frame files of the frames [start, stop); returns a labelmap with a block of liver on it."""
+    stored = np.random.default_rng(0).integers(0, 2000, (12, 9, 8)).astype(np.uint16)
+    for number, (start, stop) in enumerate(parts, start=1):
+        found = an_enhanced_object(stored[start:stop], positions_mm=np.arange(start, stop) * 2.5, number=number)
+        found.FrameOfReferenceUID = FRAME_UID
+        save(found, folder / f"{number}.dcm")
+    volume = read_volume(folder)
+    array = np.zeros(volume.shape, np.uint8)
+    array[3:9, 2:5, 1:3] = 5
+    return Volume(array, volume.ijk_to_ras)
+
+
+def test_multi_frame_file_gives_a_segmentation(tmp_path):
+    labelmap = write_enhanced(tmp_path / "ct", parts=[(0, 12)])
+    check_dicom_export(tmp_path / "ct")
+    export_dicom_seg(labelmap, tmp_path / "ct", tmp_path / "seg.dcm", labels=LABELS, algorithm=ALGORITHM)
+    found = highdicom.seg.segread(tmp_path / "seg.dcm")
+    assert (found.NumberOfFrames, np.count_nonzero(found.pixel_array)) == (6, 36)
+
+
+def test_series_in_two_multi_frame_files_is_told_to_give_one_of_them(tmp_path):
+    labelmap = write_enhanced(tmp_path / "ct", parts=[(0, 6), (6, 12)])
+    with pytest.raises(UserError, match="lies in 2 multi-frame files.*Give a folder with one of them"):
+        check_dicom_export(tmp_path / "ct")
+    with pytest.raises(UserError, match="lies in 2 multi-frame files.*Give a folder with one of them"):
         export_dicom_seg(labelmap, tmp_path / "ct", tmp_path / "seg.dcm", labels=LABELS, algorithm=ALGORITHM)
 
 
@@ -237,9 +336,9 @@ def test_dicom_output_of_a_nifti_file_is_refused_before_the_run(tmp_path, a_tiny
     assert "refers to the DICOM images it was made from" in capfd.readouterr().err
 
 
-def test_missing_highdicom_names_the_extra(tmp_path, monkeypatch):
+def test_missing_highdicom_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(dicom_segmentation.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "NMSWSegment\[dicom\]"'):
+    with pytest.raises(UserError, match="Install it with: pip install highdicom"):
         dicom_segmentation.check_dicom_export(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("pydicom", reason="pydicom is not installed")
 
 from hostile import SHAPE, a_slice, an_enhanced_object, save, voxels, write_slices  # noqa: E402
 
+from NMSWSegment.files.dicom_file import read_header  # noqa: E402
 from NMSWSegment.files.volume import open_volume, read_volume, series_files, series_of_folder  # noqa: E402
 from NMSWSegment.protocol import UserError  # noqa: E402
 
@@ -34,6 +36,19 @@ def set_in(index: int, **values):
 def set_in_all(**values):
     """A change of all slices."""
     return lambda found, at: set_in(at, **values)(found, at)
+
+
+def set_position(position_mm):
+    """A change of all positions, to LPS position_mm(index)."""
+    return lambda found, at: set_in(at, ImagePositionPatient=[float(value) for value in position_mm(at)])(found, at)
+
+
+def set_num_frames(path, text: bytes):
+    """Put any text into the number of frames of a file."""
+    data, tag = path.read_bytes(), b"\x28\0\x08\0IS"
+    at = data.index(tag, 132) + len(tag)
+    text += b" " * (len(text) % 2)
+    path.write_bytes(data[:at] + struct.pack("<H", len(text)) + text + data[at + 2 + struct.unpack_from("<H", data, at)[0] :])
 
 
 def check_right(found, array, *, place=EXPECTED_PLACE):
@@ -73,6 +88,10 @@ REFUSED = {
     "one slice smaller": (set_in(2, Rows=5), "differ in size or direction"),
     "two slices at one place": (set_in(2, **{POSITION: [10, -20, 2.5]}), "places where it already has one|misses"),
     "slice missing": (lambda found, at: at != 3, "misses about 1 of its slices"),
+    "12 bits below bit 15": (set_in_all(BitsStored=12, HighBit=15), "12 bits, the highest of which is bit 15 instead of bit 11.*Export the series again"),
+    "12 bits below bit 15 in one slice": (set_in(4, BitsStored=12, HighBit=15), "004.dcm' have 12 bits"),
+    "unknown number of bits below bit 11": (set_in_all(BitsStored=None, HighBit=11), "16 bits, the highest of which is bit 11 instead of bit 15"),
+    "one slice of another modality": (set_in(3, Modality="MR"), "several modalities: 5 of CT, 1 of MR.*a folder of its own"),
     "place far away": (set_in_all(**{POSITION: [1e30, 0, 0]}), "places where it already has one|lies at"),
 }
 
@@ -97,6 +116,105 @@ def test_first_slice_does_not_decide_how_the_others_are_rescaled(tmp_path, tally
     array = write_slices(tmp_path / "ct", change=change)
     expected = np.stack([(piece + 1024.0) * slope + intercept for piece, slope, intercept in zip(array, slopes, intercepts)])
     check_right(tally(lambda: read_volume(tmp_path / "ct")), expected)
+
+
+@pytest.mark.parametrize("values", [{"HighBit": None}, {"BitsStored": None}, {"BitsStored": 12, "HighBit": 11}, {"BitsStored": 12, "HighBit": None}])
+def test_slices_that_say_little_about_their_bits_are_right(tmp_path, tally, values):
+    array = write_slices(tmp_path / "ct", change=set_in_all(**values))
+    check_right(tally(lambda: read_volume(tmp_path / "ct")), array)
+
+
+def test_middle_slices_shifted_sideways_are_refused(tmp_path, tally):
+    write_slices(tmp_path / "ct", change=set_position(lambda at: (50 if 2 <= at < 4 else 10, -20, 2.5 * at)))
+    assert "up to 40.0 mm off the straight line" in (text := str(tally(lambda: read_volume(tmp_path / "ct")))) and "Export only the slices of one stack" in text
+
+
+def test_slices_shifted_sideways_by_rounding_are_right(tmp_path, tally):
+    array = write_slices(tmp_path / "ct", change=set_position(lambda at: (10 + 0.1 * (at in (2, 3)), -20 + 0.05 * at, 2.5 * at)))
+    check_right(tally(lambda: read_volume(tmp_path / "ct")), array)
+
+
+def test_spacing_that_changes_by_nine_percent_halfway_is_refused(tmp_path, tally):
+    write_slices(tmp_path / "ct", num_slices=41, change=set_position(lambda at: (10, -20, 3 * at if at <= 20 else 60 + 3.28 * (at - 20))))
+    # Slice 21 lies at 60.0 mm; 40 gaps of (60 + 65.6) / 40 = 3.14 mm would have it at 62.8 mm.
+    text = str(tally(lambda: read_volume(tmp_path / "ct")))
+    assert "slice 21 of 41 lies 2.8 mm from its place at an even spacing of 3.14 mm" in text and "Export a series with even spacing" in text
+
+
+def test_positions_rounded_to_a_tenth_are_right(tmp_path, tally):
+    array = write_slices(tmp_path / "ct", num_slices=41, change=set_position(lambda at: (10, -20, round(2.53 * at, 1))))
+    place = EXPECTED_PLACE.copy()
+    place[2, 2] = 2.53
+    check_right(tally(lambda: read_volume(tmp_path / "ct")), array, place=place)
+
+
+def test_two_phases_half_a_slice_apart_are_refused(tmp_path, tally):
+    write_slices(tmp_path / "ct", change=lambda found, at: set_in(at, AcquisitionNumber=at % 2 + 1)(found, at))
+    text = str(tally(lambda: read_volume(tmp_path / "ct")))
+    assert "alternate between 2 acquisitions (Acquisition Number 1, 2)" in text and text.endswith("Export one acquisition only.")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "modality"),
+    [
+        ([1, 1, 1, 2, 2, 2], "CT"),
+        ([1, 1, 2, 2, 3, 3], "CT"),
+        ([6, 5, 4, 3, 2, 1], "CT"),
+        ([1, 1, 2, 1, 2, 2], "CT"),
+        ([1, "", 1, "", 1, ""], "CT"),
+        ([1, 2, 1, 2, 1, 2], "MR"),
+    ],
+)
+def test_acquisitions_of_one_volume_are_right(tmp_path, tally, numbers, modality):
+    array = write_slices(tmp_path / "ct", change=lambda found, at: set_in(at, AcquisitionNumber=numbers[at], Modality=modality)(found, at))
+    check_right(tally(lambda: read_volume(tmp_path / "ct")), array)
+
+
+@pytest.mark.parametrize("values", [{}, {"AcquisitionNumber": 1}])
+def test_series_of_two_slices_is_right(tmp_path, tally, values):
+    array = write_slices(tmp_path / "ct", num_slices=2, change=set_in_all(**values))
+    check_right(tally(lambda: read_volume(tmp_path / "ct")), array)
+
+
+@pytest.mark.parametrize("index", [0, 5])
+def test_end_slice_with_another_description_is_not_dropped(tmp_path, tally, index):
+    write_slices(tmp_path / "ct", change=set_in(index, SeriesDescription="Other"))
+    text = str(tally(lambda: read_volume(tmp_path / "ct")))
+    assert "'Thorax' (5 slices, UID 1.2.3)" in text and "'Other' (1 slices, UID 1.2.3)" in text and "a folder of its own" in text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        {"Modality": "SR"},
+        {"SeriesDescription": "Coronal", "ImageOrientationPatient": [1, 0, 0, 0, 0, -1]},
+        {"SeriesDescription": "Screen", "ImagePositionPatient": None, "ImageOrientationPatient": None},
+        {"SeriesDescription": "Other", "SeriesInstanceUID": "1.2.8"},
+    ],
+)
+def test_scouts_and_documents_beside_the_slices_are_passed_over(tmp_path, tally, values):
+    array = write_slices(tmp_path / "ct", change=set_in(5, **values))
+    check_right(tally(lambda: read_volume(tmp_path / "ct")), array[:5])
+
+
+def test_slice_that_does_not_say_its_modality_is_right(tmp_path, tally):
+    array = write_slices(tmp_path / "ct", change=set_in(3, Modality=""))
+    check_right(tally(lambda: read_volume(tmp_path / "ct")), array)
+
+
+@pytest.mark.parametrize("text", [b"nan", b"inf", b"-inf", b"1e400", b"1e300", b"1.5", b"-1", b"0"])
+def test_number_of_frames_that_is_none_is_refused(tmp_path, tally, text):
+    write_slices(tmp_path / "ct", change=set_in_all(NumberOfFrames=1))
+    set_num_frames(tmp_path / "ct" / "002.dcm", text)
+    assert f"{text.decode()} frames" in (found := str(tally(lambda: read_volume(tmp_path / "ct")))) or f"number of frames is '{text.decode()}'" in found
+
+
+@pytest.mark.parametrize("text", [b"", b"1", b"1.0", b"+1 "])
+def test_number_of_frames_that_means_one_is_right(tmp_path, tally, text):
+    array = write_slices(tmp_path / "ct", change=set_in_all(NumberOfFrames=1))
+    set_num_frames(tmp_path / "ct" / "002.dcm", text)
+    check_right(tally(lambda: read_volume(tmp_path / "ct")), array)
 
 
 def test_two_patients_with_empty_uids_are_two_series(tmp_path, tally):
@@ -233,6 +351,18 @@ def test_compressed_enhanced_object_is_right_or_refused(tmp_path, tally, interce
         check_right(end, STORED.astype(int) - 1024)
 
 
+@pytest.mark.parametrize("without", [("PerFrameFunctionalGroupsSequence",), ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")])
+def test_compressed_object_with_a_hundred_million_frames_does_not_hang(tmp_path, tally, without):
+    found = an_enhanced_object(STORED, positions_mm=np.arange(6) * 2.5)
+    for key in without:
+        delattr(found, key)
+    found.compress("1.2.840.10008.1.2.5", generate_instance_uid=False)
+    path = save(found, tmp_path / "ct" / "a.dcm")
+    set_num_frames(path, b"100000000")
+    num_bytes = path.stat().st_size - read_header(path).pixel_offset
+    assert f"100000000 frames, and holds {num_bytes} bytes of pixels" in str(tally(lambda: read_volume(tmp_path / "ct")))
+
+
 # --- what lies in the folder beside the slices --------------------------------------------------------------------
 
 
@@ -250,6 +380,15 @@ def test_pipe_in_the_folder_does_not_hang(tmp_path, tally):
     check_right(tally(lambda: read_volume(tmp_path / "ct")), array)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="this system has no file names that are not UTF-8")
+def test_slice_name_that_is_not_utf8_does_not_abort(tmp_path, tally):
+    write_slices(tmp_path / "ct")
+    for path in (tmp_path / "ct").iterdir():
+        os.rename(path, os.fsencode(tmp_path / "ct") + b"/M\xfcller_" + os.fsencode(path.name))
+    text = str(tally(lambda: read_volume(tmp_path / "ct")))
+    assert "M\\udcfcller_000.dcm' has characters that are not UTF-8. Rename the file" in text
+
+
 def test_file_that_may_not_be_read_is_named(tmp_path, tally, monkeypatch):
     write_slices(tmp_path / "ct")
     (tmp_path / "ct" / "notes.txt").write_text("text")
@@ -258,8 +397,6 @@ def test_file_that_may_not_be_read_is_named(tmp_path, tally, monkeypatch):
         if path.name == "notes.txt":
             raise PermissionError(13, "Permission denied")
         return read_header(path)
-
-    from NMSWSegment.files.dicom_file import read_header
 
     # Tests may run as root, to whom no file is closed.
     monkeypatch.setattr("NMSWSegment.files.dicom_file.read_header", refuse)
