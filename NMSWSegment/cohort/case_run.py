@@ -8,16 +8,29 @@ import os
 import shutil
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from NMSWSegment.cohort.cases import Case
-from NMSWSegment.cohort.outcome import DONE, OUTCOME_NAME, CaseOutcome, case_outcome, failed_outcome
+from NMSWSegment.cohort.cases import FAILED_NAME, STATISTICS_NAME, Case
+from NMSWSegment.cohort.outcome import (
+    DONE,
+    INPUT_FACTS,
+    OUTCOME_NAME,
+    CaseOutcome,
+    case_folder,
+    case_outcome,
+    failed_outcome,
+    failure_path,
+    holds_outcome,
+    input_facts,
+    tells_failure,
+)
 from NMSWSegment.files.bundle import load_bundle
+from NMSWSegment.files.output_file import check_name
 from NMSWSegment.protocol import SegmentOptions, UserError
 
 PARTIAL_PREFIX = ".partial-"
-_CASES, _FAILED = "cases", "failed"
 
 
 @dataclass(frozen=True)
@@ -35,20 +48,6 @@ class CohortSettings:
     """Whether volumes are segmented that are not what the model was trained on."""
 
 
-def case_folder(output: Path, case: Case) -> Path:
-    """Where the results of a case lie."""
-    return output / _CASES / case.name
-
-
-def finished_outcome(output: Path, case: Case) -> CaseOutcome | None:
-    """The outcome of a case that an earlier run has finished for the same input; None if it is still to be done."""
-    try:
-        outcome = CaseOutcome(**json.loads((case_folder(output, case) / OUTCOME_NAME).read_text(encoding="utf-8"))["outcome"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return outcome if (outcome.input, outcome.series) == (str(case.input), case.series or "") else None
-
-
 def run_case(case: Case, settings: CohortSettings, *, device: str, threads: int) -> CaseOutcome:
     """Segment a case and put its folder in place.
 
@@ -61,11 +60,13 @@ def run_case(case: Case, settings: CohortSettings, *, device: str, threads: int)
     target = case_folder(settings.output, case)
     partial = target.parent / f"{PARTIAL_PREFIX}{case.name}-{os.getpid()}"
     try:
+        check_name(case.input)
+        _check_replaceable(target)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         outcome = _run(case, settings, options=options, folder=partial, started=started)
         _put_in_place(partial, target)
-        _failure_path(settings.output, case).unlink(missing_ok=True)
+        _remove_failure(settings.output, case)
         return outcome
     except UserError as error:
         return _failed(case, settings, str(error), started=started)
@@ -74,7 +75,7 @@ def run_case(case: Case, settings: CohortSettings, *, device: str, threads: int)
     except MemoryError:
         return _failed(case, settings, "This computer ran out of memory. Crop the volume, or use fewer workers.", started=started)
     except Exception as error:  # one of the process boundaries: the other cases go on
-        message = f"This is a bug ({type(error).__name__}: {error}). The details are in {_FAILED}/{case.name}.txt."
+        message = f"This is a bug ({type(error).__name__}: {error}). The details are in {FAILED_NAME}/{case.name}.txt."
         return _failed(case, settings, message, started=started, details=traceback.format_exc())
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -87,15 +88,16 @@ def _run(case: Case, settings: CohortSettings, *, options: SegmentOptions, folde
     from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, check_dicom_export
     from NMSWSegment.files.statistics import write_statistics
 
+    facts_of_input = input_facts(case)  # before it is read, so that a change meanwhile is noticed
     bundle = load_bundle(options.bundle)
     if bundle.sha256 != settings.bundle_sha256:
         raise UserError(f"The model '{bundle.manifest.name}' is not the one the cohort was started with. Install the same model on every computer.")
     if settings.ending in DICOM_SEG_ENDINGS:
-        check_dicom_export(case.input)
+        check_dicom_export(case.input, series_uid=case.series)
     result = segment_with_options(case.input, bundle, options=options, series=case.series, force_modality=settings.force_modality)
     result.save(folder / f"segmentation{settings.ending}")
     rows = result.statistics()
-    write_statistics(rows, folder / "statistics.csv")
+    write_statistics(rows, folder / STATISTICS_NAME)
     checks = quality_checks(result.volume, rows, labels=result.labels, modality=bundle.manifest.modality, spacing_mm=bundle.manifest.spacing_mm)
     (folder / "report.json").write_text(json.dumps(result.run_info, indent=1) + "\n", encoding="utf-8")
     outcome = case_outcome(
@@ -108,6 +110,7 @@ def _run(case: Case, settings: CohortSettings, *, options: SegmentOptions, folde
     )
     facts = {
         "outcome": outcome.to_dict(),
+        INPUT_FACTS: facts_of_input,
         "volume": result.run_info["volume"],
         "checks": [asdict(check) for check in checks],
         "statistics": [row.to_dict() for row in rows],
@@ -129,6 +132,7 @@ def _run(case: Case, settings: CohortSettings, *, options: SegmentOptions, folde
 
 def _put_in_place(partial: Path, target: Path) -> None:
     """Let a complete folder take the place of an older one."""
+    _check_replaceable(target)
     if target.exists():
         old = target.parent / f"{PARTIAL_PREFIX}old-{target.name}-{os.getpid()}"
         os.replace(target, old)
@@ -138,18 +142,26 @@ def _put_in_place(partial: Path, target: Path) -> None:
         os.replace(partial, target)
 
 
+def _check_replaceable(target: Path) -> None:
+    """Raise UserError if there is something else where the folder of a case is to be."""
+    if os.path.lexists(target) and not holds_outcome(target):
+        raise UserError(f"'{target}' is there already and holds no results of this cohort. Move it elsewhere, or choose another output folder.")
+
+
+def _remove_failure(output: Path, case: Case) -> None:
+    """Remove what an earlier run said about a failure."""
+    path = failure_path(output, case)
+    if tells_failure(path):
+        with suppress(OSError):
+            path.unlink()
+
+
 def _failed(case: Case, settings: CohortSettings, message: str, *, started: float, details: str = "") -> CaseOutcome:
     """The outcome of a case that failed; the details go into a file."""
     if details:
-        path = _failure_path(settings.output, case)
-        try:
+        path = failure_path(settings.output, case)
+        with suppress(OSError):  # the outcome itself matters more
             path.parent.mkdir(exist_ok=True)
-            path.write_text(details, encoding="utf-8")
-        except OSError:  # the outcome itself matters more
-            pass
+            if tells_failure(path) or not os.path.lexists(path):
+                path.write_text(details, encoding="utf-8", errors="backslashreplace")
     return failed_outcome(case, message, seconds=time.perf_counter() - started)
-
-
-def _failure_path(output: Path, case: Case) -> Path:
-    """The file with the details of a failure."""
-    return output / _FAILED / f"{case.name}.txt"

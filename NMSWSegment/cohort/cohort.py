@@ -17,22 +17,34 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from NMSWSegment import __version__
-from NMSWSegment.cohort.case_run import PARTIAL_PREFIX, CohortSettings, case_folder, finished_outcome
-from NMSWSegment.cohort.cases import MARKER_NAME, Case, case_memory_bytes, find_cases
+from NMSWSegment.cohort.case_run import PARTIAL_PREFIX, CohortSettings
+from NMSWSegment.cohort.cases import (
+    CASES_NAME,
+    FAILED_NAME,
+    MARKER_NAME,
+    OUTCOMES_NAME,
+    PAGE_NAME,
+    RESULT_NAMES,
+    STATISTICS_NAME,
+    Case,
+    case_memory_bytes,
+    find_cases,
+    read_marker,
+)
 from NMSWSegment.cohort.local_workers import Finished, Started, plan_workers, run_on_this_computer
-from NMSWSegment.cohort.outcome import DONE, CaseOutcome
+from NMSWSegment.cohort.outcome import DONE, CaseOutcome, case_folder, finished_outcome, holds_outcome, tells_failure
 from NMSWSegment.command_line import DONE as EXIT_DONE
 from NMSWSegment.command_line import USER_ERROR, add_run_arguments, run_options
+from NMSWSegment.console import complain, printable, say, say_all
 from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, check_dicom_export
 from NMSWSegment.files.folder_lock import locked_folder
 from NMSWSegment.files.memory import available_memory_bytes
-from NMSWSegment.files.output_file import replaced_file
+from NMSWSegment.files.output_file import check_name, replaced_file
 from NMSWSegment.files.outputs import require_matplotlib
 from NMSWSegment.files.volume import LABELMAP_ENDINGS
 from NMSWSegment.protocol import AUTO, UserError
 
-OUTCOMES_NAME, PAGE_NAME, STATISTICS_NAME = "cohort.csv", "quality.html", "statistics.csv"
 _WRITE_INTERVAL_S = 5.0
 """The csv is written anew at most this often, and at the end."""
 
@@ -60,9 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
     _check_structures(bundle, options.structures)
     if not arguments.no_pictures:
         require_matplotlib("The quality sheets", or_else=", or leave them out with --no-pictures")
-    cases = find_cases(arguments.source)
+    check_name(arguments.output.absolute())
+    found = find_cases(arguments.source)
+    cases = found.cases
+    _check_inputs_stay(arguments.source, cases, output=arguments.output)
     if arguments.format in DICOM_SEG_ENDINGS:
-        check_dicom_export(next((case.input for case in cases if case.input.is_dir()), cases[0].input))
+        _check_dicom_export(cases)
     if Path(options.bundle).is_dir():
         options = replace(options, bundle=str(Path(options.bundle).absolute()))
     settings = CohortSettings(
@@ -75,16 +90,19 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with locked_folder(settings.output):
         _prepare(settings, restart=arguments.restart)
+        if found.message:
+            say(found.message)
         outcomes = {case.name: outcome for case in cases if (outcome := finished_outcome(settings.output, case))}
         waiting = [case for case in cases if case.name not in outcomes]
         if outcomes:
-            print(f"{len(outcomes)} of {len(cases)} cases are done already.")
+            say(f"{len(outcomes)} of {len(cases)} cases are done already.")
+        say_all()
         writer = _Records(settings, cases, outcomes)
         try:
             if waiting:
                 _run_cases(waiting, settings, bundle, arguments=arguments, writer=writer)
         except KeyboardInterrupt:
-            print(f"nmsw: {len(outcomes)} of {len(cases)} cases came to an end. The same command goes on with the others.", file=sys.stderr)
+            complain(f"{len(outcomes)} of {len(cases)} cases came to an end. The same command goes on with the others.")
             raise
         finally:
             _remove_half_done(settings.output)
@@ -177,35 +195,61 @@ def _prepare(settings: CohortSettings, *, restart: bool) -> None:
     """Make the output folder this cohort's: its settings noted, what a killed run left half-done removed.
 
     Raises:
-        UserError: it holds results that were made otherwise.
+        UserError: it holds something else, or results that were made otherwise.
     """
     options = settings.options.to_dict()
     for name in ("bundle", "device", "threads"):  # the hash tells the model; the others change no result but for rounding
         options.pop(name)
     facts = {"options": options, "model_sha256": settings.bundle_sha256, "format": settings.ending, "pictures": settings.with_pictures}
-    marker = settings.output / MARKER_NAME
-    try:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if found is not None and {key: found.get(key) for key in facts} != facts:
+    found = read_marker(settings.output)
+    if found is None:
+        _check_free(settings.output)
+    elif {key: found.get(key) for key in facts} != facts:
         if not restart:
             different = ", ".join(sorted(key for key in facts if found.get(key) != facts[key]))
             raise UserError(
                 f"The folder '{settings.output}' holds a cohort that was run with other settings ({different}). "
                 "Choose another folder, give the same settings, or remove its results with --restart."
             )
-        for name in ("cases", "failed"):
-            shutil.rmtree(settings.output / name, ignore_errors=True)
-    (settings.output / "cases").mkdir(exist_ok=True)
+        _remove_results(settings.output)
+    try:
+        (settings.output / CASES_NAME).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder '{settings.output / CASES_NAME}' cannot be made ({error.strerror}). Choose another output folder.") from error
     _remove_half_done(settings.output)
-    with replaced_file(marker) as temporary:
+    with replaced_file(settings.output / MARKER_NAME) as temporary:
         temporary.write_text(json.dumps(facts | {"version": __version__}, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_free(output: Path) -> None:
+    """Raise UserError if a folder without our marker holds anything with the name of what a cohort writes."""
+    taken = [name for name in RESULT_NAMES if os.path.lexists(output / name)]
+    taken += [name for name in (CASES_NAME, FAILED_NAME) if os.path.lexists(output / name) and not _is_empty_folder(output / name)]
+    if taken:
+        raise UserError(f"The folder '{output}' holds something else than a cohort: {', '.join(taken)}. Choose another output folder, or move these elsewhere.")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    """Whether a path is a folder without anything in it."""
+    try:
+        return not any(path.iterdir())
+    except OSError:
+        return False
+
+
+def _remove_results(output: Path) -> None:
+    """Remove the folders of cases and the details of failures, but nothing that somebody else put there."""
+    for folder in (output / CASES_NAME).glob("*"):
+        if holds_outcome(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    for path in (output / FAILED_NAME).glob("*.txt"):
+        if tells_failure(path):
+            path.unlink(missing_ok=True)
 
 
 def _remove_half_done(output: Path) -> None:
     """Remove what processes left that were stopped in the middle of a case."""
-    for partial in (output / "cases").glob(f"{PARTIAL_PREFIX}*"):
+    for partial in (output / CASES_NAME).glob(f"{PARTIAL_PREFIX}*"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -228,7 +272,8 @@ def _bar(total: int) -> Iterator:
         if event is not None:
             outcome = event.outcome
             what = f"{outcome.seconds:.1f} s, {outcome.warnings} warnings" if outcome.status == DONE else f"FAILED: {outcome.message}"
-            print(f"[{finished}/{total}] {outcome.case}: {what}; {left()}", flush=True)
+            say(f"[{finished}/{total}] {outcome.case}: {what}; {left()}")
+            say_all()
 
     rich_parts = _rich() if sys.stderr.isatty() else None
     if rich_parts is None:
@@ -239,7 +284,7 @@ def _bar(total: int) -> Iterator:
     def draw(event: Finished | None, running: Sequence[str]) -> None:
         count(event)
         if event is not None and event.outcome.status != DONE:
-            bar.console.print(f"{event.outcome.case} failed: {event.outcome.message}", markup=False, highlight=False)
+            bar.console.print(printable(f"{event.outcome.case} failed: {event.outcome.message}", sys.stderr), markup=False, highlight=False)
         shown = ", ".join(running[:3]) + (f" and {len(running) - 3} more" if len(running) > 3 else "")
         bar.update(task, completed=finished, description=f"{failed} failed, {left()}; {shown}" if failed else f"{left()}; {shown}")
 
@@ -267,18 +312,36 @@ def _told_end(settings: CohortSettings, outcomes: dict[str, CaseOutcome], *, num
     """Print what became of the cohort; the exit code."""
     failed = [outcome for outcome in outcomes.values() if outcome.status != DONE]
     num_warned = sum(outcome.warnings > 0 for outcome in outcomes.values())
-    print(f"outcomes: {settings.output / OUTCOMES_NAME}")
+    say(f"outcomes: {settings.output / OUTCOMES_NAME}")
     if settings.with_pictures:
-        print(f"quality: {settings.output / PAGE_NAME}")
-    print(f"{num_cases - len(failed)} of {num_cases} cases done, {num_warned} of them with warnings.")
+        say(f"quality: {settings.output / PAGE_NAME}")
+    say(f"{num_cases - len(failed)} of {num_cases} cases done, {num_warned} of them with warnings.")
     if failed:
-        print(
-            f"nmsw: {len(failed)} of {num_cases} cases failed, the first: {failed[0].case}: {failed[0].message} "
-            "Mend them and run the same command again: it does only what is left.",
-            file=sys.stderr,
+        complain(
+            f"{len(failed)} of {num_cases} cases failed, the first: {failed[0].case}: {failed[0].message} "
+            "Mend them and run the same command again: it does only what is left."
         )
         return USER_ERROR
     return EXIT_DONE
+
+
+def _check_inputs_stay(source: Path, cases: Sequence[Case], *, output: Path) -> None:
+    """Raise UserError if a result would be written over the list or a volume, before anything runs."""
+    for name in RESULT_NAMES:
+        if os.path.realpath(source) == os.path.realpath(output / name):
+            raise UserError(f"The list '{source}' would be replaced by the {name} of the results. Rename the list, or choose another output folder.")
+    own = [Path(os.path.realpath(output / name)) for name in (CASES_NAME, FAILED_NAME)]
+    for path in (source, *(case.input for case in cases)):
+        if any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in own):
+            raise UserError(f"The input '{path}' lies where the results of '{output}' are written. Choose another output folder.")
+
+
+def _check_dicom_export(cases: Sequence[Case]) -> None:
+    """Raise UserError if no case can be written as DICOM, before any case runs."""
+    series = next((case.input for case in cases if os.path.isdir(case.input)), None)
+    if series is None:
+        check_name(cases[0].input)
+    check_dicom_export(series or cases[0].input, with_headers=False)
 
 
 def _check_structures(bundle: Bundle, structures: Sequence[str]) -> None:

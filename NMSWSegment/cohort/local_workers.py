@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from NMSWSegment.cohort.case_run import CohortSettings, run_case
 from NMSWSegment.cohort.cases import Case
 from NMSWSegment.cohort.outcome import CaseOutcome, failed_outcome
+from NMSWSegment.protocol import UserError
 
 _POLL_S = 1.0
 _EXIT_S = 5.0
@@ -124,9 +125,16 @@ class _Worker:
         # Spawned, because torch's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         if self._process is None or not self._process.is_alive():
-            self._connection, other = context.Pipe()
-            self._process = context.Process(target=_serve, args=(other, *self._arguments), daemon=True, name="nmsw-cohort")
-            self._process.start()
+            try:
+                self._connection, other = context.Pipe()
+                process = context.Process(target=_serve, args=(other, *self._arguments), daemon=True, name="nmsw-cohort")
+                process.start()
+            except OSError as error:
+                raise UserError(
+                    f"The process of a worker could not be started ({error.strerror}). "
+                    "Use fewer workers (--workers), close other programs, or allow more open files (ulimit -n)."
+                ) from error
+            self._process = process
             other.close()
         self.case = case
         try:

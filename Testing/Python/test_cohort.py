@@ -1,7 +1,10 @@
 """Cohorts: what is left of a run that was killed, broken cases, dying processes, locks, pages."""
 
 import csv
+import errno
 import html.parser
+import io
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +17,11 @@ import pytest
 
 from NMSWSegment.__main__ import main
 from NMSWSegment.cohort import local_workers
-from NMSWSegment.cohort.case_run import CohortSettings, case_folder, finished_outcome, run_case
+from NMSWSegment.cohort.case_run import CohortSettings, run_case
 from NMSWSegment.cohort.cases import Case, find_cases
 from NMSWSegment.cohort.cohort import _duration, _prepare
 from NMSWSegment.cohort.local_workers import WorkerPlan, plan_workers
-from NMSWSegment.cohort.outcome import failed_outcome
+from NMSWSegment.cohort.outcome import case_folder, failed_outcome, finished_outcome, input_facts
 from NMSWSegment.files import phantoms
 from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.folder_lock import locked_folder
@@ -108,7 +111,7 @@ def test_dicom_segmentation_of_a_case_that_is_no_dicom_fails_before_it_is_segmen
     pytest.importorskip("highdicom", reason="the extra dicom is not installed")
     write_cases(tmp_path / "in", count=1, broken=0)
     monkeypatch.setattr("NMSWSegment.engine.segmentation.segment_volume", None)
-    outcome = run_case(find_cases(tmp_path / "in")[0], settings_for(tmp_path / "out", a_tiny_bundle, ending=".dcm"), device="cpu", threads=1)
+    outcome = run_case(find_cases(tmp_path / "in").cases[0], settings_for(tmp_path / "out", a_tiny_bundle, ending=".dcm"), device="cpu", threads=1)
     assert outcome.status == "failed" and "refers to the DICOM images" in outcome.message
 
 
@@ -122,7 +125,7 @@ def test_failing_case_leaves_an_outcome_and_nothing_half_done(tmp_path, a_tiny_b
 
     if kind != "user":
         monkeypatch.setattr("NMSWSegment.engine.segmentation.segment_volume", fail)
-    case = find_cases(tmp_path / "in")[0]
+    case = find_cases(tmp_path / "in").cases[0]
     outcome = run_case(case, settings, device="cpu", threads=1)
     assert outcome.status == "failed" and message in outcome.message and outcome.case == "case0"
     assert not list((tmp_path / "out" / "cases").iterdir())
@@ -137,7 +140,7 @@ def test_failing_case_leaves_an_outcome_and_nothing_half_done(tmp_path, a_tiny_b
 def test_changed_input_of_the_same_name_is_done_again(tmp_path, a_tiny_bundle):
     write_cases(tmp_path / "in", count=2, broken=0)
     settings = settings_for(tmp_path / "out", a_tiny_bundle)
-    first, second = find_cases(tmp_path / "in")
+    first, second = find_cases(tmp_path / "in").cases
     run_case(first, settings, device="cpu", threads=1)
     assert finished_outcome(settings.output, first).status == "done"
     other = replace(second, name=first.name)
@@ -160,7 +163,7 @@ def test_worker_process_that_is_killed_costs_its_case_only(tmp_path, a_tiny_bund
     local_workers._Worker = Watched
     try:
         outcomes = []
-        for event in local_workers.run_on_this_computer(find_cases(tmp_path / "in"), settings, plan=plan, needs_bytes={}):
+        for event in local_workers.run_on_this_computer(find_cases(tmp_path / "in").cases, settings, plan=plan, needs_bytes={}):
             if isinstance(event, local_workers.Started) and event.case.name == "case0":
                 workers[0]._process.kill()
             elif isinstance(event, local_workers.Finished):
@@ -204,7 +207,7 @@ def test_plan_has_as_many_workers_as_gpus_or_cores_but_not_more_than_cases(argum
 def test_other_settings_are_refused_until_a_restart_is_asked_for(tmp_path, a_tiny_bundle):
     write_cases(tmp_path / "in", count=1, broken=0)
     settings = settings_for(tmp_path / "out", a_tiny_bundle)
-    case = find_cases(tmp_path / "in")[0]
+    case = find_cases(tmp_path / "in").cases[0]
     _prepare(settings, restart=False)
     run_case(case, settings, device="cpu", threads=1)
     elsewhere = replace(settings, options=replace(settings.options, device="cuda", threads=3, bundle="another path of the same model"))
@@ -245,6 +248,185 @@ def test_cohort_mistake_is_one_sentence_before_any_case_runs(tmp_path, a_tiny_bu
     assert not (tmp_path / "out").exists()
 
 
+def runs_here(monkeypatch) -> None:
+    """Let cohorts run in this process, which saves the start of another one."""
+
+    def run_here(cases, settings, **options):
+        for case in cases:
+            yield local_workers.Started(case)
+            yield local_workers.Finished(case, run_case(case, settings, device="cpu", threads=1))
+
+    monkeypatch.setattr("NMSWSegment.cohort.cohort.run_on_this_computer", run_here)
+
+
+@pytest.mark.parametrize("source", ["study/cases", "study/cases/p1", "list.txt"])
+def test_patients_in_study_cases_are_not_deleted_when_the_output_is_study(tmp_path, a_tiny_bundle, capfd, source):
+    for name in ("p1", "p2"):
+        (tmp_path / "study" / "cases" / name).mkdir(parents=True)
+        (tmp_path / "study" / "cases" / name / "ct.nii.gz").write_bytes(b"precious")
+    (tmp_path / "list.txt").write_text("study/cases/p2/ct.nii.gz\n")
+    assert main(words(tmp_path / source, tmp_path / "study", a_tiny_bundle)) == 2
+    error = capfd.readouterr().err
+    assert "lies where the results of" in error and "Choose another output folder" in error
+    files = sorted(path.relative_to(tmp_path / "study").as_posix() for path in (tmp_path / "study").rglob("*") if path.is_file())
+    assert files == ["cases/p1/ct.nii.gz", "cases/p2/ct.nii.gz"]
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"outcome": "of an election"}'])
+def test_foreign_folder_in_the_place_of_a_case_is_kept(tmp_path, a_tiny_bundle, content):
+    write_cases(tmp_path / "in", count=1, broken=0)
+    settings = settings_for(tmp_path / "out", a_tiny_bundle)
+    case = find_cases(tmp_path / "in").cases[0]
+    foreign = case_folder(settings.output, case)
+    foreign.mkdir()
+    (foreign / "slice.dcm").write_bytes(b"precious")
+    if content is not None:
+        (foreign / "outcome.json").write_text(content)
+    outcome = run_case(case, settings, device="cpu", threads=1)
+    assert outcome.status == "failed" and "Move it elsewhere" in outcome.message
+    assert (foreign / "slice.dcm").read_bytes() == b"precious" and list((settings.output / "cases").iterdir()) == [foreign]
+
+
+def test_restart_removes_our_results_and_no_foreign_files(tmp_path, a_tiny_bundle):
+    write_cases(tmp_path / "in", count=1, broken=0)
+    settings = settings_for(tmp_path / "out", a_tiny_bundle)
+    _prepare(settings, restart=False)
+    case = find_cases(tmp_path / "in").cases[0]
+    run_case(case, settings, device="cpu", threads=1)
+    (settings.output / "failed").mkdir()
+    (settings.output / "cases" / "mine").mkdir()
+    files = {"cases/mine/ct.nii.gz": "mine", "cases/notes.txt": "mine", "failed/mine.txt": "mine", "failed/case9.txt": "Traceback (most recent call last):\n"}
+    for name, text in files.items():
+        (settings.output / name).write_text(text)
+    _prepare(replace(settings, ending=".nii"), restart=True)
+    left = sorted(path.relative_to(settings.output).as_posix() for path in settings.output.rglob("*") if path.is_file())
+    assert left == ["cases/mine/ct.nii.gz", "cases/notes.txt", "cohort.json", "failed/mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("cohort.json", "[]"), ("cohort.json", '{"mine": 1}'), ("cohort.json", "{"), ("statistics.csv", "mine"), ("quality.html", "mine"), ("cohort.csv", "mine"),
+     ("cases", "a file"), ("cases/p1/slice.dcm", "mine"), ("failed/p1.txt", "mine")],
+)  # fmt: skip
+@pytest.mark.parametrize("more", [[], ["--restart"]])
+def test_output_folder_of_somebody_else_is_refused_and_kept(tmp_path, a_tiny_bundle, capfd, name, text, more):
+    write_cases(tmp_path / "in", count=1, broken=0)
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle, *more)) == 2
+    error = capfd.readouterr().err
+    assert f"holds something else than a cohort: {name.partition('/')[0]}. Choose another output folder" in error and "--restart" not in error
+    assert path.read_text() == text and [found.name for found in (tmp_path / "out").iterdir() if found.name != ".lock"] == [name.partition("/")[0]]
+
+
+def test_cases_that_became_a_file_is_one_sentence(tmp_path, a_tiny_bundle):
+    settings = settings_for(tmp_path / "out", a_tiny_bundle)
+    _prepare(settings, restart=False)
+    (settings.output / "cases").rmdir()
+    (settings.output / "cases").touch()
+    with pytest.raises(UserError, match="cases' cannot be made .* Choose another output folder"):
+        _prepare(settings, restart=False)
+
+
+def test_list_named_cohort_csv_in_the_output_folder_is_not_replaced(tmp_path, a_tiny_bundle, capfd):
+    write_cases(tmp_path / "study", count=1, broken=0)
+    (tmp_path / "study" / "cohort.csv").write_text("input,name\ncase0.nii.gz,anna\n")
+    assert main(words(tmp_path / "study" / "cohort.csv", tmp_path / "study", a_tiny_bundle)) == 2
+    assert "would be replaced by the cohort.csv of the results. Rename the list" in capfd.readouterr().err
+    assert (tmp_path / "study" / "cohort.csv").read_text() == "input,name\ncase0.nii.gz,anna\n"
+
+
+def test_folder_that_is_its_own_output_is_gone_on_with(tmp_path, a_tiny_bundle, monkeypatch, capfd):
+    runs_here(monkeypatch)
+    write_cases(tmp_path / "study", count=2, broken=0)
+    assert main(words(tmp_path / "study", tmp_path / "study", a_tiny_bundle)) == 0
+    assert main(words(tmp_path / "study", tmp_path / "study", a_tiny_bundle)) == 0
+    assert "2 of 2 cases are done already." in capfd.readouterr().out
+    assert [(row["case"], row["status"]) for row in rows_of(tmp_path / "study" / "cohort.csv")] == [("case0", "done"), ("case1", "done")]
+
+
+def test_file_name_that_is_not_utf8_fails_alone_and_on_an_ascii_console(tmp_path, a_tiny_bundle, monkeypatch):
+    runs_here(monkeypatch)
+    write_cases(tmp_path / "ü", count=2, broken=1)
+    try:
+        os.rename(tmp_path / "ü" / "case1.nii.gz", os.fsencode(tmp_path / "ü") + b"/m\xfcller.nii.gz")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    (tmp_path / "ü" / "damaged.nii.gz").write_bytes(b"no")
+    ascii_streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", ascii_streams[0])
+    monkeypatch.setattr(sys, "stderr", ascii_streams[1])
+    assert main(words(tmp_path / "ü", tmp_path / "out", a_tiny_bundle)) == 2
+    output, errors = (stream.buffer.getvalue().decode("ascii") for stream in ascii_streams)
+    assert (
+        "1 of 3 cases done" in output
+        and "m\\udcfcller.nii.gz' has characters that are not UTF-8. Rename the file" in output
+        and "2 of 3 cases failed" in errors
+    )
+    rows = rows_of(tmp_path / "out" / "cohort.csv")
+    assert [(row["case"], row["status"]) for row in rows] == [("case0", "done"), ("damaged", "failed"), ("m_ller", "failed")]
+    assert rows[2]["input"].endswith("/ü/m\\udcfcller.nii.gz")
+
+
+def test_changed_input_or_missing_result_is_done_again(tmp_path, a_tiny_bundle):
+    write_cases(tmp_path / "in", count=1, broken=0)
+    settings = settings_for(tmp_path / "out", a_tiny_bundle)
+    case = find_cases(tmp_path / "in").cases[0]
+    folder = case_folder(settings.output, case)
+
+    def is_finished_after(change) -> bool:
+        assert run_case(case, settings, device="cpu", threads=1).status == "done" and finished_outcome(settings.output, case)
+        change()
+        return finished_outcome(settings.output, case) is not None
+
+    def without(key):
+        facts = json.loads((folder / "outcome.json").read_text())
+        del facts[key]
+        (folder / "outcome.json").write_text(json.dumps(facts))
+
+    assert not is_finished_after(lambda: os.utime(case.input, (1, 1)))
+    assert not is_finished_after(lambda: write_volume(Volume(read_volume(case.input).array[4:], np.eye(4)), case.input))
+    assert not is_finished_after((folder / "segmentation.nii.gz").unlink)
+    assert not is_finished_after((folder / "statistics.csv").unlink)
+    assert not is_finished_after(lambda: without("titles"))
+    assert not is_finished_after(lambda: (folder / "outcome.json").write_text((folder / "outcome.json").read_text()[:100]))
+    assert is_finished_after(lambda: without("input_facts"))  # written by an earlier version
+
+
+def test_changed_folder_of_slices_is_noticed(tmp_path):
+    (tmp_path / "p1").mkdir()
+    for name, changed in (("a", 5), ("b", 7), ("cohort.json", 9), (".DS_Store", 9)):
+        (tmp_path / "p1" / name).touch()
+        os.utime(tmp_path / "p1" / name, (changed, changed))
+    case = Case("p1", tmp_path / "p1")
+    assert input_facts(case) == {"files": 2, "changed_ms": 7000}
+    (tmp_path / "p1" / "a").unlink()
+    assert input_facts(case) == {"files": 1, "changed_ms": 7000}
+    assert input_facts(Case("gone", tmp_path / "gone")) is None
+
+
+def test_too_few_open_files_for_a_worker_is_one_sentence(tmp_path, a_tiny_bundle, monkeypatch):
+    def refused(process):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", refused)
+    settings = settings_for(tmp_path / "out", a_tiny_bundle)
+    plan = WorkerPlan(devices=("cpu",), threads=1, memory_bytes=None)
+    with pytest.raises(UserError, match=r"Too many open files.*ulimit -n"):
+        list(local_workers.run_on_this_computer([Case("a", tmp_path / "a.nii.gz")], settings, plan=plan, needs_bytes={}))
+
+
+def test_list_line_of_5000_letters_is_one_sentence_for_dicom_too(tmp_path, a_tiny_bundle, monkeypatch, capfd):
+    pytest.importorskip("highdicom", reason="the extra dicom is not installed")
+    runs_here(monkeypatch)
+    (tmp_path / "list.txt").write_text("x" * 5000 + "\n")
+    for format_, fix in ((".dcm", "Choose another name or folder"), (".nii.gz", "1 of 1 cases failed, the first: xxx")):
+        assert main([*words(tmp_path / "list.txt", tmp_path / "out", a_tiny_bundle), "--format", format_]) == 2
+        error = capfd.readouterr().err
+        assert fix in error and "File name too long" in error
+
+
 class Page(html.parser.HTMLParser):
     """What an HTML page holds."""
 
@@ -267,7 +449,7 @@ def test_sheet_and_page_are_whole_in_themselves_and_list_warnings_first(tmp_path
 
     write_cases(tmp_path / "in", count=2, broken=0)
     settings = settings_for(tmp_path / "out", a_tiny_bundle, with_pictures=True)
-    good, other = find_cases(tmp_path / "in")
+    good, other = find_cases(tmp_path / "in").cases
     volume = read_volume(other.input)
     write_volume(Volume(volume.array[13:17], volume.ijk_to_ras), other.input)  # 40 mm long
     outcomes = [run_case(case, settings, device="cpu", threads=1) for case in (good, other)]
@@ -304,7 +486,7 @@ def test_cohort_on_two_local_ray_workers_gives_what_local_processes_give(tmp_pat
     assert code == 2 and "2 of 3 cases done" in output
     assert [row["status"] for row in rows_of(tmp_path / "ray" / "cohort.csv")] == ["done", "done", "failed"]
     settings = settings_for(tmp_path / "here", a_tiny_bundle)
-    for case in find_cases(tmp_path / "in")[:2]:
+    for case in find_cases(tmp_path / "in").cases[:2]:
         run_case(case, settings, device="cpu", threads=1)
         arrays = [read_volume(case_folder(tmp_path / place, case) / "segmentation.nii.gz").array for place in ("ray", "here")]
         np.testing.assert_array_equal(*arrays)
