@@ -11,11 +11,11 @@ import numpy as np
 import SimpleITK as sitk
 
 from NMSWSegment.files.bundle import Label
-from NMSWSegment.files.text_header import check_data_files, check_units, is_intact, read_text_header
 from NMSWSegment.files.dicom_series import SeriesInfo, find_series, list_series
 from NMSWSegment.files.dicom_voxels import read_voxels
 from NMSWSegment.files.nifti_file import NiftiHeader, holds_voxels, nonfinite_voxels, read_header
 from NMSWSegment.files.output_file import check_name, check_output_path, file_ending, replaced_file
+from NMSWSegment.files.text_header import check_data_files, check_units, is_intact, read_text_header
 from NMSWSegment.files.volume_checks import (
     RESAMPLE_HINT,
     changed_error,
