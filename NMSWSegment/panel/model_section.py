@@ -64,9 +64,10 @@ class ModelSection:
             chosen = getattr(node, name)
             if combo_box.findData(chosen) < 0 and not is_known:
                 combo_box.addItem(chosen, chosen)
-            if combo_box.currentData != chosen:
-                combo_box.currentIndex = next((place for place in map(combo_box.findData, (chosen, default)) if place >= 0), 0)
-            if combo_box.currentData and getattr(node, name) != combo_box.currentData:
+            used = chosen if combo_box.findData(chosen) >= 0 else default
+            if combo_box.currentData != used:
+                combo_box.currentIndex = max(0, combo_box.findData(used))
+            if used != chosen and combo_box.currentData:
                 self._on_log(_("'{chosen}' is not on this computer; '{used}' takes its place.").format(chosen=chosen, used=combo_box.currentData))
                 setattr(node, name, combo_box.currentData)
         omitted = {name for name, is_checked in self.structures().items() if not is_checked}

@@ -15,7 +15,7 @@ from NMSWSegment.protocol import UserError
 
 
 def manifest_values(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 def change_manifest(folder: Path, **changes) -> Path:
@@ -247,7 +247,7 @@ def test_install_never_takes_the_place_of_something_else(a_copy, own_folder, rep
     (own_folder / "tiny" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="Remove it first"):
         install_bundle(a_copy, replace=replace_it)
-    assert (own_folder / "tiny" / "thesis.txt").read_text() == "mine"
+    assert (own_folder / "tiny" / "thesis.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_install_under_the_name_of_a_packaged_bundle_is_refused(a_copy, own_folder):
@@ -349,7 +349,7 @@ def test_install_where_the_folder_is_a_file_says_so(a_copy, own_folder):
     own_folder.write_text("in the way")
     with pytest.raises(UserError, match="could not be installed in .*Check .* that you may use the folder"):
         install_bundle(a_copy)
-    assert own_folder.read_text() == "in the way"
+    assert own_folder.read_text(encoding="utf-8") == "in the way"
 
 
 @pytest.fixture

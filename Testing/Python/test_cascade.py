@@ -119,7 +119,7 @@ def test_bundle_segments_as_the_eager_nets_and_the_reference_of_eq_6(a_bundle, a
 
 
 def test_metadata_name_both_inputs(a_bundle):
-    inputs = json.loads((a_bundle.folder / METADATA_PATH).read_text())["network_data_format"]["inputs"]
+    inputs = json.loads((a_bundle.folder / METADATA_PATH).read_text(encoding="utf-8"))["network_data_format"]["inputs"]
     assert inputs["image"]["spatial_shape"] == [32, 32, 32] and inputs["image"]["num_channels"] == 1
     assert inputs["coarse_logits"]["spatial_shape"] == [16, 16, 16] and inputs["coarse_logits"]["num_channels"] == 4
 

@@ -132,7 +132,7 @@ def test_failing_case_leaves_an_outcome_and_nothing_half_done(tmp_path, a_tiny_b
     details = tmp_path / "out" / "failed" / "case0.txt"
     assert details.exists() == (kind == "bug")
     if kind == "bug":
-        assert "ZeroDivisionError" in details.read_text()
+        assert "ZeroDivisionError" in details.read_text(encoding="utf-8")
         monkeypatch.undo()
         assert run_case(case, settings, device="cpu", threads=1).status == "done" and not details.exists()
 
@@ -317,7 +317,9 @@ def test_output_folder_of_somebody_else_is_refused_and_kept(tmp_path, a_tiny_bun
     assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle, *more)) == 2
     error = capfd.readouterr().err
     assert f"holds something else than a cohort: {name.partition('/')[0]}. Choose another output folder" in error and "--restart" not in error
-    assert path.read_text() == text and [found.name for found in (tmp_path / "out").iterdir() if found.name != ".lock"] == [name.partition("/")[0]]
+    assert path.read_text(encoding="utf-8") == text and [found.name for found in (tmp_path / "out").iterdir() if found.name != ".lock"] == [
+        name.partition("/")[0]
+    ]
 
 
 def test_cases_that_became_a_file_is_one_sentence(tmp_path, a_tiny_bundle):
@@ -334,7 +336,7 @@ def test_list_named_cohort_csv_in_the_output_folder_is_not_replaced(tmp_path, a_
     (tmp_path / "study" / "cohort.csv").write_text("input,name\ncase0.nii.gz,anna\n")
     assert main(words(tmp_path / "study" / "cohort.csv", tmp_path / "study", a_tiny_bundle)) == 2
     assert "would be replaced by the cohort.csv of the results. Rename the list" in capfd.readouterr().err
-    assert (tmp_path / "study" / "cohort.csv").read_text() == "input,name\ncase0.nii.gz,anna\n"
+    assert (tmp_path / "study" / "cohort.csv").read_text(encoding="utf-8") == "input,name\ncase0.nii.gz,anna\n"
 
 
 def test_folder_that_is_its_own_output_is_gone_on_with(tmp_path, a_tiny_bundle, monkeypatch, capfd):
@@ -381,7 +383,7 @@ def test_changed_input_or_missing_result_is_done_again(tmp_path, a_tiny_bundle):
         return finished_outcome(settings.output, case) is not None
 
     def without(key):
-        facts = json.loads((folder / "outcome.json").read_text())
+        facts = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
         del facts[key]
         (folder / "outcome.json").write_text(json.dumps(facts))
 
@@ -390,7 +392,7 @@ def test_changed_input_or_missing_result_is_done_again(tmp_path, a_tiny_bundle):
     assert not is_finished_after((folder / "segmentation.nii.gz").unlink)
     assert not is_finished_after((folder / "statistics.csv").unlink)
     assert not is_finished_after(lambda: without("titles"))
-    assert not is_finished_after(lambda: (folder / "outcome.json").write_text((folder / "outcome.json").read_text()[:100]))
+    assert not is_finished_after(lambda: (folder / "outcome.json").write_text((folder / "outcome.json").read_text(encoding="utf-8")[:100]))
     assert is_finished_after(lambda: without("input_facts"))  # written by an earlier version
 
 

@@ -209,7 +209,7 @@ def test_verb_compares_all_methods_and_writes_tables_and_pictures(a_tiny_bundle,
         a_folder / "out",
     )
     assert verb(*words, "--docs", docs) == 0
-    results = json.loads((a_folder / "out" / "results.json").read_text())
+    results = json.loads((a_folder / "out" / "results.json").read_text(encoding="utf-8"))
     by_method = {entry["method"]: entry for entry in results["records"]}
     assert set(by_method) == set(compare.comparison_methods((3,)))
     for name in ("sw_0.50", "sw_0.25", "sw_foreground", "all"):
@@ -222,10 +222,10 @@ def test_verb_compares_all_methods_and_writes_tables_and_pictures(a_tiny_bundle,
         assert (a_folder / "out" / name).read_bytes().startswith(b"\x89PNG") and (a_folder / "benchmarks" / f"out-{name}").is_file()
     labelmap = read_volume(a_folder / "out" / "labelmaps" / "tiny" / "first" / "sw_0.50.nii.gz")
     np.testing.assert_array_equal(labelmap.array, read_volume(a_folder / "first" / "label.nii.gz").array)
-    page = (a_folder / "out" / "table.md").read_text()
-    assert "Not held out: first" in page and "Ablation pooling" in page and "](benchmarks/out-pareto.png)" in docs.read_text()
+    page = (a_folder / "out" / "table.md").read_text(encoding="utf-8")
+    assert "Not held out: first" in page and "Ablation pooling" in page and "](benchmarks/out-pareto.png)" in docs.read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip().splitlines()[-1] in page.replace("**", "")
-    assert len((a_folder / "out" / "structures.csv").read_text().splitlines()) == 1 + 3 * len(by_method)
+    assert len((a_folder / "out" / "structures.csv").read_text(encoding="utf-8").splitlines()) == 1 + 3 * len(by_method)
 
 
 def test_accuracy_by_size_shows_every_structure_of_every_case_and_their_means(tmp_path, monkeypatch):
@@ -254,7 +254,7 @@ def test_stopped_comparison_goes_on_where_it_was(a_tiny_bundle, a_folder, monkey
     words = ("--bundle", a_tiny_bundle, "--data", f"decathlon:{a_folder}", "--methods", "coarse,sw_0.25", "--output", a_folder / "out")
     with pytest.raises(KeyboardInterrupt):
         verb(*words)
-    before = json.loads((a_folder / "out" / "results.json").read_text())["records"]
+    before = json.loads((a_folder / "out" / "results.json").read_text(encoding="utf-8"))["records"]
     monkeypatch.setattr(
         comparison_run,
         "in_own_process",
@@ -262,7 +262,7 @@ def test_stopped_comparison_goes_on_where_it_was(a_tiny_bundle, a_folder, monkey
     )
     assert verb(*words) == 0
     assert ran == [(case, method) for case in ("first", "second") for method in ("coarse", "sw_0.25")]
-    assert json.loads((a_folder / "out" / "results.json").read_text())["records"][:3] == before
+    assert json.loads((a_folder / "out" / "results.json").read_text(encoding="utf-8"))["records"][:3] == before
     with pytest.raises(UserError, match="methods.*Use the same methods to go on with it, or another --output"):
         verb(*words[:-3], "coarse", *words[-2:])
 
@@ -351,7 +351,7 @@ def test_speed_of_an_earlier_version_is_measured_in_its_folder(tmp_path):
 def test_speed_verb_writes_a_table_and_goes_on(tmp_path, in_this_process, monkeypatch, capsys):
     words = ("--speed", "--shape", 64, 70, 64, "--classes", 3, "--preset", "compact", "--windows", 1, "--output", tmp_path / "speed")
     assert verb(*words) == 0
-    page = (tmp_path / "speed" / "table.md").read_text()
+    page = (tmp_path / "speed" / "table.md").read_text(encoding="utf-8")
     assert "| sliding window, overlap 0.5 | 2 | 1 |" in page and "| NMSW, k = all | 2 | 1 |" in page
     monkeypatch.setattr(speed, "in_own_process", None)  # nothing is left to measure
     assert verb(*words) == 0
@@ -361,7 +361,7 @@ def test_speed_verb_writes_a_table_and_goes_on(tmp_path, in_this_process, monkey
 def test_fusion_sliced_computes_the_same_with_fewer_operations(tmp_path, in_this_process, monkeypatch, capsys):
     words = ("--fusion", "--preset", "compact", "--classes", 3, "--windows", 1, "--threads", 1, "--output", tmp_path / "fusion")
     assert verb(*words) == 0
-    records = json.loads((tmp_path / "fusion" / "results.json").read_text())["records"]
+    records = json.loads((tmp_path / "fusion" / "results.json").read_text(encoding="utf-8"))["records"]
     assert [(record["kind"], record["sparsity"]) for record in records] == [
         ("dense", 0.0),
         *((kind, sparsity) for sparsity in (0.7, 0.8, 0.9) for kind in ("masked", "sliced")),
@@ -387,7 +387,7 @@ def test_runtimes_are_compared_with_the_exact_one_on_the_sample_and_those_that_c
     monkeypatch.setattr(runtime_speed, "prepared_runtime", prepared)
     words = ("--runtimes", "--bundle", a_tiny_bundle, "--windows", 2, "--output", tmp_path / "runtimes")
     assert verb(*words) == 0
-    exact, bfloat16, openvino = json.loads((tmp_path / "runtimes" / "results.json").read_text())["records"]
+    exact, bfloat16, openvino = json.loads((tmp_path / "runtimes" / "results.json").read_text(encoding="utf-8"))["records"]
     assert exact["runtime"] == "exact" and len(exact["seconds"]) == 2 and exact["mean_dsc"] == bfloat16["mean_dsc"] == bfloat16["least_dsc"] == 1
     assert openvino == {"bundle": str(a_tiny_bundle), "runtime": "openvino", "unusable": "it is not installed"}
     monkeypatch.setattr(runtime_speed, "in_own_process", None)  # nothing is left to measure

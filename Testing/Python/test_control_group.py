@@ -18,7 +18,7 @@ def own_group() -> tuple[Path, str]:
     """The memory control group of this process and the name of its limit; skips the test where a group below it cannot be made."""
     if not Path("/proc/self/cgroup").is_file():
         pytest.skip("this system has no control groups")
-    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
     for _, controllers, path in lines:
         if "memory" in controllers.split(","):
             return Path("/sys/fs/cgroup/memory") / path.lstrip("/"), "memory.limit_in_bytes"

@@ -142,7 +142,7 @@ def read_by_dcmqi(path: Path, folder: Path) -> list[tuple[dict, np.ndarray]]:
     done = subprocess.run([sys.executable, "-c", command, *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     segments = []
-    for number, item in enumerate(json.loads((folder / "meta.json").read_text())["segmentAttributes"], start=1):
+    for number, item in enumerate(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["segmentAttributes"], start=1):
         image = sitk.ReadImage(str(folder / f"{number}.nrrd"))
         ijk = [float(index.mean()) for index in np.nonzero(sitk.GetArrayFromImage(image))[::-1]]
         segments.append((item[0], np.array(image.TransformContinuousIndexToPhysicalPoint(ijk)) * (-1, -1, 1)))  # LPS -> RAS

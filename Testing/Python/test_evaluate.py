@@ -105,7 +105,7 @@ def test_label_value_that_the_bundle_does_not_have_is_named(a_tiny_bundle, a_fol
 def test_verb_writes_what_it_prints(a_tiny_bundle, a_folder, capsys):
     output = a_folder / "scores.json"
     assert verb(a_folder, a_tiny_bundle, "--cases", "second", "--k", "0,all", "--policy", "top_k", "-o", str(output)) == 0
-    scores = json.loads(output.read_text())
+    scores = json.loads(output.read_text(encoding="utf-8"))
     assert scores["bundle"] == "tiny" and scores["sha256"] == load_bundle(a_tiny_bundle).sha256 and scores["policy"] == "top_k"
     assert list(scores["cases"]) == ["second"] and list(scores["cases"]["second"]) == ["0", "all"]
     lines = capsys.readouterr().out.splitlines()
@@ -148,7 +148,7 @@ def test_verb_scores_the_classes_that_bundle_and_data_both_know_by_name(a_tiny_b
     assert verb(a_folder, a_tiny_bundle, "--cases", "first", "--k", "all", "-o", str(a_folder / "scores.json")) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(sentence + "first  k=all") and "mean DSC 1.000" in printed
-    assert json.loads((a_folder / "scores.json").read_text())["cases"]["first"]["all"]["dsc"] == dict.fromkeys(scored, 1.0)
+    assert json.loads((a_folder / "scores.json").read_text(encoding="utf-8"))["cases"]["first"]["all"]["dsc"] == dict.fromkeys(scored, 1.0)
 
 
 def test_verb_without_a_class_in_common_says_both_lists(a_tiny_bundle, a_folder):
@@ -192,7 +192,7 @@ def test_csv_holds_a_row_for_every_structure_and_inf_for_a_missed_one(tmp_path):
         "hd95_mm": {"liver": 3.0, "spleen": None},
     }
     write_csv({"cases": {"first": {"all": row}}}, tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text().splitlines() == [
+    assert (tmp_path / "table.csv").read_text(encoding="utf-8").splitlines() == [
         "case,k,structure,dsc,nsd_2mm,nsd_2voxels,hd95_mm",
         "first,all,liver,0.5,0.25,1.0,3.0",
         "first,all,spleen,0.0,0.0,,inf",

@@ -93,7 +93,7 @@ def test_attributions_of_a_bundle_stay_with_the_runs_that_build_upon_one_that_st
         ("lost", {"initial_run": str(tmp_path / "gone")}),
     ):
         folder = first if name == "first" else a_run_of("unet", tmp_path / name)
-        values = json.loads((folder / OPTIONS_NAME).read_text())
+        values = json.loads((folder / OPTIONS_NAME).read_text(encoding="utf-8"))
         (folder / OPTIONS_NAME).write_text(json.dumps(values | change))
     second, lost = (load_bundle(export_bundle(tmp_path / name, tmp_path / f"{name}-bundle")).manifest for name in ("second", "lost"))
     assert second.attributions == tuple(dict.fromkeys(load_bundle("torso-unet").manifest.attributions))
@@ -109,7 +109,7 @@ def test_auto_is_calibrated_on_what_the_run_held_out(a_run, tmp_path, monkeypatc
         assert earlier["patches"] <= later["patches"] and earlier["predicted"] <= later["predicted"] <= 1.0
     found = next(point for point in points if point["auto_gain"] == bundle.manifest.auto_gain)
     assert found["dsc"] >= points[-1]["dsc"] - TOLERANCE or bundle.manifest.auto_gain == min(THRESHOLDS)
-    card = (bundle.folder / "MODEL_CARD.md").read_text()
+    card = (bundle.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert f"The next patch must cover {100 * bundle.manifest.auto_gain:g} % of the expected error" in card and "| all patches |" in card
     volume = read_volume(Path(load_run_options(a_run).data[0].partition(":")[2]) / "two" / "ct.nii.gz")
     auto = segment_volume(volume, bundle, options=SegmentOptions(num_patches="auto", device="cpu", threads=1))
@@ -198,7 +198,7 @@ def test_manifest_says_what_the_run_was(a_bundle, a_run):
     np.testing.assert_allclose(manifest.class_weights, checkpoint["net"]["class_weights"], atol=1e-3)  # rounded to fp16
     assert manifest.training["iterations"] == 2 and manifest.training["trained_on"] == "One tiny case."
     assert manifest.scores["two"]["all"]["mean"] == 0.5 and manifest.attributions == ("Nobody, public domain",)
-    card = (a_bundle / "MODEL_CARD.md").read_text()
+    card = (a_bundle / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "| **mean** | **0.500** |" in card and "- Nobody, public domain" in card
 
 
@@ -207,7 +207,7 @@ def test_manifest_and_card_tell_nothing_about_the_computer(a_bundle, a_run):
     assert options["data"] == ["decathlon"] and options["hold_out"] == ["two"]
     folders = {str(a_run.parent), str(a_bundle.parent), str(Path.home()), str(Path(__file__).parent)}
     for name in ("manifest.json", "MODEL_CARD.md"):
-        assert not [folder for folder in folders if folder in (a_bundle / name).read_text()]
+        assert not [folder for folder in folders if folder in (a_bundle / name).read_text(encoding="utf-8")]
     for name in ("coarse.pt", "local.pt"):
         assert not [folder for folder in folders if folder.encode() in (a_bundle / name).read_bytes()]
 
@@ -320,7 +320,7 @@ def test_archives_name_no_folder_of_the_computer(a_bundle):
 def test_several_data_notes_stand_one_after_the_other(a_run, tmp_path):
     for name, words in (("data", "Two scans."), ("run", "For a day.")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"trained_on": words, "attributions": [name]}))
-    card = (export_bundle(a_run, tmp_path / "bundle", data_notes=(tmp_path / "data.json", tmp_path / "run.json")) / "MODEL_CARD.md").read_text()
+    card = (export_bundle(a_run, tmp_path / "bundle", data_notes=(tmp_path / "data.json", tmp_path / "run.json")) / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "Two scans.\n\nFor a day.\n" in card and "- data\n- run\n" in card
 
 

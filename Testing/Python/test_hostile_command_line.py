@@ -94,7 +94,7 @@ def test_full_disk_leaves_the_older_labelmap(tmp_path, tally, ending):
     with full_disk(700):
         error = tally(lambda: write_labelmap(labelmap, path, labels=labels))
     assert isinstance(error, UserError) and "disk is not full" in str(error)
-    assert path.read_text() == "old" and names(tmp_path) == {path.name}
+    assert path.read_text(encoding="utf-8") == "old" and names(tmp_path) == {path.name}
 
 
 @pytest.mark.parametrize("kind", ["statistics", "preview", "patches", "report"])
@@ -112,7 +112,7 @@ def test_full_disk_at_a_later_file_leaves_all_older_files(a_case, a_tiny_bundle,
     assert main(words(a_case, a_tiny_bundle, *more)) == 2
     assert "disk is not full" in capsys.readouterr().err
     assert names(a_case) == {"ct.nii.gz", "labels.nii.gz", *files.values()}
-    assert all((a_case / name).read_text() == f"old {name}" for name in ("labels.nii.gz", *files.values()))
+    assert all((a_case / name).read_text(encoding="utf-8") == f"old {name}" for name in ("labels.nii.gz", *files.values()))
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
@@ -139,12 +139,12 @@ def test_set_of_files_that_fails_half_way_restores_the_older_ones(tmp_path, monk
     with pytest.raises(UserError, match="Input/output error"), replaced_together(paths) as temporaries:
         for temporary in temporaries:
             temporary.write_text("new")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old a", "c.txt": "old c"}
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {"a.txt": "old a", "c.txt": "old c"}
     calls += [None] * 9
     with replaced_together(paths) as temporaries:
         for temporary in temporaries:
             temporary.write_text("new")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(("a.txt", "b.txt", "c.txt"), "new")
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == dict.fromkeys(("a.txt", "b.txt", "c.txt"), "new")
 
 
 def test_kill_while_writing_leaves_the_older_file(tmp_path):
@@ -156,7 +156,7 @@ def test_kill_while_writing_leaves_the_older_file(tmp_path):
     )
     end = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], cwd=ROOT, timeout=60)
     assert end.returncode == -signal.SIGKILL
-    assert (tmp_path / "a.txt").read_text() == "old" and not (tmp_path / "b.txt").exists()
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old" and not (tmp_path / "b.txt").exists()
 
 
 def test_temporary_name_cannot_be_foreseen_and_follows_no_link(tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_temporary_name_cannot_be_foreseen_and_follows_no_link(tmp_path, monkeyp
     (tmp_path / f".nmsw-{'0' * 16}.txt").symlink_to(tmp_path / "precious")
     with pytest.raises(UserError, match="File exists"), replaced_together([tmp_path / "a.txt"]) as (temporary,):
         temporary.write_text("over")
-    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a.txt").exists()
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "precious" and not (tmp_path / "a.txt").exists()
     monkeypatch.undo()
     seen = set()
     for _ in range(2):
@@ -405,7 +405,7 @@ def test_worker_that_is_sent_thousands_of_brackets_answers_and_ends_with_its_inp
 
 def test_hundred_warm_runs_keep_the_memory_flat(a_tiny_bundle):
     def resident_bytes() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
     if not Path("/proc/self/statm").exists():
         pytest.skip("this system does not tell")

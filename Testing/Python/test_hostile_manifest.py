@@ -72,7 +72,7 @@ CHANGES = {
 
 
 def values_of(bundle: Path) -> dict:
-    return json.loads((bundle / "manifest.json").read_text())
+    return json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
 
 
 def changed(values: dict, place: str, value: object) -> dict:

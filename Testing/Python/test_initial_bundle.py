@@ -98,7 +98,7 @@ def test_thinned_out_e2enet_keeps_its_channels_in_a_sparse_run_and_may_use_all_i
 def test_cascade_cannot_start_a_net_that_reads_the_image_alone(tmp_path):
     found = load_bundle("torso-unet")
     shutil.copytree(found.folder, tmp_path / "bundle")
-    values = json.loads((tmp_path / "bundle" / MANIFEST_NAME).read_text())
+    values = json.loads((tmp_path / "bundle" / MANIFEST_NAME).read_text(encoding="utf-8"))
     values["architecture"]["cascade"] = True
     (tmp_path / "bundle" / MANIFEST_NAME).write_text(json.dumps(values))
     with pytest.raises(UserError, match="is a cascade, whose local net needs the coarse answer. Leave --no-cascade out"):

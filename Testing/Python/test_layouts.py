@@ -36,7 +36,7 @@ def test_totalsegmentator_missing_mask_names_case_and_file(a_totalsegmentator):
 
 
 def test_totalsegmentator_meta_csv_with_commas_asks_for_the_original(a_totalsegmentator):
-    text = (a_totalsegmentator / "meta.csv").read_text()
+    text = (a_totalsegmentator / "meta.csv").read_text(encoding="utf-8")
     (a_totalsegmentator / "meta.csv").write_text(text.replace(";", ","))
     with pytest.raises(UserError, match="Take the dataset's own meta.csv"):
         read_cases(f"totalsegmentator:{a_totalsegmentator}", subset=SUBSET)
@@ -97,7 +97,7 @@ def test_nnunet_ignore_label_is_unknown(tmp_path):
 )
 def test_nnunet_dataset_that_does_not_fit_says_what_to_do(tmp_path, change, fix):
     folder = write_nnunet(tmp_path, names=("a",))
-    values = json.loads((folder / "dataset.json").read_text()) | change
+    values = json.loads((folder / "dataset.json").read_text(encoding="utf-8")) | change
     (folder / "dataset.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     with pytest.raises(UserError, match=fix):
         read_cases(f"nnunet:{folder}")

@@ -73,9 +73,11 @@ def test_segment_writes_all_files_and_one_line_for_each(a_case, a_tiny_bundle, c
         rows = {row["structure"]: row for row in csv.DictReader(stream)}
     assert int(rows["liver"]["voxels"]) == (labelmap.array == 1).sum() > 0
     assert float(rows["liver"]["center_r_mm"]) > 40 and float(rows["spleen"]["center_r_mm"]) < -40
-    report = json.loads((a_case / "r.json").read_text())
+    report = json.loads((a_case / "r.json").read_text(encoding="utf-8"))
     assert report["options"]["num_patches"] == 2
-    assert [markup["center"] for markup in json.loads((a_case / "p.mrk.json").read_text())["markups"]] == [patch["center_ras"] for patch in report["patches"]]
+    assert [markup["center"] for markup in json.loads((a_case / "p.mrk.json").read_text(encoding="utf-8"))["markups"]] == [
+        patch["center_ras"] for patch in report["patches"]
+    ]
 
 
 def test_segment_all_patches_and_chosen_structures(a_case, a_tiny_bundle, capsys):
@@ -84,7 +86,7 @@ def test_segment_all_patches_and_chosen_structures(a_case, a_tiny_bundle, capsys
     words[words.index(str(a_case / "labels.nii.gz"))] = str(a_case / "labels.seg.nrrd")
     assert main(words) == 0
     assert set(np.unique(read_volume(a_case / "labels.seg.nrrd").array)) == {0, 1, 3}
-    report = json.loads((a_case / "r.json").read_text())
+    report = json.loads((a_case / "r.json").read_text(encoding="utf-8"))
     assert report["options"]["num_patches"] is None and len(report["patches"]) == report["candidates"]
     assert capsys.readouterr().out.splitlines()[-1].startswith("2 of 2 structures")
 
@@ -93,7 +95,7 @@ def test_segment_auto_chooses_the_number_of_patches(a_case, a_tiny_bundle):
     words = arguments(a_case, a_tiny_bundle, "--report", str(a_case / "r.json"))
     words[words.index("2")] = "auto"
     assert main(words) == 0
-    report = json.loads((a_case / "r.json").read_text())
+    report = json.loads((a_case / "r.json").read_text(encoding="utf-8"))
     assert report["options"]["num_patches"] == "auto" and 0 < len(report["patches"]) < report["candidates"]
 
 
@@ -168,7 +170,7 @@ def test_segment_failure_of_the_last_file_takes_the_others_away(a_case, a_tiny_b
     monkeypatch.setattr(command_line, "write_patches", fail)
     assert main(arguments(a_case, a_tiny_bundle, "--statistics", str(a_case / "s.csv"), "--patches", str(a_case / "p.mrk.json"))) == code
     assert names(a_case) == {"ct.nii.gz", "s.csv"}
-    assert (a_case / "s.csv").read_text() == "old"
+    assert (a_case / "s.csv").read_text(encoding="utf-8") == "old"
     output, errors = capsys.readouterr()
     assert output == ""
     assert ("Traceback" in errors and "Please report it" in errors) == (code == 1)
@@ -238,7 +240,7 @@ def test_models_lists_facts_and_scores(a_tiny_bundle, capsys, monkeypatch):
 
 def test_models_shows_the_mean_of_each_held_out_case_and_k(a_tiny_bundle, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(a_tiny_bundle, tmp_path / "scored")
-    values = json.loads((folder / "manifest.json").read_text())
+    values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     rows = {k: {"mean": mean, "seconds": 1.0, "candidates": 27, "dsc": {"liver": mean}} for k, mean in (("0", 0.7123), ("10", 0.745))}
     values["scores"] = {"one": rows, "two": {"all": rows["10"]}}
     (folder / "manifest.json").write_text(json.dumps(values))

@@ -45,14 +45,14 @@ def test_curve_of_a_resumed_run_drops_torn_rows_and_those_after_the_checkpoint(t
     curve.write_text("iteration,coarse,high,patch,entropy,ranking,total,validation_dsc\n2,1,1,1,1,0,3,\n4,1,1,1,1,0,3,0.5\n6,1,1,1,1,0,3,\n8,1,1")
     monitor = monitor_module.Monitor(tmp_path, options=None, label_names=["liver"], first_iteration=4)
     monitor.close()
-    assert [row.split(",")[0] for row in curve.read_text().splitlines()] == ["iteration", "2", "4"]
+    assert [row.split(",")[0] for row in curve.read_text(encoding="utf-8").splitlines()] == ["iteration", "2", "4"]
 
 
 def test_curve_of_a_run_from_before_there_was_a_validation_goes_on(tmp_path):
     curve = tmp_path / monitor_module.CURVE_NAME
     curve.write_text("iteration,coarse,high,patch,entropy,ranking,total\n2,1,1,1,1,0,3\n4,1,1,1,1,0,3\n")
     monitor_module.Monitor(tmp_path, options=None, label_names=["liver"], first_iteration=2).close()
-    assert curve.read_text().splitlines() == [
+    assert curve.read_text(encoding="utf-8").splitlines() == [
         "iteration,coarse,high,patch,entropy,ranking,total,validation_dsc",
         "2,1.00000,1.00000,1.00000,1.00000,0.00000,3.00000,",
     ]
@@ -92,7 +92,7 @@ def test_run_leaves_curves_class_weights_and_pictures(tmp_path):
     } <= set(tags["scalars"])
     assert [point.step for point in events.Scalars("learning_rate")] == [2, 4]
     assert [picture.step for picture in events.Images("selection")] == [2, 4]
-    assert [row.split(",")[0] for row in (tmp_path / "run" / "curve.csv").read_text().splitlines()] == ["iteration", "2", "4"]
+    assert [row.split(",")[0] for row in (tmp_path / "run" / "curve.csv").read_text(encoding="utf-8").splitlines()] == ["iteration", "2", "4"]
     picture = events.Images("selection")[0]
     assert picture.width >= 16 and picture.height >= 16
 

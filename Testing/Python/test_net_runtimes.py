@@ -89,7 +89,7 @@ def test_a_damaged_memory_of_the_choice_is_measured_again(a_bundle_and_net, monk
     with_seconds(monkeypatch, lambda found: 3.0 if found is net else 1.0)
     choose_runtime(bundle, net, runtime="auto")
     [kept] = a_cache.glob("runtime-*/choice.json")
-    assert json.loads(kept.read_text()) == {"name": "torch-bf16", "speedup": 3.0}
+    assert json.loads(kept.read_text(encoding="utf-8")) == {"name": "torch-bf16", "speedup": 3.0}
     for text in ("{", "[]", '{"name": "of tomorrow", "speedup": 1}', "null"):
         kept.write_text(text)
         assert choose_runtime(bundle, net, runtime="auto")[1].name == "torch-bf16"

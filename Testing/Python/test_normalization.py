@@ -160,7 +160,7 @@ def test_bundle_of_another_modality_gives_weights_but_no_intensities(a_tiny_bund
     for path in a_tiny_bundle.iterdir():
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
-    values = json.loads((folder / "manifest.json").read_text())
+    values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     values |= {"modality": "MR", "normalization": "zscore", "intensity_points": [[-2, 0], [2, 1]], "architecture": {"preset": "compact"}}
     (folder / "manifest.json").write_text(json.dumps(values))
     options = options_of("--initial-bundle", str(folder))
@@ -172,7 +172,7 @@ def test_bundle_of_another_modality_gives_weights_but_no_intensities(a_tiny_bund
 @pytest.mark.parametrize(("said", "modality"), [({"modality": {"0": "MRI"}}, "CT"), ({"channel_names": {"0": "CT"}}, "MR")])
 def test_data_of_another_modality_is_refused(tmp_path, said, modality):
     folder = a_data_folder(tmp_path)
-    values = json.loads((folder / "dataset.json").read_text())
+    values = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     (folder / "dataset.json").write_text(json.dumps(values | said))
     with pytest.raises(UserError, match="one run learns one modality"):
         find_data(tiny_options(folder, modality=modality, augmentation="paper"))
@@ -228,7 +228,7 @@ def mr_data(tmp_path_factory):
         values = np.interp(values, (-1000, -80, 110, 160, 500), (5, 200, 300, 400, 600))
         values += np.random.default_rng(seed).normal(0, 4, values.shape)
         write(folder / name / "ct.nii.gz", values.clip(0).astype(np.float32))
-    values = json.loads((folder / "dataset.json").read_text())
+    values = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     (folder / "dataset.json").write_text(json.dumps(values | {"modality": {"0": "MRI"}}))
     return folder
 
@@ -244,7 +244,7 @@ def test_model_of_mr_segments_alike_whatever_the_unit_and_the_region_of_interest
     manifest = load_bundle(str(bundle)).manifest
     assert (manifest.modality, manifest.normalization) == ("MR", name) and manifest.training["options"]["normalization"] == name
     assert "- Modality: MR; intensities: " in (bundle / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]["inputs"]["image"]["format"] == "magnitude"
+    assert json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))["network_data_format"]["inputs"]["image"]["format"] == "magnitude"
 
     volume = read_volume(mr_data / "two" / "ct.nii.gz")
     scaled = Volume(volume.array * 7 + 100, volume.ijk_to_ras)

@@ -40,7 +40,7 @@ def a_case() -> tuple[Volume, Volume]:
 
 def test_patches_file_states_its_coordinates(tmp_path):
     write_patches(PATCHES, tmp_path / "p.mrk.json")
-    markups = json.loads((tmp_path / "p.mrk.json").read_text())["markups"]
+    markups = json.loads((tmp_path / "p.mrk.json").read_text(encoding="utf-8"))["markups"]
     assert [markup["name"] for markup in markups] == ["Patch 1", "Patch 2", "Patch 3"]
     assert {markup["coordinateSystem"] for markup in markups} == {"RAS"}
     assert markups[1]["center"] == [20.0, -20.0, 32.5] and markups[1]["size"] == [144.0, 96.0, 52.0]
@@ -71,7 +71,7 @@ def test_patches_open_in_slicer_at_their_world_place(tmp_path):
 
 def test_no_patches_make_an_empty_markups_file(tmp_path):
     write_patches((), tmp_path / "p.mrk.json")
-    assert json.loads((tmp_path / "p.mrk.json").read_text())["markups"] == []
+    assert json.loads((tmp_path / "p.mrk.json").read_text(encoding="utf-8"))["markups"] == []
 
 
 def test_rank_color_runs_from_yellow_to_violet():

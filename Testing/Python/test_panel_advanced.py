@@ -52,7 +52,7 @@ def test_runtime_of_a_scene_that_this_computer_lacks_becomes_exact(app, widget):
     node = widget.logic.getParameterNode()
     node.runtime = "openvino-bf16"
     widget._on_devices({"devices": {"cpu": "CPU"}, "runtimes": {"exact": "PyTorch (float32)"}, "torch": "2.2"})
-    assert node.runtime == widget.ui.runtimeComboBox.currentData == "exact"
+    assert widget.logic.getParameterNode().runtime == widget.ui.runtimeComboBox.currentData == "exact"
 
 
 @pytest.mark.parametrize("answer", [False, True])

@@ -148,7 +148,7 @@ def is_alive(pid: int) -> bool:
     """Whether a process runs; one that ended and was not collected yet does not."""
     try:
         os.kill(pid, 0)
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
         return False
 
@@ -399,7 +399,7 @@ def test_scene_saved_in_a_run_is_in_order_when_it_is_loaded(app, own_folder, tmp
     scene_file = app.save_scene(tmp_path / "saved")
     app.load_scene(scene_file)
 
-    assert "<LabelMapVolume" not in scene_file.read_text()
+    assert "<LabelMapVolume" not in scene_file.read_text(encoding="utf-8")
     composite = app.scene.GetFirstNodeByClass("vtkMRMLSliceCompositeNode")
     assert composite.GetLabelVolumeID() is None
     assert composite.GetLabelOpacity() == 1
@@ -649,18 +649,16 @@ def test_self_tests_of_the_module_pass_outside_the_application_too(app):
 
 
 def test_model_that_a_scene_names_runs_only_if_the_list_shows_it(app, widget):
-    node = widget.logic.getParameterNode()
-    node.model = "/somewhere/else/evil"
-    assert widget.ui.modelComboBox.currentData == node.model == "torso-unet"
+    widget.logic.getParameterNode().model = "/somewhere/else/evil"
+    assert widget.ui.modelComboBox.currentData == widget.logic.getParameterNode().model == "torso-unet"
     assert "'/somewhere/else/evil' is not on this computer; 'torso-unet' takes its place." in widget.ui.logTextEdit.plainText
-    node.model = "tiny"
-    assert widget.ui.modelComboBox.currentData == node.model == "tiny"
+    widget.logic.getParameterNode().model = "tiny"
+    assert widget.ui.modelComboBox.currentData == widget.logic.getParameterNode().model == "tiny"
 
 
 def test_device_that_this_computer_lacks_becomes_automatic_also_in_a_scene_that_comes_later(app, widget):
-    node = widget.logic.getParameterNode()
-    node.device = "cuda:7"
-    assert widget.ui.deviceComboBox.currentData == node.device == "auto"
+    widget.logic.getParameterNode().device = "cuda:7"
+    assert widget.ui.deviceComboBox.currentData == widget.logic.getParameterNode().device == "auto"
 
 
 def test_volume_that_changes_in_a_run_gets_no_result(app, widget):

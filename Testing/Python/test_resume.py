@@ -95,7 +95,7 @@ def test_run_can_be_made_shorter_but_not_than_it_is(data, tmp_path, monkeypatch,
     train(options_of(data, iterations=4), output=tmp_path / "short", num_workers=0)
     expected = seen.copy()
     train(options_of(data, iterations=2), output=tmp_path / "run", num_workers=0)
-    options = json.loads((tmp_path / "run" / OPTIONS_NAME).read_text())
+    options = json.loads((tmp_path / "run" / OPTIONS_NAME).read_text(encoding="utf-8"))
     (tmp_path / "run" / OPTIONS_NAME).write_text(json.dumps(options | {"iterations": 8}))  # as if it had been meant to be longer
     seen.clear()
     with caplog.at_level("INFO"):
@@ -136,7 +136,7 @@ def test_data_may_have_moved_but_must_hold_the_same_cases(tmp_path):
     longer = options_of(moved, iterations=3)
     train(longer, output=tmp_path / "run", num_workers=0, resume=True)
     assert load_run_options(tmp_path / "run") == longer and load_checkpoint(tmp_path / "run")["iteration"] == 3
-    values = json.loads((moved / "dataset.json").read_text())
+    values = json.loads((moved / "dataset.json").read_text(encoding="utf-8"))
     (moved / "one").rename(moved / "three")
     values["training"][0] = {"image": "three/ct.nii.gz", "label": "three/label.nii.gz"}
     (moved / "dataset.json").write_text(json.dumps(values))

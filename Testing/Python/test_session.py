@@ -103,7 +103,7 @@ def test_another_volume_starts_afresh(bundle, volume, calls):
 
 def test_another_bundle_or_thread_count_drops_results(bundle, volume, a_tiny_bundle, tmp_path):
     folder = shutil.copytree(a_tiny_bundle, tmp_path / "tiny")
-    (folder / "manifest.json").write_text((folder / "manifest.json").read_text().replace('"Tiny"', '"Other"'))
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text(encoding="utf-8").replace('"Tiny"', '"Other"'))
     warm = Session(max_patch_bytes=BIG)
     warm.run("a", volume, bundle=bundle, options=cpu())
     more_threads = warm.run("a", volume, bundle=bundle, options=cpu(threads=2))

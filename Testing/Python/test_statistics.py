@@ -138,7 +138,7 @@ def test_statistics_files_have_one_row_per_structure_and_nothing_for_nan(tmp_pat
     write_statistics(rows, tmp_path / "a.json")
     with open(tmp_path / "a.csv", newline="", encoding="utf-8") as stream:
         table = list(csv.DictReader(stream))
-    objects = json.loads((tmp_path / "a.json").read_text())
+    objects = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert tuple(table[0]) == tuple(objects[0]) == STATISTICS_COLUMNS
     assert [row["structure"] for row in table] == [row["structure"] for row in objects] == ["liver", "spleen", "kidney_left"]
     assert (table[0]["volume_ml"], table[0]["mean"], table[0]["at_border"]) == ("0.072", "70", "0")

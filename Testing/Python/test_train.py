@@ -20,6 +20,7 @@ from NMSWSegment.engine.segment import coarse_pass, refine  # noqa: E402
 from NMSWSegment.engine.selection import Selection  # noqa: E402
 from NMSWSegment.files import phantoms  # noqa: E402
 from NMSWSegment.files.bundle import BundleManifest, load_bundle  # noqa: E402
+from NMSWSegment.files.folder_lock import LOCK_NAME  # noqa: E402
 from NMSWSegment.files.labels import coded_labels  # noqa: E402
 from NMSWSegment.files.volume import Volume, read_volume  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
@@ -312,7 +313,7 @@ def test_train_writes_options_checkpoint_and_tensorboard(a_run, data):
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
     net.load_state_dict(checkpoint["net"])
     assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
-    assert sorted(path.name.split(".")[0] for path in a_run.iterdir()) == ["cache", "checkpoint", "curve", "events", "options"]
+    assert sorted(path.name.split(".")[0] for path in a_run.iterdir() if path.name != LOCK_NAME) == ["cache", "checkpoint", "curve", "events", "options"]
 
 
 def test_stopped_and_resumed_run_equals_one_that_was_not_stopped(a_run, data, tmp_path, monkeypatch):
@@ -423,7 +424,7 @@ def test_initial_run_gives_the_first_weights(a_run, data, tmp_path, monkeypatch)
 
 def test_initial_run_of_other_classes_says_what_must_agree(a_run, data, tmp_path):
     other = a_data_folder(tmp_path / "data")
-    values = json.loads((other / "dataset.json").read_text())
+    values = json.loads((other / "dataset.json").read_text(encoding="utf-8"))
     values["labels"]["4"] = "aorta"
     (other / "dataset.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="initial_run.*same classes and preset, and the same backbone"):
@@ -497,7 +498,7 @@ def test_stopped_and_resumed_run_has_the_same_average(data, tmp_path, monkeypatc
     found, expected = load_checkpoint(tmp_path / "stopped"), load_checkpoint(tmp_path / "straight")
     for part in ("net", "average"):
         assert all(torch.equal(found[part][key], value) for key, value in expected[part].items())
-    rows = [(tmp_path / name / "curve.csv").read_text().splitlines() for name in ("stopped", "straight")]
+    rows = [(tmp_path / name / "curve.csv").read_text(encoding="utf-8").splitlines() for name in ("stopped", "straight")]
     assert len(rows[0]) == len(set(rows[0])) >= 1
 
 

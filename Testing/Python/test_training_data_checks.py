@@ -33,7 +33,7 @@ def data(tmp_path) -> Path:
 def set_values(folder: Path, **values) -> None:
     """Change the folder's dataset.json."""
     path = folder / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values))
 
 
 def test_case_whose_label_is_unknown_everywhere_is_refused_by_name(data, tmp_path):
@@ -65,7 +65,7 @@ def test_labels_are_counted_once_and_a_damaged_or_older_entry_is_counted_again(d
     entry = cache.ensure(request)
     voxels = entry_label_voxels(entry)
     assert voxels == {0: 11232 - 15 * 8 * 7 - 10 * 5 * 6 - 26 * 4 * 4, 1: 840, 2: 300, 3: 416}
-    info = json.loads((entry / ENTRY_INFO_NAME).read_text())
+    info = json.loads((entry / ENTRY_INFO_NAME).read_text(encoding="utf-8"))
     info.pop("label_voxels")
     (entry / ENTRY_INFO_NAME).write_text(json.dumps(info))
     assert entry_label_voxels(entry) == voxels

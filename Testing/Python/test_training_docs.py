@@ -112,7 +112,7 @@ def test_word_commands_end_in_a_segmentation_that_can_be_installed(here, capsys)
 def test_mr_commands_end_in_a_segmentation(here, monkeypatch):
     monkeypatch.setattr("NMSWSegment.samples.augment.SHIFT_VOXELS", 2)  # the volumes have 26 voxels
     folder = write_nnunet(here / "Dataset001_MR", names=("a", "b"))
-    values = json.loads((folder / "dataset.json").read_text())
+    values = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     (folder / "dataset.json").write_text(json.dumps(values | {"channel_names": {"0": "T1"}}))
     for line in commands("MR"):
         run(line)

@@ -20,7 +20,7 @@ def test_cache_gives_back_what_was_put_in():
     assert cached_folder("a") is None
     assert put_in_cache("a", write("1")) == cached_folder("a") == user_cache_folder() / "a"
     put_in_cache("a", write("2"))
-    assert (cached_folder("a") / "file").read_text() == "2"
+    assert (cached_folder("a") / "file").read_text(encoding="utf-8") == "2"
 
 
 def test_cache_keeps_no_half_of_a_folder(a_cache):

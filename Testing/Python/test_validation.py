@@ -56,7 +56,7 @@ def test_score_is_what_the_exported_model_gets_with_as_many_patches(data, tmp_pa
     expected = evaluate(bundle, cases, ks=(2,), threads=1)["cases"]["two"]["2"]  # one of importance and one random: two patches
     assert best["validation"]["best_score"] == pytest.approx(expected["mean"], abs=2e-3)  # fp16 weights
     assert bundle.manifest.training["validation_dsc"] == pytest.approx(best["validation"]["best_score"], abs=1e-4)
-    rows = [line.split(",") for line in (tmp_path / "run" / "validation.csv").read_text().splitlines()]
+    rows = [line.split(",") for line in (tmp_path / "run" / "validation.csv").read_text(encoding="utf-8").splitlines()]
     assert rows[0] == ["iteration", "mean", *NAMES] and [row[0] for row in rows[1:]] == ["2", "4"]
     row = next(row for row in rows if row[0] == str(best["iteration"]))
     for name, value in zip(NAMES, row[2:]):
@@ -103,9 +103,9 @@ def test_best_weights_are_kept_and_exported_and_the_card_says_which(data, tmp_pa
         assert bundle.manifest.training["iterations"] == iteration
         weights = (last if last_one else best)["net"]["local.head.weight"]
         assert torch.equal(torch.jit.load(str(bundle.local_path)).state_dict()["head.weight"].float(), weights.half().float())
-    card = (tmp_path / "bundle2" / "MODEL_CARD.md").read_text()
+    card = (tmp_path / "bundle2" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "The weights are those of iteration 2, the best in the validation: mean DSC 0.750." in card
-    assert "best in the validation" not in (tmp_path / "bundle3" / "MODEL_CARD.md").read_text()
+    assert "best in the validation" not in (tmp_path / "bundle3" / "MODEL_CARD.md").read_text(encoding="utf-8")
     later = tiny_options(data, iterations=1, learning_rate=0.0, weight_decay=0.0, initial_run=str(run))
     train(later, output=tmp_path / "later", num_workers=0)
     assert all(torch.equal(value, best["net"][key]) for key, value in load_checkpoint(tmp_path / "later")["net"].items())
@@ -116,7 +116,7 @@ def test_scores_stand_in_the_curve_its_picture_and_tensorboard(data, tmp_path, m
 
     scripted(monkeypatch, [0.25, 0.75])
     train(options_of(data, iterations=4), output=tmp_path / "run", num_workers=0, log_every=1)
-    rows = [line.split(",") for line in (tmp_path / "run" / "curve.csv").read_text().splitlines()]
+    rows = [line.split(",") for line in (tmp_path / "run" / "curve.csv").read_text(encoding="utf-8").splitlines()]
     assert rows[0][-1] == "validation_dsc" and [row[-1] for row in rows[1:]] == ["", "0.25000", "", "0.75000"]
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [(point.step, point.value) for point in events.Scalars("validation/mean")] == [(2, 0.25), (4, 0.75)]
@@ -149,7 +149,7 @@ def test_stopped_and_resumed_run_keeps_best_score_and_patience(data, tmp_path, m
         assert found["validation"] == expected["validation"] and found["iteration"] == expected["iteration"]
         for part in ("net", "average"):
             assert all(torch.equal(found[part][key], value) for key, value in expected[part].items())
-    tables = [(tmp_path / name / "validation.csv").read_text() for name in ("stopped", "straight")]
+    tables = [(tmp_path / name / "validation.csv").read_text(encoding="utf-8") for name in ("stopped", "straight")]
     assert tables[0] == tables[1]
 
 
@@ -189,4 +189,4 @@ def test_impossible_validation_says_what_to_change(changes, fix):
 def test_export_of_a_run_that_was_not_validated_takes_its_only_weights(data, tmp_path):
     train(tiny_options(data, iterations=1), output=tmp_path / "run", num_workers=0)
     bundle = export_bundle(tmp_path / "run", tmp_path / "bundle")
-    assert "validation_dsc" not in json.loads((bundle / "manifest.json").read_text())["training"]
+    assert "validation_dsc" not in json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["training"]

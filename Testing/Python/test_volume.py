@@ -427,7 +427,7 @@ def test_output_folder_without_permission_is_refused(tmp_path, monkeypatch):
 def test_checked_output_leaves_nothing_and_keeps_what_is_there(tmp_path):
     (tmp_path / "labels.nii.gz").write_text("old")
     assert check_output_path(tmp_path / "labels.nii.gz", (".nii.gz",)) == tmp_path / "labels.nii.gz"
-    assert (tmp_path / "labels.nii.gz").read_text() == "old"
+    assert (tmp_path / "labels.nii.gz").read_text(encoding="utf-8") == "old"
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -441,7 +441,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
     monkeypatch.setattr("NMSWSegment.files.volume.sitk.WriteImage", fail)
     with pytest.raises(UserError, match="disk is not full"):
         write_labelmap(a_labelmap(), tmp_path / "labels.nii.gz", labels=LABELS)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("labels.nii.gz", "old")]
+    assert [(path.name, path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()] == [("labels.nii.gz", "old")]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
