@@ -261,6 +261,17 @@ def test_gpu_without_room_for_a_batch_gets_smaller_ones_and_every_patch_its_own_
     assert str(nets.device) == device and freed == ["cuda"] * len(steps)
 
 
+def test_gpu_that_answers_nothing_any_more_leaves_the_run_to_the_cpu(monkeypatch):
+    def dead():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    nets, _, _ = nets_with_room(0, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "empty_cache", dead)
+    patch = torch.arange(24.0).reshape(1, 2, 3, 4)
+    assert torch.equal(nets.local(patch), torch.stack([-patch, patch], dim=1))
+    assert nets.device == torch.device("cpu")
+
+
 def test_batch_size_is_one_on_the_cpu_and_four_on_a_gpu():
     for device, batch_size in (("cpu", 1), ("cuda:1", 4), ("mps", 4)):
         assert Nets(manifest=TWO_CLASSES, coarse_net=None, local_net=None, device=torch.device(device)).batch_size == batch_size
