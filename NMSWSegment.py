@@ -241,8 +241,9 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if not self._parameterNode.inputVolume:
             from NMSWSegment.panel.volume_batch import volumes_of_scene
 
-            for volume in volumes_of_scene(slicer.mrmlScene)[:1]:
-                self._parameterNode.inputVolume = slicer.mrmlScene.GetNodeByID(volume.node_id)
+            volumes = volumes_of_scene(slicer.mrmlScene)
+            if volumes:
+                self._parameterNode.inputVolume = slicer.mrmlScene.GetNodeByID(volumes[0].node_id)
 
     def _setParameterNode(self, parameterNode: NMSWSegmentParameterNode | None) -> None:
         """Bind the panel to a parameter node, or to none."""
@@ -701,8 +702,8 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._log(_("The 3D surfaces could not be created: {error}").format(error=error))
 
         self._stopSurfaces()
+        reveal_surfaces(segmentation)
         if has_surfaces(segmentation):
-            reveal_surfaces(segmentation)
             onDone(True)
         else:
             self._surfacesTask = SteppedTask(show_surfaces_steps(segmentation), on_done=onDone, on_error=onError)
@@ -762,7 +763,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _choices(self) -> tuple:
         """Everything but k that a result depends on."""
-        from NMSWSegment.panel.segmenter import volume_key
+        from NMSWSegment.panel.nodes import volume_key
 
         node = self._parameterNode or self.logic.getParameterNode()
         try:

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     bundle = load_bundle(options.bundle)
     _check_structures(bundle, options.structures)
     if not arguments.no_pictures:
-        require_matplotlib("The quality sheets", or_else=", or leave them out with --no-pictures")
+        require_matplotlib("The quality sheets need", or_else=", or leave them out with --no-pictures")
     check_name(arguments.output.absolute())
     found = find_cases(arguments.source)
     cases = found.cases

@@ -16,7 +16,7 @@ from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import GRID_TOLERANCE, ModelGrid, model_grid_around, moves_with
 from NMSWSegment.files.normalization import IntensityScale, intensity_scale
-from NMSWSegment.files.padding import Padding
+from NMSWSegment.files.padding import Padding, find_padding
 from NMSWSegment.files.volume import Volume
 
 VOXELS_AT_ONCE = 1 << 21  # bounds the working memory of one slab: about 60 MB, 250 of an oblique volume
@@ -43,6 +43,11 @@ def to_model_grid(volume: Volume, manifest: BundleManifest, *, padding: Padding 
     for slab, intensity in _resampled_slabs(volume, model_grid=model_grid, outside=darkest, bounds=(darkest, brightest), scale=scale, padding=padding):
         x[(0, 0, slab, *inside)] = normalize_intensity(intensity, manifest.intensity_points)
     return x, model_grid, grid
+
+
+def padding_of(volume: Volume, manifest: BundleManifest) -> Padding | None:
+    """What the volume does not show, as the model sees it."""
+    return find_padding(volume.array, normalization=manifest.normalization, darkest=manifest.intensity_points[0][0])
 
 
 def resample_to_model_grid(

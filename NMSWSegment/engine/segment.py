@@ -13,14 +13,14 @@ from torch import Tensor
 import NMSWSegment
 from NMSWSegment.engine.aggregation import CoarseUpsampler, StreamingAggregator, patch_upsamplers
 from NMSWSegment.engine.patch_cache import PatchCache
-from NMSWSegment.engine.resampling import coarse_ijk_to_ras, coarse_input, restore_labelmap, to_model_grid
+from NMSWSegment.engine.resampling import coarse_ijk_to_ras, coarse_input, padding_of, restore_labelmap, to_model_grid
 from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reproducible
 from NMSWSegment.engine.selection import Selection, select
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.islands import without_islands
 from NMSWSegment.files.model_grid import ModelGrid
-from NMSWSegment.files.padding import Padding, find_padding
+from NMSWSegment.files.padding import Padding
 from NMSWSegment.files.roi import voxels_in_roi
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import AUTO_GAIN, OnProgress, PatchBox, Progress, SegmentOptions, UserError, ignore_progress, unknown_name
@@ -173,7 +173,7 @@ def coarse_pass(volume: Volume, nets: Nets, *, on_progress: OnProgress = ignore_
     timings = {} if timings is None else timings
     on_progress(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
     with timed(timings, "canonical"):
-        padding = find_padding(volume.array, normalization=nets.manifest.normalization, darkest=nets.manifest.intensity_points[0][0])
+        padding = padding_of(volume, nets.manifest)
         x, model_grid, grid = to_model_grid(volume, nets.manifest, padding=padding)
     on_progress(Progress("coarse", 0.12, "Coarse pass over the whole volume"))
     with timed(timings, "coarse"):

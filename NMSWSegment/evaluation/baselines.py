@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from NMSWSegment.engine.aggregation import CoarseUpsampler, patch_window
-from NMSWSegment.engine.resampling import restore_labelmap, to_model_grid
+from NMSWSegment.engine.resampling import padding_of, restore_labelmap, to_model_grid
 from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reproducible
 from NMSWSegment.engine.segment import CoarsePass, RunCache, SegmentResult, coarse_pass, patch_boxes, refine, segment_volume, timed
 from NMSWSegment.engine.selection import Selection, candidate_importance, class_presence, shows_foreground
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
 from NMSWSegment.files.model_grid import ModelGrid
-from NMSWSegment.files.padding import Padding, find_padding
+from NMSWSegment.files.padding import Padding
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import OnProgress, PatchBox, Progress, SegmentOptions, ignore_progress
 
@@ -82,9 +82,8 @@ def sliding_window(volume: Volume, run: MethodRun, *, overlap: float) -> Answer:
         return Answer(labels=labels, model_grid=coarse.model_grid, padding=coarse.padding, windows=windows, candidates=coarse.grid.num_candidates)
     run.on_progress(Progress("canonical", 0.05, "Resampling the volume to the model's spacing"))
     with timed(run.timings, "canonical"):
-        manifest = run.nets.manifest
-        padding = find_padding(volume.array, normalization=manifest.normalization, darkest=manifest.intensity_points[0][0])
-        x, model_grid, grid = to_model_grid(volume, manifest, padding=padding)
+        padding = padding_of(volume, run.nets.manifest)
+        x, model_grid, grid = to_model_grid(volume, run.nets.manifest, padding=padding)
         x = x[(..., *(slice(0, length) for length in model_grid.shape))]
     labels, windows = slide(x, run, grid=grid, overlap=overlap)
     return Answer(labels=labels, model_grid=model_grid, padding=padding, windows=windows, candidates=grid.num_candidates)

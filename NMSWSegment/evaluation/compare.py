@@ -87,7 +87,7 @@ def chosen_methods(*, ks: Sequence[int], wanted: str, ablations: Sequence[str]) 
 
 def _compare(arguments: argparse.Namespace, *, on_progress: OnProgress) -> tuple[str, list[str], str]:
     """Measure and write everything but the page: the page, its pictures, the sentence."""
-    require_matplotlib("The plots")
+    require_matplotlib("The plots need")
     if not arguments.data:
         raise UserError("There is nothing to compare on. Give --data decathlon:FOLDER, or --speed for speed without data.")
     ks = [k for k in patch_counts(arguments.k) if k is not None]

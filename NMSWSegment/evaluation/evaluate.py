@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         if path:
             check_output_path(path, (ending,))
     if arguments.pictures:
-        require_matplotlib("The pictures")
+        require_matplotlib("The pictures need")
         make_folder(arguments.pictures)
     bundle = load_bundle(arguments.bundle)
     cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases, split=arguments.split)

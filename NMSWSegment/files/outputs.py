@@ -43,18 +43,17 @@ def write_patches(patches: Sequence[PatchBox], path: str | Path) -> None:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def require_matplotlib(what: str = "A preview", *, or_else: str = "") -> None:
+def require_matplotlib(what_needs: str = "A preview needs", *, or_else: str = "") -> None:
     """Raise UserError if pictures cannot be drawn; to be asked before a long run.
 
     Args:
-        what: needs it.
+        what_needs: the beginning of the sentence.
         or_else: another way out, after the sentence.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        need = "need" if what.endswith("s") else "needs"
-        raise UserError(f"{what} {need} matplotlib, which is not installed. Install it with: pip install matplotlib{or_else}") from error
+        raise UserError(f"{what_needs} matplotlib, which is not installed. Install it with: pip install matplotlib{or_else}") from error
 
 
 def write_preview(volume: Volume, labelmap: Volume, *, labels: Sequence[Label], patches: Sequence[PatchBox], path: str | Path) -> None:

@@ -36,14 +36,12 @@ def check_modality(file: VolumeFile, manifest: BundleManifest) -> None:
 def check_intensities(volume: Volume, manifest: BundleManifest) -> None:
     """Raise UserError if the model takes CT and the voxels are no Hounsfield units, or if it takes MR and they are."""
     low, high = AIR_AND_LUNG_HU
-    num_air, air_values = _air(volume.array)
-    if manifest.modality == "MR" and num_air >= LEAST_SHARE * volume.array.size and len(air_values) > 1:
+    if manifest.modality == "MR" and len(_air_values(volume.array, least_voxels=LEAST_SHARE * volume.array.size)) > 1:
         raise UserError(
             f"'{volume.name}' looks like a CT in Hounsfield units: it has air and lung between {low:g} and {high:g}. But model '{manifest.name}' was trained on MR. "
             "Choose another model (see 'nmsw models'), or run it nevertheless with --force-modality."
         )
-    has_air = len(air_values) > 1 or air_values == {AIR_HU}
-    if manifest.modality != "CT" or (_has(volume.array, SOFT_TISSUE_HU) and (has_air or _has(volume.array, FAT_HU))):
+    if manifest.modality != "CT" or (_has(volume.array, SOFT_TISSUE_HU) and (_has_air(volume.array) or _has(volume.array, FAT_HU))):
         return
     raise UserError(
         f"'{volume.name}' is hardly a CT in Hounsfield units, which model '{manifest.name}' was trained on: there are hardly any voxels between {SOFT_TISSUE_HU[0]:g} and "
@@ -53,21 +51,33 @@ def check_intensities(volume: Volume, manifest: BundleManifest) -> None:
 
 
 def _has(array: np.ndarray, bounds: tuple[float, float]) -> bool:
-    """Whether LEAST_SHARE of the voxels lie between two values."""
-    low, high = bounds
-    return sum(int(np.count_nonzero((piece > low) & (piece < high))) for piece in array) >= LEAST_SHARE * array.size
+    """Whether LEAST_SHARE of the voxels lie between two values; looks no further than it has to."""
+    (low, high), missing = bounds, LEAST_SHARE * array.size
+    for piece in array:
+        missing -= np.count_nonzero((piece > low) & (piece < high))
+        if missing <= 0:
+            return True
+    return False
 
 
-def _air(array: np.ndarray) -> tuple[int, set[float]]:
-    """How many voxels have values of air and lung, and the lowest and the highest of these values; only one may be a padding."""
+def _has_air(array: np.ndarray) -> bool:
+    """Whether there is air or lung, and not only a padding."""
+    values = _air_values(array, least_voxels=1)
+    return len(values) > 1 or values == {AIR_HU}
+
+
+def _air_values(array: np.ndarray, *, least_voxels: float) -> set[float]:
+    """Some of the values of air and lung, one only if there is no other; none where fewer voxels have them. Looks no further than it has to."""
     low, high = AIR_AND_LUNG_HU
     count, values = 0, set()
     for piece in array:
         found = piece[(piece > low) & (piece < high)]
         if found.size:
-            ends = {float(found.min()), float(found.max())} | values
-            count, values = count + found.size, {min(ends), max(ends)}
-    return count, values
+            count += found.size
+            values |= {float(found.min()), float(found.max())}
+        if len(values) > 1 and count >= least_voxels:
+            break
+    return values if count >= least_voxels else set()
 
 
 def run_memory_bytes(shape: Sequence[int], ijk_to_ras: np.ndarray, manifest: BundleManifest, *, num_patches: int | None, bytes_per_voxel: int) -> int:

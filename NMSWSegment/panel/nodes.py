@@ -59,6 +59,18 @@ def volume_from_node(node: "slicer.vtkMRMLScalarVolumeNode") -> Volume:
     return Volume(array=array, ijk_to_ras=node_to_world_matrix(node) @ ijk_to_node_matrix(node), name=node.GetName() or "")
 
 
+def volume_key(node: "slicer.vtkMRMLScalarVolumeNode") -> str:
+    """Names these voxels in this place: VTK's modification counter is unique in a session.
+
+    Raises:
+        UserError: as volume_from_node.
+    """
+    place = volume_from_node(node).ijk_to_ras
+    image = node.GetImageData()
+    stamp = max(image.GetMTime(), image.GetPointData().GetScalars().GetMTime())
+    return f"{node.GetID()} {stamp} {place.tobytes().hex()}"
+
+
 def volume_in_node(node: "slicer.vtkMRMLScalarVolumeNode") -> Volume:
     """The same in the node's own coordinates, without its parent transform."""
     return dataclasses.replace(volume_from_node(node), ijk_to_ras=ijk_to_node_matrix(node))

@@ -11,7 +11,7 @@ from vtk.util.numpy_support import vtk_to_numpy
 from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.label_content import LabelContent, voxels_fingerprint
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.panel.nodes import LABELMAP_REPRESENTATION, check_same_grid, import_steps, write_statistics_table
+from NMSWSegment.panel.nodes import LABELMAP_REPRESENTATION, check_same_grid, import_steps, volume_key, write_statistics_table
 from NMSWSegment.panel.overlays import hidden_segments, set_hidden_segments, show_patches
 from NMSWSegment.panel.stepped_task import Steps
 from NMSWSegment.panel.surfaces import has_surfaces, surface_of
@@ -28,6 +28,7 @@ def result_steps(
     labels: Sequence[Label],
     statistics: Sequence[dict],
     volume_node: "slicer.vtkMRMLScalarVolumeNode",
+    key: str | None = None,
     segmentation_node: "slicer.vtkMRMLSegmentationNode | None",
     output_name: str = "",
     started: float,
@@ -44,6 +45,7 @@ def result_steps(
         content: of the labelmap.
         labels: of the model.
         statistics: StructureStatistics.to_dict() of every label.
+        key: volume_key of what was segmented; None where nothing can have changed meanwhile.
         segmentation_node: None makes a new one, of the name output_name.
         started: time.perf_counter() at the click.
         keep_visibility: segments that were hidden stay hidden; else the whole segmentation is shown.
@@ -52,13 +54,15 @@ def result_steps(
     Raises:
         UserError: a node was removed, or the volume is no longer the one that was segmented; raised by the first step, which changes nothing.
     """
-    # The application goes on during a run, so a user may have closed the scene or moved the volume meanwhile.
+    # The application goes on during a run, so a user may have closed the scene, moved the volume, filtered it or gone to another time point meanwhile.
     if volume_node.GetScene() is None or (segmentation_node is not None and segmentation_node.GetScene() is None):
         raise UserError("The input volume or the output segmentation was deleted during the run. Load the volume and segment it again.")
+    if key is not None and key != volume_key(volume_node):
+        raise _changed_error(volume_node)
     try:
         check_same_grid(labelmap, volume_node)
     except ValueError as error:
-        raise UserError(f"The volume '{volume_node.GetName()}' was moved or changed during the run ({error}). Segment it again.") from error
+        raise _changed_error(volume_node, f" ({error})") from error
     yield
     if segmentation_node is None:
         segmentation_node = new_segmentation_node(volume_node, name=output_name)
@@ -81,6 +85,11 @@ def result_steps(
     seconds = time.perf_counter() - started
     _store_provenance(segmentation_node, run_info, seconds=seconds)
     return segmentation_node, seconds
+
+
+def _changed_error(volume_node: "slicer.vtkMRMLScalarVolumeNode", how: str = "") -> UserError:
+    """The sentence for a volume that is no longer the one that was segmented."""
+    return UserError(f"The volume '{volume_node.GetName()}' was moved or changed during the run{how}. Segment it again.")
 
 
 def new_segmentation_node(volume_node: "slicer.vtkMRMLScalarVolumeNode", *, name: str) -> "slicer.vtkMRMLSegmentationNode":

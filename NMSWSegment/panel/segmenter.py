@@ -23,7 +23,7 @@ from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.files.label_content import LabelContent
 from NMSWSegment.files.volume import Volume
 from NMSWSegment.panel.application import _
-from NMSWSegment.panel.nodes import node_to_world_matrix, volume_from_node
+from NMSWSegment.panel.nodes import node_to_world_matrix, volume_from_node, volume_key
 from NMSWSegment.panel.overlays import hide_previous_result, remove_traces_of_run, show_coarse_result
 from NMSWSegment.panel.result import is_as_made, result_steps, segments_state
 from NMSWSegment.panel.stepped_task import SteppedTask
@@ -237,13 +237,11 @@ class Segmenter:
         def steps():
             remove_traces_of_run(active.scene)
             yield
-            # the application goes on during a run, so a user may have moved the volume, filtered it or gone to another time point meanwhile
-            if active.volume_node.GetScene() is not None and volume_key(active.volume_node) != active.request["volume"]["key"]:
-                raise UserError(f"The volume '{active.volume_node.GetName()}' was moved or changed during the run. Segment it again.")
             return (
                 yield from result_steps(
                     labelmap, event["run_info"], LabelContent(**event["content"]), labels=active.bundle.manifest.labels, statistics=event["statistics"],
-                    volume_node=active.volume_node, segmentation_node=active.segmentation_node, output_name=active.output_name, started=active.started,
+                    volume_node=active.volume_node, key=active.request["volume"]["key"], segmentation_node=active.segmentation_node,
+                    output_name=active.output_name, started=active.started,
                     keep_visibility=active.keep_visibility, on_new_node=on_new_node,
                 )
             )  # fmt: skip
@@ -305,15 +303,3 @@ def _error_event(active: _ActiveRun | None, error: Exception) -> dict:
     _logger.error("a result or an event could not be handled", exc_info=error)
     details = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return {"event": "error", "id": run_id, "kind": "bug", "message": str(error), "details": details}
-
-
-def volume_key(node: "slicer.vtkMRMLScalarVolumeNode") -> str:
-    """Names these voxels in this place: VTK's modification counter is unique in a session.
-
-    Raises:
-        UserError: as nodes.volume_from_node.
-    """
-    place = volume_from_node(node).ijk_to_ras
-    image = node.GetImageData()
-    stamp = max(image.GetMTime(), image.GetPointData().GetScalars().GetMTime())
-    return f"{node.GetID()} {stamp} {place.tobytes().hex()}"

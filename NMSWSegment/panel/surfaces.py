@@ -30,7 +30,6 @@ def show_surfaces_steps(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> 
     yield
     if segmentation_node.GetScene() is None:
         return False
-    reveal_surfaces(segmentation_node)
     is_shown = bool(segmentation_node.CreateClosedSurfaceRepresentation())
     # Nothing was left to convert, so the views are told as a conversion tells them.
     segmentation.InvokeEvent(slicer.vtkSegmentation.ContainedRepresentationNamesModified)
