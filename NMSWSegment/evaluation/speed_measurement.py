@@ -133,7 +133,12 @@ def measure_earlier(method: str, options: SpeedOptions, *, folder: Path) -> dict
     )
     request = json.dumps([method, METHODS[method], asdict(options)])
     done = subprocess.run(
-        [sys.executable, "-c", script, request], env=os.environ | {"PYTHONPATH": str(folder.resolve())}, cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, request],
+        env=os.environ | {"PYTHONPATH": str(folder.resolve())},
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
     )
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"

@@ -223,7 +223,7 @@ def _available_on_windows() -> int | None:
 
 def _available_on_macos() -> int | None:
     """Pages that are free or that the system gives away first."""
-    return _parse_vm_stat(subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=5, check=True).stdout)
+    return _parse_vm_stat(subprocess.run(["/usr/bin/vm_stat"], capture_output=True, encoding="utf-8", timeout=5, check=True).stdout)
 
 
 def _parse_vm_stat(text: str) -> int | None:

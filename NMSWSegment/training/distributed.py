@@ -71,9 +71,8 @@ def _others_there() -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise UserError(
-            f"Another process of this run has ended, so that this one ends too; the first message says why ({str(error).splitlines()[0]})."
-        ) from error
+        reason = str(error).splitlines()[0].split(". ")[0]  # what follows is advice for those who write gloo
+        raise UserError(f"Another process of this run has ended, so that this one ends too; the first message says why ({reason}).") from error
 
 
 @contextmanager

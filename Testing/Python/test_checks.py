@@ -169,5 +169,5 @@ def test_seconds_adds_patches_voxels_and_restoring():
 
 def test_panel_needs_neither_torch_nor_qt_nor_slicer():
     code = "import sys, NMSWSegment.panel.checks, NMSWSegment.panel.run_state; print([name for name in ('torch', 'qt', 'slicer', 'SimpleITK') if name in sys.modules])"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     assert told.stdout.strip() == "[]"

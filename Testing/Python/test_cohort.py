@@ -78,7 +78,7 @@ def test_cohort_of_ten_killed_with_signal_9_goes_on_and_one_broken_case_stops_no
     kept = {path.name: (path / "outcome.json").stat().st_mtime_ns for path in finished()}
     assert 2 <= len(kept) < 9
 
-    second = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    second = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, env=environment)
 
     assert second.returncode == 2, second.stdout + second.stderr
     assert f"{len(kept)} of 10 cases are done already." in second.stdout

@@ -42,7 +42,7 @@ def a_group():
         def run(*arguments: str, limit_mb: int) -> subprocess.CompletedProcess:
             (group / limit_name).write_text(str(limit_mb * MB))
             enter = f"import os, runpy, sys; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); sys.argv[0] = 'nmsw'; runpy.run_module('NMSWSegment', run_name='__main__')"
-            return subprocess.run([sys.executable, "-c", enter, *arguments], cwd=ROOT, capture_output=True, text=True)
+            return subprocess.run([sys.executable, "-c", enter, *arguments], cwd=ROOT, capture_output=True, encoding="utf-8")
 
         yield run
     finally:

@@ -139,7 +139,7 @@ def read_by_dcmqi(path: Path, folder: Path) -> list[tuple[dict, np.ndarray]]:
     pytest.importorskip("dcmqi", reason="the test extra dcmqi is not installed")
     command = "import sys, dcmqi; sys.exit(dcmqi._program('segimage2itkimage', sys.argv[1:]))"
     words = ["--inputDICOM", str(path), "--outputDirectory", str(folder), "--outputType", "nrrd"]
-    done = subprocess.run([sys.executable, "-c", command, *words], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", command, *words], capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     segments = []
     for number, item in enumerate(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["segmentAttributes"], start=1):

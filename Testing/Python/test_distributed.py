@@ -32,7 +32,7 @@ def a_process(data: Path, output: Path, flags: str, *, launcher: Sequence[str] =
     """`nmsw train` on its own, or started by a launcher."""
     words = [sys.executable, *launcher, "-m", "NMSWSegment", "train", "--data", f"decathlon:{data}", "--output", str(output), *FLAGS.split(), *flags.split()]
     places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    return subprocess.Popen(words, env=os.environ | places | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, env=os.environ | places | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
 
 def a_port() -> str:
@@ -108,7 +108,7 @@ def test_error_of_one_process_ends_all_with_a_sentence_each(tmp_path):
     first, second = (process.communicate(timeout=300)[0] for process in processes)
     assert [process.returncode for process in processes] == [2, 2], first + second
     assert "The label of case 'two' holds [90" in second and "Traceback" not in second
-    assert "Another process of this run has ended" in first and "Traceback" not in first
+    assert "Another process of this run has ended" in first and "Traceback" not in first and first.isascii()  # torch ends such words with an emoji
     assert not (tmp_path / "run" / "options.json").exists()
 
 

@@ -340,7 +340,7 @@ def test_models_with_a_full_or_closed_output(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     with open("/dev/full", "wb") as full, open(writing, "wb") as pipe:
-        ends = [run("models", stdout=stream, stderr=subprocess.PIPE, text=True) for stream in (full, pipe)]
+        ends = [run("models", stdout=stream, stderr=subprocess.PIPE, encoding="utf-8") for stream in (full, pipe)]
     for end in ends:
         assert end.returncode == 2 and "could not be written or printed" in end.stderr and len(end.stderr.splitlines()) == 1
 
@@ -348,7 +348,7 @@ def test_models_with_a_full_or_closed_output(tmp_path):
 @pytest.mark.parametrize("redirection", [">/dev/full 2>/dev/full", ">&- 2>&- <&-"], ids=["full", "closed"])
 def test_segment_with_a_full_or_closed_output_has_written_its_files(a_case, a_tiny_bundle, redirection):
     command = " ".join(f"'{word}'" for word in [sys.executable, "-m", "NMSWSegment", *words(a_case, a_tiny_bundle)])
-    end = subprocess.run(f"{command} {redirection}", shell=True, executable="/bin/bash", cwd=ROOT, timeout=60, capture_output=True, text=True)
+    end = subprocess.run(f"{command} {redirection}", shell=True, executable="/bin/bash", cwd=ROOT, timeout=60, capture_output=True, encoding="utf-8")
     assert end.returncode == 0 and "Traceback" not in end.stderr and "bug" not in end.stderr
     assert read_volume(a_case / "labels.nii.gz").array.any()
 
@@ -364,7 +364,7 @@ def test_ctrl_c_while_libraries_are_loaded_is_one_word(tmp_path):
             "from NMSWSegment.__main__ import main\n"
             "sys.exit(main(['models']))\n"
         )
-        end = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        end = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60)
         assert (end.returncode, end.stdout, end.stderr) == (130, "", "nmsw: Stopped.\n")
 
 
@@ -451,7 +451,7 @@ def test_kill_at_every_stage_leaves_the_older_files(a_case, a_tiny_bundle):
         "    print(stage, os.WTERMSIG(status), before == after, flush=True)\n"
     )
     arguments = words(a_case, a_tiny_bundle, "--statistics", str(a_case / "s.csv"))
-    end = subprocess.run([sys.executable, "-c", program, "segment", *arguments[1:]], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    end = subprocess.run([sys.executable, "-c", program, "segment", *arguments[1:]], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100)
     lines = [line.split() for line in end.stdout.splitlines() if len(line.split()) == 3]
     assert len(lines) >= 6 and all(line[1:] == [str(int(signal.SIGKILL)), "True"] for line in lines), end.stdout + end.stderr
     assert names(a_case) == {"ct.nii.gz", "labels.nii.gz", "s.csv"}

@@ -65,7 +65,7 @@ sys.modules["NMSWSegment"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 """
     done = subprocess.run(
-        [sys.executable, "-c", load + code], cwd=folder, capture_output=True, text=True, check=False, env={"PATH": "", "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", load + code], cwd=folder, capture_output=True, encoding="utf-8", check=False, env={"PATH": "", "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
 

@@ -187,7 +187,7 @@ def test_segment_stopped_by_a_signal_returns_130_and_leaves_nothing(a_case, a_ti
         "sys.exit(main(sys.argv[1:]))\n"
     )
     run = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments(a_case, a_tiny_bundle)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *arguments(a_case, a_tiny_bundle)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
     )
     assert run.stdout.readline() == "running\n"
     started = time.monotonic()

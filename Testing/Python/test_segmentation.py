@@ -109,7 +109,7 @@ def test_voxels_that_are_no_number_are_told_of_a_volume_object_too(a_phantom, a_
 
 def test_importing_the_package_loads_no_library():
     code = "import sys, NMSWSegment; print(sorted({'torch', 'numpy', 'SimpleITK', 'highdicom', 'pydicom'} & set(sys.modules))); NMSWSegment.segment; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, timeout=60)
     assert done.stdout.split("\n")[:2] == ["[]", "True"]
     assert "highdicom" not in done.stdout
 

@@ -759,7 +759,7 @@ def test_sample_data_is_read_from_the_registered_file(app, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="the launcher is a shell script")
 def test_python_slicer_starts_a_child_that_outlives_the_launcher(app, tmp_path):
     code = "import os, sys, time; print(os.getpid(), flush=True); print(sys.stdin.readline().strip(), flush=True); time.sleep(30)"
-    launcher = subprocess.Popen(["PythonSlicer", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(["PythonSlicer", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
     child = int(launcher.stdout.readline())
     try:
         launcher.stdin.write("through the launcher\n")

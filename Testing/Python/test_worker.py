@@ -273,7 +273,7 @@ def test_low_priority_that_slicer_gives_is_undone_where_the_system_permits(inher
     script = (
         f"import os; os.setpriority(os.PRIO_PROCESS, 0, {inherited}); from NMSWSegment.engine.worker import set_priority; set_priority(); print(os.nice(0))"
     )
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     if "SLICER_BACKGROUND_THREAD_PRIORITY" in ended.stderr:  # said where the system refuses
         assert int(ended.stdout) == inherited == 19
     else:
