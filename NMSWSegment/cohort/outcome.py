@@ -1,5 +1,6 @@
 """What became of a case, and the folder of its results."""
 
+import glob
 import json
 import os
 import re
@@ -20,6 +21,8 @@ _OUTCOME_START = re.compile(r'\{\s*"outcome":\s*\{\s*"case":')
 """How every outcome.json of ours begins; a crash of the computer may have cut off the rest."""
 _FAILURE_START = "Traceback (most recent call last):"
 _START_LETTERS = 100
+_HEADER_ENDINGS = (".mhd", ".nhdr", ".hdr", ".img")
+"""Of files whose voxels may be in another one."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,23 @@ def input_facts(case: Case) -> dict | None:
     """What tells a changed input: size and time of a file, number of files and newest time of a folder; None where it cannot be looked at."""
     try:
         if not case.input.is_dir():
-            found = case.input.stat()
-            return {"bytes": found.st_size, "changed_ms": found.st_mtime_ns // 1_000_000}  # what all network drives keep
+            found = [path.stat() for path in _files_of(case.input)]
+            return {
+                "bytes": sum(file.st_size for file in found),
+                "changed_ms": max(file.st_mtime_ns for file in found) // 1_000_000,
+            }  # what all network drives keep
         # The results lie in the same folder where OUT is the input.
         files = [entry.stat() for entry in os.scandir(case.input) if entry.is_file() and entry.name not in RESULT_NAMES and not entry.name.startswith(".")]
     except (OSError, ValueError):
         return None
     return {"files": len(files), "changed_ms": max((file.st_mtime_ns for file in files), default=0) // 1_000_000}
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file, and those beside it that have its name with another ending where it may be but a header."""
+    if path.suffix.lower() not in _HEADER_ENDINGS:
+        return [path]
+    return [path, *(other for other in path.parent.glob(f"{glob.escape(path.stem)}.*") if other.name != path.name and other.is_file())]
 
 
 def finished_outcome(output: Path, case: Case) -> CaseOutcome | None:

@@ -253,6 +253,11 @@ def _check_meta_image_storage(header: TextHeader, *, is_several: bool) -> None:
             f"'{name}' does not say how many bytes its compressed voxels are (CompressedDataSize), so that they cannot be read. "
             "Write it again with this line in its header, or not compressed."
         )
+    for key, plain in (("ElementToIntensityFunctionSlope", 1), ("ElementToIntensityFunctionOffset", 0)):
+        if (text := header.fields.get(key, "")) and not _is_number(text, plain):
+            raise UserError(
+                f"'{name}' gives the {key} {text[:_SHOWN_LETTERS]}, which is not applied here. Write it again with it applied to the voxels, and without this line."
+            )
 
 
 def _check_data_file(path: Path, header_path: Path) -> None:
@@ -284,6 +289,14 @@ def _number(header: TextHeader, key: str) -> int:
     """Of a field of a MetaImage; 0 where it is missing or no number."""
     found = re.match(r"[+-]?\d{1,18}", header.fields.get(key, ""))
     return int(found[0]) if found else 0
+
+
+def _is_number(text: str, number: float) -> bool:
+    """Whether a text says just that."""
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
 
 
 def _meta_image_stream(header: TextHeader) -> _Stream | None:

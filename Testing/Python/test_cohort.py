@@ -408,6 +408,17 @@ def test_changed_folder_of_slices_is_noticed(tmp_path):
     assert input_facts(Case("gone", tmp_path / "gone")) is None
 
 
+def test_changed_voxels_beside_their_header_are_noticed(tmp_path):
+    for name, text, changed in (("ct[1].mhd", "12", 5), ("ct[1].raw", "123", 7), ("ct[2].raw", "1234", 9), ("ct[1].nii", "12345", 9)):
+        (tmp_path / name).write_text(text)
+        os.utime(tmp_path / name, (changed, changed))
+    assert input_facts(Case("a", tmp_path / "ct[1].nii")) == {"bytes": 5, "changed_ms": 9000}
+    (tmp_path / "ct[1].nii").unlink()
+    assert input_facts(Case("a", tmp_path / "ct[1].mhd")) == {"bytes": 5, "changed_ms": 7000}
+    (tmp_path / "ct[1].mhd").unlink()
+    assert input_facts(Case("a", tmp_path / "ct[1].mhd")) is None
+
+
 def test_too_few_open_files_for_a_worker_is_one_sentence(tmp_path, a_tiny_bundle, monkeypatch):
     def refused(process):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -383,6 +383,8 @@ def test_meta_image_of_other_files_than_slices_is_refused(tmp_path, tally, capfd
         ("DistanceUnits=cm", "gives lengths in 'cm', but millimeters are needed"),
         ("CompressedData=True", "compressed voxels of 'ct.mhd' are in several files"),
         ("CompressedData=True;CompressedDataSize=99;HeaderSize=-1", "gives a HeaderSize of -1, but its voxels do not begin there"),
+        ("ElementToIntensityFunctionSlope=2", "gives the ElementToIntensityFunctionSlope 2, which is not applied here"),
+        ("ElementToIntensityFunctionOffset=-1024", "gives the ElementToIntensityFunctionOffset -1024, which is not applied here"),
     ],
 )
 def test_meta_image_is_refused_with_the_reason(tmp_path, tally, fields, sentence):
