@@ -1,5 +1,6 @@
 """NMSW inference on one page: model grid -> coarse -> selection -> patches -> labels -> the volume's own grid."""
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from NMSWSegment.engine.runtime import Nets, memory_explained, open_nets, reprod
 from NMSWSegment.engine.selection import Selection, select
 from NMSWSegment.files.bundle import Bundle, BundleManifest
 from NMSWSegment.files.grid import CandidateGrid
-from NMSWSegment.files.islands import without_islands
+from NMSWSegment.files.islands import remove_islands
 from NMSWSegment.files.model_grid import ModelGrid
 from NMSWSegment.files.padding import Padding
 from NMSWSegment.files.roi import voxels_in_roi
@@ -123,7 +124,7 @@ def segment_volume(
         if coarse_ready:
             on_progress(Progress("preview", PATCHES_FROM, "Writing the coarse labels to the volume's grid"))
             with timed(timings, "preview"):
-                preview = coarse_result(coarse, keep=keep, in_roi=in_roi, name=volume.name)
+                preview = coarse_result(coarse, options=options, manifest=bundle.manifest, in_roi=in_roi, name=volume.name)
             coarse_ready(preview)
             del preview  # a labelmap as large as the volume
         with timed(timings, "select"):
@@ -136,10 +137,7 @@ def segment_volume(
         labels = refine(coarse, selection, nets, upsamplers=upsamplers, patches=run_cache.patches, on_progress=on_progress, timings=timings)
         on_progress(Progress("restore", PATCHES_TO, "Writing labels to the volume's grid"))
         with timed(timings, "restore"):
-            labelmap = _restored(labels, coarse, keep=keep, in_roi=in_roi, name=volume.name)
-        if options.min_island_ml > 0:
-            with timed(timings, "islands"):
-                labelmap = without_islands(labelmap, min_ml=options.min_island_ml)
+            labelmap = _restored(labels, coarse, options=options, manifest=bundle.manifest, in_roi=in_roi, name=volume.name)
     patches = patch_boxes(selection, grid=coarse.grid, model_grid=coarse.model_grid)
     run_info = {
         "bundle": {"name": bundle.manifest.name, "sha256": bundle.sha256},
@@ -185,18 +183,17 @@ def coarse_pass(volume: Volume, nets: Nets, *, on_progress: OnProgress = ignore_
     )
 
 
-def coarse_result(coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> CoarseResult:
+def coarse_result(coarse: CoarsePass, *, options: SegmentOptions, manifest: BundleManifest, in_roi: np.ndarray | None, name: str) -> CoarseResult:
     """The answer without patches, and where the coarse net sees reason for them.
 
     Args:
-        keep: label values to keep.
         in_roi: voxels of the volume in the region of interest, (K, J, I) bool; None keeps all.
         name: of the volume.
     """
     relative = torch.exp(coarse.importance_map - coarse.importance_map.max())
     importance = Volume(array=relative.numpy(), ijk_to_ras=coarse.coarse_ijk_to_ras, name=name)
     return CoarseResult(
-        labelmap=_restored(coarse.coarse_labels, coarse, keep=keep, in_roi=in_roi, name=name),
+        labelmap=_restored(coarse.coarse_labels, coarse, options=options, manifest=manifest, in_roi=in_roi, name=name),
         importance=importance,
         candidates=coarse.grid.num_candidates,
     )
@@ -344,9 +341,12 @@ def _patch_logits(
         yield index, ready.pop(index) if index in ready else patches.get(index)
 
 
-def _restored(labels: Tensor, coarse: CoarsePass, *, keep: tuple[int, ...], in_roi: np.ndarray | None, name: str) -> Volume:
+def _restored(labels: Tensor, coarse: CoarsePass, *, options: SegmentOptions, manifest: BundleManifest, in_roi: np.ndarray | None, name: str) -> Volume:
     """Labels (D, H, W) on the volume's own grid, without what is not to be kept."""
-    labelmap = restore_labelmap(_kept(labels, keep), coarse.model_grid, padding=coarse.padding)
+    kept = _kept(labels, structure_values(manifest, options.structures))
+    if options.min_island_ml or manifest.min_island_share:
+        remove_islands(kept.numpy(), min_voxels=1000 * options.min_island_ml / math.prod(coarse.model_grid.spacing_mm), min_share=manifest.min_island_share)
+    labelmap = restore_labelmap(kept, coarse.model_grid, padding=coarse.padding)
     if in_roi is not None:
         labelmap.array[~in_roi] = 0
     return Volume(array=labelmap.array, ijk_to_ras=labelmap.ijk_to_ras, name=name)

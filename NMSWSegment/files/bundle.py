@@ -111,6 +111,8 @@ class BundleManifest:
     """Runs whose nets the archives hold; of more than one, such as the folds of a cross-validation, the mean of their probabilities is the answer."""
     auto_gain: float = AUTO_GAIN
     """Share of the expected error that the next patch must add for k = auto to take it."""
+    min_island_share: float = 0.0
+    """Parts of a structure that lie apart from it and are smaller than this share of its largest part become background; 0 keeps all."""
     training: dict = field(default_factory=dict)
     """What the weights were trained on and how; for people."""
     scores: dict = field(default_factory=dict)

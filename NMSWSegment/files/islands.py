@@ -3,28 +3,30 @@
 import numpy as np
 import SimpleITK as sitk
 
-from NMSWSegment.files.volume import Volume
 
+def remove_islands(labels: np.ndarray, *, min_voxels: float = 0.0, min_share: float = 0.0) -> None:
+    """Turn into background, in place, the connected parts of a structure that are small; its largest part always stays.
 
-def without_islands(labelmap: Volume, *, min_ml: float) -> Volume:
-    """A labelmap without the connected parts of a structure that are smaller than `min_ml`; the largest part always stays.
-
-    Voxels are connected through their faces. Removed voxels become background.
+    Voxels are connected through their faces.
 
     Args:
-        labelmap: labels, (K, J, I) uint8; not changed.
+        labels: (D, H, W) uint8, 0 is background.
+        min_voxels: parts with fewer voxels are small.
+        min_share: parts that are smaller than this share of the largest part of their structure are small, too; as in nnU-Net, the
+            training's validation says whether a model is better off without them (training/calibration.py).
     """
-    array = labelmap.array.copy()
-    min_voxels = min_ml * 1000 / float(np.prod(labelmap.spacing_mm))
     boxes = sitk.LabelShapeStatisticsImageFilter()
     boxes.ComputePerimeterOff()  # only the boxes are needed
-    boxes.Execute(sitk.GetImageFromArray(labelmap.array))
+    boxes.Execute(sitk.GetImageFromArray(labels))
     for value in boxes.GetLabels():
         first, size = boxes.GetBoundingBox(value)[:3], boxes.GetBoundingBox(value)[3:]
         box = tuple(slice(start, start + length) for start, length in zip(first[::-1], size[::-1]))
-        is_inside = (labelmap.array[box] == value).astype(np.uint8)
-        parts = sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(sitk.GetImageFromArray(is_inside))))  # 1 is the largest
-        is_small = np.bincount(parts.ravel()) < min_voxels
-        is_small[:2] = False
-        array[box][is_small[parts]] = 0
-    return Volume(array=array, ijk_to_ras=labelmap.ijk_to_ras, name=labelmap.name)
+        parts = sitk.ConnectedComponent(sitk.GetImageFromArray((labels[box] == value).view(np.uint8)))
+        numbers = sitk.GetArrayViewFromImage(parts)
+        sizes = np.bincount(numbers.ravel())
+        sizes[0] = 0  # what is not of the structure
+        largest = int(sizes.argmax())
+        is_small = sizes < max(min_voxels, min_share * sizes[largest])
+        is_small[[0, largest]] = False
+        if is_small.any():
+            labels[box][is_small[numbers]] = 0

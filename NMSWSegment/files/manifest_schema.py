@@ -222,6 +222,7 @@ _OPTIONAL: dict[str, Check] = {
     "normalization": _one_of(NORMALIZATIONS),
     "num_runs": _integer(1, 100),
     "auto_gain": _number(0, 1),
+    "min_island_share": _number(0, 1),
     "training": _object,
     "scores": _mapping(_mapping(_fields({"mean": _any_number}, {}))),
     "license": _text(),

@@ -1,8 +1,9 @@
-"""How little the next patch may promise before k = auto stops, found on the cases that a run held out.
+"""How little the next patch may promise before k = auto stops, and whether small islands go, found on the cases that a run held out.
 
 every held-out case: the coarse pass, then every patch once
 for each threshold: the patches that k = auto would take, their DSC, and the share of the expected error that they cover
 the largest threshold whose mean DSC is as good as that of all patches, but for TOLERANCE
+islands go where the DSC of all patches is better without them, and that of no structure worse by more than TOLERANCE (nnU-Net asks the same)
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from NMSWSegment.engine.patch_cache import PatchCache
 from NMSWSegment.engine.runtime import Nets
 from NMSWSegment.engine.segment import CoarsePass, choose, coarse_pass, refine
 from NMSWSegment.engine.selection import Selection
+from NMSWSegment.files.islands import remove_islands
 from NMSWSegment.files.memory import available_memory_bytes, cache_limit_bytes
 from NMSWSegment.protocol import AUTO, SegmentOptions, UserError
 from NMSWSegment.samples.case_source import CaseSource
@@ -24,6 +26,8 @@ THRESHOLDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
 """Values of auto_gain that are tried."""
 TOLERANCE = 0.003
 """DSC that may be lost against all patches."""
+ISLAND_SHARE = 0.05
+"""Value of min_island_share that is tried."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,18 @@ class AutoPoint:
     dsc: float
 
 
-def calibrate(nets: Nets, cases: Sequence[CaseSource]) -> tuple[float, list[AutoPoint]]:
-    """The threshold, and the points from no patch over all thresholds to all patches.
+@dataclass(frozen=True)
+class Calibration:
+    """What the held-out cases say."""
+
+    auto_gain: float
+    min_island_share: float
+    points: tuple[AutoPoint, ...]
+    """From no patch over all thresholds to all patches."""
+
+
+def calibrate(nets: Nets, cases: Sequence[CaseSource]) -> Calibration:
+    """Choose the threshold of k = auto, and whether islands go.
 
     Raises:
         UserError: there is no case.
@@ -49,14 +63,26 @@ def calibrate(nets: Nets, cases: Sequence[CaseSource]) -> tuple[float, list[Auto
         raise UserError(
             "k = auto can be calibrated on cases that the run held out, but it held out none. Leave --calibrate out, or train with --hold-out or --fold."
         )
-    rows = np.mean([_rows(nets, source) for source in cases], axis=0)
-    points = [AutoPoint(gain, *row) for gain, row in zip((None, *THRESHOLDS[::-1], None), rows.tolist())]
+    rows, dice, dice_without_islands = zip(*(_measured(nets, source) for source in cases))
+    points = tuple(AutoPoint(gain, *row) for gain, row in zip((None, *THRESHOLDS[::-1], None), np.mean(rows, axis=0).tolist()))
     enough = [point.auto_gain for point in points[1:-1] if point.dsc >= points[-1].dsc - TOLERANCE]
-    return (enough[0] if enough else THRESHOLDS[0]), points
+    return Calibration(
+        auto_gain=enough[0] if enough else THRESHOLDS[0],
+        min_island_share=ISLAND_SHARE if is_better_without(np.array(dice), np.array(dice_without_islands)) else 0.0,
+        points=points,
+    )
 
 
-def _rows(nets: Nets, source: CaseSource) -> list[tuple[float, float, float, float]]:
-    """Patches, candidates, share of the expected error and DSC of one case, in the order of the points."""
+def is_better_without(dice: np.ndarray, dice_without_islands: np.ndarray) -> bool:
+    """Whether the mean is better without islands, and no structure worse by more than TOLERANCE; both (cases, structures), NaN where a case has none."""
+    is_known = ~np.isnan(dice)
+    gains = np.where(is_known, dice_without_islands - dice, 0.0)
+    return bool(gains.sum() > 0 and (gains.sum(0) / np.maximum(is_known.sum(0), 1)).min() >= -TOLERANCE)
+
+
+def _measured(nets: Nets, source: CaseSource) -> tuple[list[tuple[float, float, float, float]], np.ndarray, np.ndarray]:
+    """Patches, candidates, share of the expected error and DSC of one case, in the order of the points; and, of all patches, DSC by structure with
+    and without islands."""
     sample = source.whole()
     coarse = coarse_pass(as_volume(sample, nets.manifest.spacing_mm), nets)
     reference = sample.labels.cpu().numpy()
@@ -68,7 +94,8 @@ def _rows(nets: Nets, source: CaseSource) -> list[tuple[float, float, float, flo
         labels = refine(coarse, selection, nets, patches=cache)[inside].numpy()
         dice = dice_per_class(labels, reference, num_classes=nets.manifest.num_classes)[1:]
         rows.append((len(selection.indices), coarse.grid.num_candidates, _covered_share(coarse, selection), float(np.nanmean(dice))))
-    return rows
+    remove_islands(labels := np.ascontiguousarray(labels), min_share=ISLAND_SHARE)
+    return rows, dice, dice_per_class(labels, reference, num_classes=nets.manifest.num_classes)[1:]
 
 
 def _covered_share(coarse: CoarsePass, selection: Selection) -> float:

@@ -117,9 +117,9 @@ def export_bundle(
     coarse = net.coarse if len(nets) == 1 else CoarseEnsemble([one.coarse for one in nets])
     local = net.local if len(nets) == 1 else LocalEnsemble([one.local for one in nets])
     if calibrates:
-        auto_gain, points = calibrate(_as_nets(coarse, local, manifest), _held_out_cases(options, label_names=checkpoint["label_names"]))
-        manifest["auto_gain"] = auto_gain
-        manifest["training"]["auto"] = [asdict(point) for point in points]
+        found = calibrate(_as_nets(coarse, local, manifest), _held_out_cases(options, label_names=checkpoint["label_names"]))
+        manifest |= {"auto_gain": found.auto_gain, "min_island_share": found.min_island_share}
+        manifest["training"]["auto"] = [asdict(point) for point in found.points]
     return write_bundle(coarse, local, output=output, examples=examples, manifest=manifest, picture=picture, for_monai=True)
 
 

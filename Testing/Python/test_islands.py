@@ -1,48 +1,68 @@
 """Small islands: hand-made parts of known size."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from NMSWSegment.engine.segment import segment_volume
 from NMSWSegment.files.bundle import load_bundle
-from NMSWSegment.files.islands import without_islands
-from NMSWSegment.files.volume import Volume
+from NMSWSegment.files.islands import remove_islands
 from NMSWSegment.protocol import SegmentOptions, UserError
 
 
-def a_labelmap() -> Volume:
-    """Voxels of 1 ml: structure 3 in parts of 8, 4 and 1 voxels, the last touching the first by an edge; structure 7 in parts of 2 and 1."""
-    array = np.zeros((8, 9, 10), np.uint8)
-    array[1:3, 1:3, 1:3] = 3
-    array[3, 3, 1] = 3  # an edge is no connection
-    array[5:7, 5:7, 8] = 3
-    array[7, 0, 0:2] = 7
-    array[0, 8, 9] = 7
-    return Volume(array, np.diag([10.0, 10.0, 10.0, 1.0]), name="case")
+def some_labels() -> np.ndarray:
+    """Structure 3 in parts of 8, 4 and 1 voxels, the last touching the first by an edge; structure 7 in parts of 2 and 1."""
+    labels = np.zeros((8, 9, 10), np.uint8)
+    labels[1:3, 1:3, 1:3] = 3
+    labels[3, 3, 1] = 3  # an edge is no connection
+    labels[5:7, 5:7, 8] = 3
+    labels[7, 0, 0:2] = 7
+    labels[0, 8, 9] = 7
+    return labels
 
 
-@pytest.mark.parametrize(("min_ml", "left_3", "left_7"), [(0.5, 13, 3), (1.5, 12, 2), (4.0, 12, 2), (4.5, 8, 2), (100.0, 8, 2)])
-def test_parts_below_the_size_go_and_the_largest_stays(min_ml, left_3, left_7):
-    labelmap = a_labelmap()
-    found = without_islands(labelmap, min_ml=min_ml)
-    assert (np.count_nonzero(found.array == 3), np.count_nonzero(found.array == 7)) == (left_3, left_7)
-    assert (found.array[1:3, 1:3, 1:3] == 3).all() and (found.array[7, 0, :2] == 7).all()
-    np.testing.assert_array_equal(labelmap.array, a_labelmap().array)
+@pytest.mark.parametrize(
+    ("limits", "left_3", "left_7"),
+    [
+        ({"min_voxels": 0.5}, 13, 3),
+        ({"min_voxels": 1.5}, 12, 2),
+        ({"min_voxels": 4.0}, 12, 2),
+        ({"min_voxels": 4.5}, 8, 2),
+        ({"min_voxels": 100.0}, 8, 2),
+        ({"min_share": 0.125}, 13, 3),
+        ({"min_share": 0.2}, 12, 3),  # a fifth of 8 is more than 1, a fifth of 2 is not
+        ({"min_share": 1.0}, 8, 2),
+        ({"min_share": 0.2, "min_voxels": 1.5}, 12, 2),
+    ],
+)
+def test_small_parts_go_and_the_largest_stays(limits, left_3, left_7):
+    labels = some_labels()
+    remove_islands(labels, **limits)
+    assert (np.count_nonzero(labels == 3), np.count_nonzero(labels == 7)) == (left_3, left_7)
+    assert (labels[1:3, 1:3, 1:3] == 3).all() and (labels[7, 0, :2] == 7).all()
 
 
-def test_labelmap_without_structures_stays_empty():
-    assert not without_islands(Volume(np.zeros((2, 3, 4), np.uint8), np.eye(4)), min_ml=1.0).array.any()
+def test_labels_without_structures_stay_empty():
+    labels = np.zeros((2, 3, 4), np.uint8)
+    remove_islands(labels, min_voxels=1.0, min_share=0.5)
+    assert not labels.any()
 
 
-def test_islands_stay_unless_asked_for(a_phantom, a_tiny_bundle):
+@pytest.mark.parametrize(("min_island_ml", "min_island_share", "stays"), [(0.0, 0.0, True), (20.0, 0.0, False), (0.0, 0.05, False), (1.0, 0.001, True)])
+def test_islands_stay_unless_the_user_or_the_model_asks(a_phantom, a_tiny_bundle, min_island_ml, min_island_share, stays):
     volume, _ = a_phantom
+    liver = segment_volume(volume, load_bundle(str(a_tiny_bundle)), options=SegmentOptions(device="cpu", threads=1, num_patches=None)).labelmap.array
     volume.array[:4, :4, :4] = 160.0  # as bright as the liver, far from it: 64 voxels of 0.216 ml
     bundle = load_bundle(str(a_tiny_bundle))
-    options = [SegmentOptions(device="cpu", threads=1, num_patches=None, min_island_ml=size) for size in (0.0, 20.0)]
-    kept, removed = (segment_volume(volume, bundle, options=chosen).labelmap.array for chosen in options)
-    assert kept[1, 1, 1] == 1 and removed[1, 1, 1] == 0
-    is_changed = kept != removed
-    assert is_changed[:4, :4, :4].sum() == is_changed.sum() == 64
+    bundle = replace(bundle, manifest=replace(bundle.manifest, min_island_share=min_island_share))
+    shown = []
+    options = SegmentOptions(device="cpu", threads=1, num_patches=None, min_island_ml=min_island_ml)
+    found = segment_volume(volume, bundle, options=options, coarse_ready=shown.append).labelmap.array
+    assert (found[:4, :4, :4] == 1).all() == found[:4, :4, :4].any() == stays
+    assert shown[0].labelmap.array[:4, :4, :4].any() == stays  # the coarse result too
+    found[:4, :4, :4] = 0
+    np.testing.assert_array_equal(found, liver)
 
 
 def test_negative_island_size_is_refused():
