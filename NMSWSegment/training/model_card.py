@@ -23,6 +23,7 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
         *([f"- An ensemble of {manifest.num_runs} runs, whose probabilities are averaged"] if manifest.num_runs > 1 else []),
         f"- Modality: {manifest.modality}; intensities: {_INTENSITIES[manifest.normalization]}; model spacing {spacing} mm (S, A, R); patch {patch} voxels, overlap {manifest.overlap:g}",
         f"- Structures ({len(manifest.labels)}): {', '.join(label.title for label in manifest.labels)}",
+        *([f"- Parts of a structure smaller than {100 * manifest.min_island_share:g} % of its largest part are removed"] if manifest.min_island_share else []),
         f"- License of the weights: {manifest.license}",
         "",
         *([f"![What the model finds]({PICTURE_NAME})", ""] if has_picture else []),
