@@ -65,6 +65,7 @@ CHANGES = {
     "preset of a number": ("architecture", {"preset": 3}, "architecture.preset"),
     "ensemble of nothing": ("num_runs", 0, "num_runs.*whole number from 1"),
     "auto that never begins": ("auto_gain", 1.5, "auto_gain.*from 0 to 1"),
+    "islands larger than the structure": ("min_island_share", 1.5, "min_island_share.*from 0 to 1"),
     "cascade that is a word": ("architecture", {"cascade": "yes"}, "architecture.cascade.*true or false"),
     "normalization of tomorrow": ("normalization", "histogram", "normalization.*one of fixed, percentiles, zscore"),
     "format of a list": ("format_version", [1], "format"),
@@ -107,7 +108,7 @@ def test_every_key_of_a_wrong_type_is_refused_by_name(a_tiny_bundle, tally):
                 assert (
                     (key in TEXT_KEYS and isinstance(wrong, str))
                     or (key in ("training", "architecture", "sha256", "scores") and isinstance(wrong, dict))
-                    or (key in ("overlap", "auto_gain") and wrong == 0 and wrong is not False)
+                    or (key in ("overlap", "auto_gain", "min_island_share") and wrong == 0 and wrong is not False)
                     or (key == "importance_has_entropy" and wrong is True)
                     or (key == "attributions" and isinstance(wrong, list))
                     or (key == "format_version" and wrong is True)
@@ -121,6 +122,7 @@ def test_every_missing_key_is_named(a_tiny_bundle, tally):
         "normalization",
         "num_runs",
         "auto_gain",
+        "min_island_share",
         "training",
         "scores",
         "license",

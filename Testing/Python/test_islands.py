@@ -65,6 +65,18 @@ def test_islands_stay_unless_the_user_or_the_model_asks(a_phantom, a_tiny_bundle
     np.testing.assert_array_equal(found, liver)
 
 
+def test_islands_go_at_export_where_the_mean_is_better_and_no_structure_worse():
+    pytest.importorskip("monai")
+    from NMSWSegment.training.calibration import TOLERANCE, is_better_without
+
+    dice = np.array([[0.8, 0.7, np.nan], [0.6, 0.5, 0.9]])
+    assert is_better_without(dice, dice + [0.0, 0.01, 0.0])
+    assert not is_better_without(dice, dice)
+    assert not is_better_without(dice, dice + [0.1, -2 * TOLERANCE, 0.0])  # the mean is better, one structure is not
+    assert is_better_without(dice, dice + [0.1, -0.5 * TOLERANCE, 0.0])
+    assert not is_better_without(np.array([[np.nan]]), np.array([[np.nan]]))
+
+
 def test_negative_island_size_is_refused():
     with pytest.raises(UserError, match="0 or more"):
         SegmentOptions(min_island_ml=-1.0)
