@@ -31,6 +31,7 @@ from NMSWSegment.panel.application import (
     ScriptedLoadableModuleWidget,
     WithinRange,
     _,
+    details_argument,
     parameterNodeWrapper,
     translate,
 )
@@ -70,7 +71,7 @@ LIVE_UPDATE_MS = 250
 IDLE_MS = 10 * 60 * 1000
 """A worker that was not used for so long gives its memory back."""
 RATES_KEY = "NMSWSegment/Rates"
-TUTORIAL_URL = "https://github.com/NMSWSegment/NMSWSegment/blob/main/docs/tutorial.md"
+TUTORIAL_URL = "https://github.com/NMSWSegment/SlicerNMSWSegment/blob/main/docs/tutorial.md"
 
 
 class NMSWSegment(ScriptedLoadableModule):
@@ -151,7 +152,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._lastRunInfo = None
         self._status = ""
         self._availableBytes = None
-        self._observedNodes = ()
+        self._observedNodes = {}
         self._isCancelledByUser = False
         self._batch = None
         self._surfacesTask = None
@@ -180,7 +181,10 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneEndClose)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneEndImport)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeAboutToBeRemovedEvent, self.onNodeAboutToBeRemoved)
         self.initializeParameterNode()
+        if self.parent.isEntered:  # reloaded: no enter() follows
+            self._startWorker()
 
     def cleanup(self) -> None:
         """End the worker and let go of the scene when the application closes or the module is reloaded."""
@@ -235,6 +239,14 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self.parent.isEntered:
             self.initializeParameterNode()
 
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def onNodeAboutToBeRemoved(self, caller, event, node) -> None:
+        """Remove what is drawn over a volume together with it; the list of input volumes would go on to the importance map."""
+        from NMSWSegment.panel.overlays import remove_overlays_of
+
+        if not slicer.mrmlScene.IsClosing():
+            remove_overlays_of(node)
+
     def initializeParameterNode(self) -> None:
         """Bind the panel to the scene's parameter node; the first volume is the first choice."""
         self._setParameterNode(self.logic.getParameterNode())
@@ -264,16 +276,15 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _observeChosenNodes(self) -> None:
         """Follow the volume and the region of interest while a user moves or changes them."""
         node = self._parameterNode
-        chosen = tuple(filter(None, (node.inputVolume, node.regionOfInterest))) if node else ()
-        if chosen == self._observedNodes:
+        chosen = list(filter(None, (node.inputVolume, node.regionOfInterest))) if node else []
+        if chosen == list(self._observedNodes):
             return
-        for observed in self._observedNodes:
-            for event in (vtk.vtkCommand.ModifiedEvent, slicer.vtkMRMLTransformableNode.TransformModifiedEvent):
-                self.removeObserver(observed, event, self.onChosenNodeModified)
-        self._observedNodes = chosen
-        for observed in chosen:
-            for event in (vtk.vtkCommand.ModifiedEvent, slicer.vtkMRMLTransformableNode.TransformModifiedEvent):
-                self.addObserver(observed, event, self.onChosenNodeModified)
+        for observed, tags in self._observedNodes.items():
+            for tag in tags:
+                observed.RemoveObserver(tag)
+        events = (vtk.vtkCommand.ModifiedEvent, slicer.vtkMRMLTransformableNode.TransformModifiedEvent)
+        # Not by addObserver(): VTKObservationMixin keeps all nodes that it ever observed, and with them their voxels.
+        self._observedNodes = {observed: [observed.AddObserver(event, self.onChosenNodeModified) for event in events] for observed in chosen}
 
     def onChosenNodeModified(self, caller=None, event=None) -> None:
         """Show what the change means for the run."""
@@ -330,6 +341,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Segment the volumes of the scene one after the other, with the settings of now."""
         from NMSWSegment.panel.volume_batch import volumes_of_scene
 
+        self._liveTimer.stop()  # a live update would start behind the question
         volumes = volumes_of_scene(slicer.mrmlScene)
         structures = self._models.structures()
         with slicer.util.tryWithErrorDisplay(_("The segmentation could not be started.")):
@@ -339,11 +351,18 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 slicer.util.infoDisplay(no_structure_message())
             elif ensure_torch() and slicer.util.confirmYesNoDisplay(batch_question([volume.name for volume in volumes])):
                 self.segmentVolumes(volumes)
+        self._liveTimer.start()
 
     def segmentVolumes(self, volumes: "list[BatchVolume]") -> None:
-        """Segment volumes one after the other, with the settings of now."""
+        """Segment volumes one after the other, with the settings of now.
+
+        Raises:
+            UserError: another run goes on.
+        """
         from NMSWSegment.panel.volume_batch import VolumeBatch
 
+        if self.segmenter.is_running or self._batch is not None:
+            raise UserError(_("A segmentation is running. Cancel it or wait until it is complete, then try again."))
         self._batch = VolumeBatch(volumes, self._options())
         self._startNextOfBatch()
 
@@ -414,7 +433,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _updateLive(self) -> None:
         """Let the result follow the slider: run what is new, or stop a live run whose k is no longer wanted."""
         node = self._parameterNode
-        if node is None or not node.liveUpdate:
+        if node is None or not node.liveUpdate or self._batch is not None:
             return
         if self.segmenter.is_running and self._run.is_live and self._run.num_patches != self._numPatches():
             self._cancel()
@@ -513,7 +532,7 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._endRun(status)
         else:
             self._endRun(status)
-            slicer.util.errorDisplay(message, detailedText=details)
+            slicer.util.errorDisplay(message, **details_argument(details))
 
     def _endRun(self, status: str) -> None:
         """Show how a run ended, and follow the slider if it moved meanwhile; of many volumes, go on with the next one."""
@@ -562,10 +581,12 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.autoPatchesCheckBox.enabled = self._run.is_num_patches_enabled and node.policy == "greedy"
         self.ui.numPatchesSlider.enabled = self._run.is_num_patches_enabled and self._numPatches() != AUTO
         table = self._volumesTable()
-        self.ui.volumesTable.setMRMLTableNode(table)
+        if self.ui.volumesTable.mrmlTableNode() is not table:  # the same again would reset selection and column widths
+            self.ui.volumesTable.setMRMLTableNode(table)
         self.ui.volumesTable.visible = table is not None
         self.ui.editedLabel.visible = table is not None and self.segmenter.is_edited(node.outputSegmentation)
         self._updateExport()
+        self.ui.segmentAllButton.enabled = self._run.are_settings_enabled and self._batch is None
         self.ui.segmentButton.enabled = self._run.is_button_enabled(is_blocked=bool(blocking))
         self.ui.segmentButton.toolTip = blocking[0] if blocking else _("Segment the input volume. The previous result is kept until the new one is complete.")
         if not self.segmenter.is_running:
@@ -633,11 +654,14 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from NMSWSegment.panel.overlays import hide_importance, set_patches_visible, show_importance
 
         set_patches_visible(slicer.mrmlScene, node.showPatches)
+        hide_importance(slicer.mrmlScene)
         importance = self.segmenter.importance_of(node.inputVolume)
         if node.showImportance and importance is not None:
-            show_importance(importance, parent_node=node.inputVolume, volume=volume_in_node(node.inputVolume))
-        else:
-            hide_importance(slicer.mrmlScene)
+            try:
+                show_importance(importance, parent_node=node.inputVolume, volume=volume_in_node(node.inputVolume))
+            except UserError as error:  # since the run the volume was put under a non-linear transform
+                node.showImportance = False
+                slicer.util.errorDisplay(str(error))
 
     def onInstallOpenvinoButton(self, checked: bool = False) -> None:
         """Install OpenVINO if the user agrees; a new worker finds it."""
@@ -694,11 +718,13 @@ class NMSWSegmentWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             return
 
         def onDone(isShown: bool) -> None:
+            self._surfacesTask = None
             if isShown and segmentation.GetID() not in self._shownIn3D:
                 self._shownIn3D.add(segmentation.GetID())
                 resetThreeDViews()
 
         def onError(error: Exception) -> None:
+            self._surfacesTask = None
             self._log(_("The 3D surfaces could not be created: {error}").format(error=error))
 
         self._stopSurfaces()
@@ -829,7 +855,7 @@ class NMSWSegmentLogic(ScriptedLoadableModuleLogic):
         started = time.perf_counter()
         options = options or SegmentOptions()
         if outputSegmentation is None:
-            raise UserError("There is no output segmentation. Choose or create one.")
+            raise UserError(_("There is no output segmentation. Choose or create one."))
         volume = volume_from_node(inputVolume)
         bundle = load_bundle(options.bundle)
         result = segment_volume(volume, bundle, options=options, on_progress=on_progress)

@@ -38,3 +38,8 @@ else:
     def parameterNodeWrapper(wrapped: type) -> type:
         """The class itself."""
         return wrapped
+
+
+def details_argument(details: str) -> dict[str, str]:
+    """The argument of slicer.util.errorDisplay for details, if there are any: given empty ones too, it widens the window to 150 characters."""
+    return {"detailedText": details} if details else {}

@@ -37,6 +37,7 @@ class CheckKind(Enum):
 
     NO_VOLUME = "no_volume"
     NOT_A_VOLUME = "not_a_volume"
+    IMPORTANCE_MAP = "importance_map"
     EMPTY_VOLUME = "empty_volume"
     COLOR_VOLUME = "color_volume"
     ONE_SLICE = "one_slice"
@@ -93,6 +94,8 @@ class Inputs:
     """k as in SegmentOptions."""
     components: int = 1
     is_labelmap: bool = False
+    is_importance_map: bool = False
+    """Of an earlier run."""
     is_transform_linear: bool = True
     intensity_range: tuple[float, float] | None = None
     """Lowest and highest voxel; None where it is not known."""
@@ -196,6 +199,7 @@ def _volume_checks(inputs: Inputs, geometry: Geometry) -> list[InputCheck]:
     low, high = inputs.intensity_range or (-math.inf, math.inf)
     is_found = {
         CheckKind.NOT_A_VOLUME: inputs.is_labelmap,
+        CheckKind.IMPORTANCE_MAP: inputs.is_importance_map,
         CheckKind.EMPTY_VOLUME: min(geometry.shape) < 1,
         CheckKind.COLOR_VOLUME: inputs.components != 1,
         CheckKind.ONE_SLICE: min(geometry.shape) == 1,

@@ -66,7 +66,9 @@ def add_to_database(path: Path) -> None:
     try:
         shutil.copy(path, folder)
         if not DICOMUtils.importDicom(str(folder), slicer.dicomDatabase, True):
-            raise UserError(f"The DICOM database did not take the segmentation. The file '{path}' is complete: import it in the DICOM module.")
+            raise UserError(
+                _("The DICOM database did not take the segmentation. The file '{path}' is complete: import it in the DICOM module.").format(path=path)
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -88,8 +90,9 @@ def _source_files(volume_node: "slicer.vtkMRMLScalarVolumeNode") -> list[Path]:
     paths = list(dict.fromkeys(Path(path) for path in found if path and Path(path).is_file()))  # a multi-frame file may be named once a frame
     if not paths or not all(found):
         raise UserError(
-            f"The DICOM database has {len(paths)} of the {len(uids)} images that '{volume_node.GetName()}' was loaded from. Import the series again in the DICOM "
-            "module, then export."
+            _(
+                "The DICOM database has {found} of the {total} images that '{name}' was loaded from. Import the series again in the DICOM module, then export."
+            ).format(found=len(paths), total=len(uids), name=volume_node.GetName())
         )
     return paths
 
@@ -122,8 +125,10 @@ def _labelmap(segmentation_node: "slicer.vtkMRMLSegmentationNode", volume_node: 
         aside.CollapseBinaryLabelmaps(False)  # layers without an overlap become one
         if aside.GetNumberOfLayers(LABELMAP_REPRESENTATION) > 1:
             raise UserError(
-                "Some segments overlap, which a DICOM SEG of this module cannot hold. Separate them in the Segment Editor (Logical operators > Subtract), or export "
-                "with the Data module."
+                _(
+                    "Some segments overlap, which a DICOM SEG of this module cannot hold. Separate them in the Segment Editor (Logical operators > Subtract), or "
+                    "export with the Data module."
+                )
             )
     segment_ids = vtk.vtkStringArray()
     for segment_id in segmentation.GetSegmentIDs():
@@ -131,7 +136,7 @@ def _labelmap(segmentation_node: "slicer.vtkMRMLSegmentationNode", volume_node: 
     labelmap_node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode", "NMSW export")
     try:
         if not slicer.modules.segmentations.logic().ExportSegmentsToLabelmapNode(segmentation_node, segment_ids, labelmap_node, volume_node):
-            raise UserError("The segmentation is empty. Segment the volume again.")
+            raise UserError(_("The segmentation is empty. Segment the volume again."))
         return Volume(array=slicer.util.arrayFromVolume(labelmap_node).copy(), ijk_to_ras=ijk_to_node_matrix(volume_node))
     finally:
         if labelmap_node.GetDisplayNode() is not None:

@@ -56,6 +56,7 @@ def check_message(check: InputCheck) -> str:
     texts = {
         CheckKind.NO_VOLUME: _("Choose an input volume, or click 'Load sample CT'."),
         CheckKind.NOT_A_VOLUME: _("The input is a labelmap, not an image. Choose the CT volume that it was created from."),
+        CheckKind.IMPORTANCE_MAP: _("The input is the importance map of an earlier run, not an image. Choose the CT volume that it belongs to."),
         CheckKind.EMPTY_VOLUME: _("The input volume is empty. Load the image file again or choose another volume."),
         CheckKind.COLOR_VOLUME: _(
             "The input volume is a color image with {components} components. Extract a single component with the Vector to Scalar Volume module."

@@ -17,12 +17,15 @@ from NMSWSegment.files.boxes import voxel_corners
 from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.label_content import label_content
 from NMSWSegment.files.volume import Volume
+from NMSWSegment.panel.application import _
 from NMSWSegment.panel.checks import Geometry, Inputs
 from NMSWSegment.panel.stepped_task import Steps, run_to_end
 from NMSWSegment.protocol import UserError
 
 VOLUMES_ROLE = "NMSW.Volumes"
 """Node reference from a segmentation to its table of statistics."""
+IMPORTANCE_ATTRIBUTE = "NMSW.Importance"
+"""Node attribute of the importance map, which is a volume node too; tells it from those that can be segmented."""
 LABELMAP_REPRESENTATION = "Binary labelmap"
 SURFACE_REPRESENTATION = "Closed surface"
 SAME_GRID_ATOL_MM = 1e-3
@@ -90,6 +93,7 @@ def volume_inputs(node: "slicer.vtkMRMLScalarVolumeNode | None") -> Inputs:
         manifest=None,
         components=voxels.GetNumberOfScalarComponents() if voxels is not None else 1,
         is_labelmap=bool(node.IsA("vtkMRMLLabelMapVolumeNode")),
+        is_importance_map=bool(node.GetAttribute(IMPORTANCE_ATTRIBUTE)),
         is_transform_linear=is_linear,
         intensity_range=voxels.GetScalarRange() if voxels is not None and min(shape) > 0 else None,
     )
@@ -265,25 +269,30 @@ def place_beside(node: "slicer.vtkMRMLNode", sibling: "slicer.vtkMRMLNode") -> N
 def _check_is_scalar_volume(node: "slicer.vtkMRMLNode | None") -> None:
     """Raise UserError with the way out where a node is not one grayscale volume that can be segmented."""
     if node is None:
-        raise UserError("There is no input volume. Choose the CT volume to segment.")
+        raise UserError(_("There is no input volume. Choose the CT volume to segment."))
     name = node.GetName()
     if node.IsA("vtkMRMLSequenceNode"):
-        raise UserError(f"'{name}' is a sequence, not a volume. Go to one time point in Sequences and choose its volume.")
+        raise UserError(_("'{name}' is a sequence, not a volume. Go to one time point in Sequences and choose its volume.").format(name=name))
     if node.IsA("vtkMRMLLabelMapVolumeNode") or node.IsA("vtkMRMLSegmentationNode"):
-        raise UserError(f"'{name}' holds labels, not intensities. Choose the CT volume that it was made from.")
+        raise UserError(_("'{name}' holds labels, not intensities. Choose the CT volume that it was made from.").format(name=name))
     if not node.IsA("vtkMRMLScalarVolumeNode"):
-        raise UserError(f"'{name}' is a {node.GetNodeTagName()}, not a scalar volume. Choose a CT volume.")
+        raise UserError(_("'{name}' is a {kind}, not a scalar volume. Choose a CT volume.").format(name=name, kind=node.GetNodeTagName()))
     voxels = node.GetImageData()
     if voxels is None or voxels.GetPointData().GetScalars() is None or voxels.GetNumberOfPoints() == 0:
-        raise UserError(f"The volume '{name}' has no voxels. Load its image file again, or choose another volume.")
+        raise UserError(_("The volume '{name}' has no voxels. Load its image file again, or choose another volume.").format(name=name))
     if voxels.GetNumberOfScalarComponents() != 1:
-        found = voxels.GetNumberOfScalarComponents()
-        raise UserError(f"The volume '{name}' has {found} components, but one is needed. Extract one component with Vector to Scalar Volume.")
+        raise UserError(
+            _("The volume '{name}' has {found} components, but one is needed. Extract one component with Vector to Scalar Volume.").format(
+                name=name, found=voxels.GetNumberOfScalarComponents()
+            )
+        )
     transform = node.GetParentTransformNode()
     if transform is not None and not transform.IsTransformToWorldLinear():
         raise UserError(
-            f"The volume '{name}' is under the non-linear transform '{transform.GetName()}'. Harden the transform on the volume in the "
-            "Transforms module, or take the volume out of it, and segment again."
+            _(
+                "The volume '{name}' is under the non-linear transform '{transform}'. Harden the transform on the volume in the "
+                "Transforms module, or take the volume out of it, and segment again."
+            ).format(name=name, transform=transform.GetName())
         )
 
 

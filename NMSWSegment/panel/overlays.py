@@ -17,9 +17,11 @@ from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.colors import rank_color
 from NMSWSegment.files.importance_display import importance_for_display
 from NMSWSegment.files.volume import Volume
-from NMSWSegment.panel.nodes import ijk_to_node_matrix, image_data, node_to_world_matrix, nodes_of_class, place_beside
+from NMSWSegment.panel.nodes import IMPORTANCE_ATTRIBUTE, ijk_to_node_matrix, image_data, node_to_world_matrix, nodes_of_class, place_beside
 from NMSWSegment.protocol import PatchBox
 
+VOLUME_ROLE = "NMSW.Volume"
+"""Node reference from the outlines and from the importance map to the volume that they belong to."""
 PATCHES_NAME = "NMSW patches"
 PATCHES_ATTRIBUTE = "NMSW.Patches"
 """Node attribute of the outlines, the number of patches; tells them from the user's own models."""
@@ -27,7 +29,6 @@ OUTLINE_WIDTH = 2
 CUBE_FACES = ((0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5))
 """Corners of each face, in the order of itertools.product((low, high), repeat=3)."""
 IMPORTANCE_NAME = "NMSW importance"
-IMPORTANCE_ATTRIBUTE = "NMSW.Importance"
 IMPORTANCE_OPACITY = 0.5
 IMPORTANCE_COLORS = "vtkMRMLColorTableNodeIron"
 LEAST_SHOWN_IMPORTANCE = 0.15
@@ -59,6 +60,7 @@ def show_patches(
     node = slicer.vtkMRMLModelNode()
     node.SetName(PATCHES_NAME)
     node.SetAttribute(PATCHES_ATTRIBUTE, str(len(patches)))
+    node.SetNodeReferenceID(VOLUME_ROLE, parent_node.GetID())
     node.SetSelectable(False)
     node.SetAndObservePolyData(_boxes(patches, world_to_node=np.linalg.inv(node_to_world_matrix(parent_node))))
     scene.AddNode(node)
@@ -104,6 +106,7 @@ def show_importance(importance: Volume, *, parent_node: "slicer.vtkMRMLScalarVol
     shown = importance_for_display(importance, volume)
     node = scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", IMPORTANCE_NAME)
     node.SetAttribute(IMPORTANCE_ATTRIBUTE, "1")
+    node.SetNodeReferenceID(VOLUME_ROLE, parent_node.GetID())
     node.SetAndObserveImageData(image_data(shown.array))
     node.SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(shown.ijk_to_ras))
     node.SetAndObserveTransformNodeID(parent_node.GetTransformNodeID())
@@ -125,6 +128,17 @@ def hide_importance(scene: "slicer.vtkMRMLScene") -> None:
     _take_off(scene, layer="Foreground", attribute=IMPORTANCE_ATTRIBUTE)
     for node in _own_nodes(scene, "vtkMRMLScalarVolumeNode", IMPORTANCE_ATTRIBUTE):
         remove_node(node)
+
+
+def remove_overlays_of(volume_node: "slicer.vtkMRMLNode") -> None:
+    """Remove the outlines and the importance map that belong to a volume."""
+    scene = volume_node.GetScene()
+    for class_name, attribute, remove in (
+        ("vtkMRMLModelNode", PATCHES_ATTRIBUTE, remove_patches),
+        ("vtkMRMLScalarVolumeNode", IMPORTANCE_ATTRIBUTE, hide_importance),
+    ):
+        if any(node.GetNodeReference(VOLUME_ROLE) is volume_node for node in _own_nodes(scene, class_name, attribute)):
+            remove(scene)
 
 
 def show_coarse_result(labelmap: Volume, *, labels: Sequence[Label], reference_node: "slicer.vtkMRMLScalarVolumeNode") -> "slicer.vtkMRMLLabelMapVolumeNode":

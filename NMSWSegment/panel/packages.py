@@ -5,6 +5,7 @@ import sys
 
 import slicer
 
+from NMSWSegment.panel.application import details_argument
 from NMSWSegment.panel.messages import (
     highdicom_question,
     openvino_question,
@@ -39,7 +40,7 @@ def ensure_torch() -> bool:
     importlib.invalidate_caches()
     if importlib.util.find_spec("torch"):
         return True
-    slicer.util.errorDisplay(torch_not_installed_message().format(python=sys.version.split()[0]), detailedText=details)
+    slicer.util.errorDisplay(torch_not_installed_message().format(python=sys.version.split()[0]), **details_argument(details))
     return False
 
 
@@ -73,5 +74,5 @@ def _ensure_package(name: str, requirement: str, *, question: str) -> bool:
         if importlib.util.find_spec(name):
             return True
     display = slicer.util.errorDisplay if details else slicer.util.infoDisplay
-    display(package_not_installed_message(name, requirement), detailedText=details)
+    display(package_not_installed_message(name, requirement), **details_argument(details))
     return False

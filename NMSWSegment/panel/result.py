@@ -11,6 +11,7 @@ from vtk.util.numpy_support import vtk_to_numpy
 from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.label_content import LabelContent, voxels_fingerprint
 from NMSWSegment.files.volume import Volume
+from NMSWSegment.panel.application import _
 from NMSWSegment.panel.nodes import LABELMAP_REPRESENTATION, check_same_grid, import_steps, volume_key, write_statistics_table
 from NMSWSegment.panel.overlays import hidden_segments, set_hidden_segments, show_patches
 from NMSWSegment.panel.stepped_task import Steps
@@ -56,7 +57,7 @@ def result_steps(
     """
     # The application goes on during a run, so a user may have closed the scene, moved the volume, filtered it or gone to another time point meanwhile.
     if volume_node.GetScene() is None or (segmentation_node is not None and segmentation_node.GetScene() is None):
-        raise UserError("The input volume or the output segmentation was deleted during the run. Load the volume and segment it again.")
+        raise UserError(_("The input volume or the output segmentation was deleted during the run. Load the volume and segment it again."))
     if key is not None and key != volume_key(volume_node):
         raise _changed_error(volume_node)
     try:
@@ -89,7 +90,7 @@ def result_steps(
 
 def _changed_error(volume_node: "slicer.vtkMRMLScalarVolumeNode", how: str = "") -> UserError:
     """The sentence for a volume that is no longer the one that was segmented."""
-    return UserError(f"The volume '{volume_node.GetName()}' was moved or changed during the run{how}. Segment it again.")
+    return UserError(_("The volume '{name}' was moved or changed during the run{how}. Segment it again.").format(name=volume_node.GetName(), how=how))
 
 
 def new_segmentation_node(volume_node: "slicer.vtkMRMLScalarVolumeNode", *, name: str) -> "slicer.vtkMRMLSegmentationNode":

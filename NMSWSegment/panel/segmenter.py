@@ -179,8 +179,10 @@ class Segmenter:
                 np.save(active.folder / "volume.npy", volume.array)
             except OSError as error:
                 raise UserError(
-                    f"The volume could not be written to the temporary folder '{active.folder.parent.parent}' ({error.strerror}). Free some space there, or choose "
-                    "another folder in Edit > Application Settings > Modules > Temporary directory."
+                    _(
+                        "The volume could not be written to the temporary folder '{folder}' ({reason}). Free some space there, or choose another folder in "
+                        "Edit > Application Settings > Modules > Temporary directory."
+                    ).format(folder=active.folder.parent.parent, reason=error.strerror)
                 ) from error
         self._worker.send(active.request | {"send": is_sent})
 

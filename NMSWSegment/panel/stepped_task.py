@@ -33,44 +33,44 @@ class SteppedTask:
 
     def __init__(self, steps: Steps, *, on_done: Callable[[Any], None], on_error: Callable[[Exception], None]) -> None:
         """Args: on_done: takes the value; on_error: takes what a step raised, after which no other step follows."""
-        import qt
-
         self._steps, self._on_done, self._on_error = steps, on_done, on_error
         self._is_over = False
-        self._timer = qt.QTimer()
-        self._timer.setSingleShot(True)
-        self._timer.setInterval(PAUSE_MS)
-        self._timer.connect("timeout()", self._take_turn)
-        self._timer.start()
+        self._wait_for_turn()
 
     def finish(self) -> None:
         """Do what is left at once."""
         while not self._is_over:
-            self._take_turn()
+            self._do_steps()
 
     def stop(self) -> None:
         """Give up what is left; nothing is called."""
         self._is_over = True
-        self._timer.stop()
         self._steps.close()
 
+    def _wait_for_turn(self) -> None:
+        """Go on after a pause."""
+        import qt
+
+        # A timer of the task's own would keep the task for ever, and with it the nodes that its steps hold: Qt keeps the slot where
+        # Python's garbage collector does not look.
+        qt.QTimer.singleShot(PAUSE_MS, self._take_turn)
+
     def _take_turn(self) -> None:
-        """Steps for one turn of the event loop."""
-        if self._is_over:
-            return
+        """One turn of the event loop; nothing where the task was stopped or finished while it waited."""
+        if not self._is_over:
+            self._do_steps()
+        if not self._is_over:
+            self._wait_for_turn()
+
+    def _do_steps(self) -> None:
+        """Steps for one turn."""
         end_time = time.perf_counter() + TURN_S
         try:
             while time.perf_counter() < end_time:
                 next(self._steps)
         except StopIteration as end:
-            self._end()
+            self._is_over = True
             self._on_done(end.value)
         except Exception as error:
-            self._end()
+            self._is_over = True
             self._on_error(error)
-        else:
-            self._timer.start()
-
-    def _end(self) -> None:
-        self._is_over = True
-        self._timer.stop()

@@ -16,6 +16,8 @@ def show_surfaces_steps(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> 
     small conversion. They enter the node together, after the last one.
     """
     segmentation = segmentation_node.GetSegmentation()
+    if segmentation.GetNumberOfSegments() == 0:
+        return False
     surfaces = []
     for segment in [segmentation.GetNthSegment(index) for index in range(segmentation.GetNumberOfSegments())]:
         if segment.GetRepresentation(SURFACE_REPRESENTATION) is None:
@@ -33,6 +35,7 @@ def show_surfaces_steps(segmentation_node: "slicer.vtkMRMLSegmentationNode") -> 
     is_shown = bool(segmentation_node.CreateClosedSurfaceRepresentation())
     # Nothing was left to convert, so the views are told as a conversion tells them.
     segmentation.InvokeEvent(slicer.vtkSegmentation.ContainedRepresentationNamesModified)
+    segmentation_node.CreateDefaultDisplayNodes()
     segmentation_node.GetDisplayNode().Modified()
     return is_shown
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import slicer
 
-from NMSWSegment.panel.nodes import nodes_of_class
-from NMSWSegment.panel.overlays import IMPORTANCE_ATTRIBUTE
+from NMSWSegment.panel.nodes import IMPORTANCE_ATTRIBUTE, nodes_of_class
 from NMSWSegment.protocol import SegmentOptions
 
 

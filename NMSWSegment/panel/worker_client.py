@@ -9,13 +9,14 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import qt
 import slicer
 
+from NMSWSegment.files.output_file import new_folder
+from NMSWSegment.panel.application import _
 from NMSWSegment.protocol import UserError
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
@@ -151,14 +152,14 @@ class Worker:
     def _on_error(self, error: "qt.QProcess.ProcessError") -> None:
         """A process that never started sends no finished()."""
         if self._process is not None and error == qt.QProcess.FailedToStart:
-            self._die(f"the process did not start ({self._process.errorString()})")
+            self._die(_("the process did not start ({error})").format(error=self._process.errorString()))
 
     def _on_finished(self, exit_code: int, exit_status: "qt.QProcess.ExitStatus") -> None:
         """The process ended although nobody asked it to."""
         if self._process is not None:
             self._read_output()
             self._read_log()
-            self._die(f"exit code {exit_code}")
+            self._die(_("exit code {code}").format(code=exit_code))
 
     def _die(self, reason: str) -> None:
         """Report an end that nobody asked for."""
@@ -186,7 +187,7 @@ def _python() -> str:
     """
     found = shutil.which("PythonSlicer")
     if found is None:
-        raise UserError("Slicer's Python (PythonSlicer) was not found, so that the segmentation cannot run. Install Slicer again.")
+        raise UserError(_("Slicer's Python (PythonSlicer) was not found, so that the segmentation cannot run. Install Slicer again."))
     return found
 
 
@@ -204,11 +205,13 @@ def _temporary_folder() -> Path:
     parent = _parent_folder()
     try:
         Path(parent).mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
+        return new_folder(parent, prefix=FOLDER_PREFIX)
     except OSError as error:
         raise UserError(
-            f"The temporary folder '{parent}' cannot be written ({error.strerror}). Choose another one in Edit > Application Settings > "
-            "Modules > Temporary directory."
+            _(
+                "The temporary folder '{folder}' cannot be written ({reason}). Choose another one in Edit > Application Settings > Modules > "
+                "Temporary directory."
+            ).format(folder=parent, reason=error.strerror)
         ) from error
 
 

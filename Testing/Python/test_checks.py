@@ -61,6 +61,7 @@ def with_geometry(inputs, **changes) -> Inputs:
     [
         (lambda inputs: replace(inputs, geometry=None), CheckKind.NO_VOLUME),
         (lambda inputs: replace(inputs, is_labelmap=True), CheckKind.NOT_A_VOLUME),
+        (lambda inputs: replace(inputs, is_importance_map=True), CheckKind.IMPORTANCE_MAP),
         (lambda inputs: replace(inputs, components=3), CheckKind.COLOR_VOLUME),
         (lambda inputs: replace(inputs, is_transform_linear=False), CheckKind.NONLINEAR_TRANSFORM),
         (lambda inputs: replace(inputs, intensity_range=(7.0, 7.0)), CheckKind.UNIFORM_VOLUME),

@@ -201,3 +201,16 @@ def test_parameter_names_of_the_ui_file_are_fields_of_the_parameter_node():
         if isinstance(item, ast.AnnAssign)
     }
     assert bound == fields - BOUND_BY_HAND
+
+
+def test_errors_of_the_panel_are_translated():
+    for path in (MODULE_FILE, *sorted((LIBRARY / "panel").glob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                assert not isinstance(node.args[0], (ast.Constant, ast.JoinedStr)), f"{path.name}:{node.lineno}: a text without _()"
+
+
+def test_repository_has_a_name_that_the_extensions_index_takes():
+    files = [ROOT / "CMakeLists.txt", ROOT / "README.md", ROOT / "pyproject.toml", MODULE_FILE, *(ROOT / "docs").glob("*.md")]
+    names = {name for path in files for name in re.findall(r"github(?:usercontent)?\.com/NMSWSegment/(\w+)", path.read_text(encoding="utf-8"))}
+    assert names == {"SlicerNMSWSegment"}

@@ -25,6 +25,7 @@ from NMSWSegment.panel.overlays import (
     PATCHES_NAME,
     hide_coarse_result,
     hide_importance,
+    remove_overlays_of,
     remove_patches,
     show_coarse_result,
     show_importance,
@@ -161,6 +162,19 @@ def test_hide_importance_keeps_what_a_person_chose_meanwhile(scene, volume_node,
     hide_importance(scene)
 
     assert composite.GetForegroundVolumeID() == other.GetID()
+
+
+def test_remove_overlays_of_a_volume_leaves_those_of_another(scene, volume_node, importance):
+    other = add_volume(scene, np.zeros((2, 2, 2), dtype=np.int16), ijk_to_ras=np.eye(4), name="PET")
+    show_patches(scene, [patch()], parent_node=other)
+    show_importance(importance, parent_node=volume_node, volume=volume_in_node(volume_node))
+
+    remove_overlays_of(volume_node)
+    assert len(model_nodes(scene)) == 1
+    assert [node.GetName() for node in nodes_of_class(scene, "vtkMRMLScalarVolumeNode")] == ["CT", "PET"]
+
+    remove_overlays_of(other)
+    assert model_nodes(scene) == []
 
 
 def test_show_coarse_result_is_a_labelmap_over_the_slices_and_leaves_no_node_behind(scene, volume_node):

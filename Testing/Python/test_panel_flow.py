@@ -1,9 +1,12 @@
 """The whole flow by clicks, outside the application: the real module file, the real worker process, stand-ins for the rest."""
 
+import contextlib
+import gc
 import os
 import signal
 import sys
 import time
+import unittest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+if sys.platform == "win32":
+    pytest.skip("the stand-in for Slicer's Python is a shell script", allow_module_level=True)
 pytest.importorskip("PySide6.QtWidgets", reason="PySide6 cannot be loaded, so that there is nothing to click", exc_type=ImportError)
 from slicer_headless import add_transform, add_volume, no_vtk_errors, segment_points_ras, slicer, vtk  # noqa: E402
 from standins.application import Application  # noqa: E402
@@ -140,15 +145,34 @@ def visible_segments(node) -> dict[str, bool]:
     return {name: bool(node.GetDisplayVisibility() and display.GetSegmentVisibility(name)) for name in segment_ids(node)}
 
 
+def weak(node):
+    """A reference that does not keep a node in memory; its Get() is None once the node is gone."""
+    reference = vtk.vtkWeakReference()
+    reference.Set(node)
+    return reference
+
+
+def is_freed(*references) -> bool:
+    gc.collect()
+    return all(reference.Get() is None for reference in references)
+
+
+def hide_torch(monkeypatch) -> None:
+    """Let the module find no PyTorch."""
+    module = sys.modules["NMSWSegment"]
+    find_spec = module.importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+
+
 def node_names(scene, class_name: str) -> list[str]:
     return [scene.GetNthNodeByClass(index, class_name).GetName() for index in range(scene.GetNumberOfNodesByClass(class_name))]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not collected yet does not."""
+    """Whether a process runs; on Linux, one that ended and was not collected yet does not."""
     try:
         os.kill(pid, 0)
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        return sys.platform != "linux" or "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
         return False
 
@@ -307,7 +331,6 @@ def test_cancel_of_a_first_run_leaves_no_node(app, own_folder, tmp_path, monkeyp
     assert widget.segmenter.worker.is_alive, "between patches the worker hears the cancel and stays warm"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a POSIX signal")
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
 def test_killed_process_is_told_and_the_next_run_works(app, own_folder, tmp_path, monkeypatch, victim):
     slow_down(monkeypatch, tmp_path, 0.3)
@@ -520,7 +543,7 @@ def test_volume_that_is_no_ct_is_told_in_red(app, widget):
     assert widget.ui.segmentButton.enabled
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser may write anywhere, and Windows has other permissions")
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_temporary_folder_that_cannot_be_written_is_told(app, widget):
     widget.segmenter.close()
     folder = Path(slicer.app.temporaryPath)
@@ -544,9 +567,7 @@ def test_temporary_folder_that_cannot_be_made_is_told(app, widget, tmp_path, mon
 
 
 def test_missing_torch_is_explained_with_and_without_internet(app, widget, monkeypatch):
-    module = sys.modules["NMSWSegment"]
-    find_spec = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    hide_torch(monkeypatch)
     app.install_fake_module("PyTorchUtils", None)
 
     widget.ui.segmentButton.click()
@@ -561,9 +582,7 @@ def test_torch_that_was_not_installed_is_explained_in_a_sentence(app, widget, mo
         def installTorch(self, askConfirmation, torchVersionRequirement):
             raise ModuleNotFoundError("No module named 'torch'")  # what the extension does where the user declines or the download fails
 
-    module = sys.modules["NMSWSegment"]
-    find_spec = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    hide_torch(monkeypatch)
     app.install_fake_module("PyTorchUtils", SimpleNamespace(PyTorchUtilsLogic=Logic))
 
     widget.ui.segmentButton.click()
@@ -638,6 +657,17 @@ def test_reload_reads_the_library_again_and_ends_the_worker(app, widget):
     assert sys.modules["NMSWSegment.protocol"] is not before
     assert sys.modules["NMSWSegment"].SegmentOptions is sys.modules["NMSWSegment.protocol"].SegmentOptions
     app.wait_until(lambda: not is_alive(pid), 10)
+    app.wait_until(lambda: slicer.modules.NMSWSegmentWidget.segmenter.worker.pid not in (None, pid), TIMEOUT_S, message="a new worker, as the panel is open")
+
+
+def test_self_tests_without_torch_are_skipped_with_the_reason(app, widget, monkeypatch):
+    hide_torch(monkeypatch)
+    with contextlib.suppress(unittest.SkipTest):  # which would let pytest skip this test
+        widget.onTest()
+    assert [(dialog.kind, dialog.text.partition(",")[0]) for dialog in app.dialogs] == [("delay", "PyTorch is not installed")]
+    result = unittest.TestResult()
+    unittest.TestLoader().loadTestsFromTestCase(sys.modules["NMSWSegment"].NMSWSegmentTest).run(result)  # as CTest runs them
+    assert result.wasSuccessful() and len(result.skipped) == result.testsRun > 0
 
 
 def test_self_tests_of_the_module_pass_outside_the_application_too(app):
@@ -646,6 +676,100 @@ def test_self_tests_of_the_module_pass_outside_the_application_too(app):
 
 
 # What a clinician does between two clicks
+
+
+def test_volumes_and_results_leave_the_memory_with_the_scene(app, widget):
+    node = widget.logic.getParameterNode()
+    node.regionOfInterest = app.scene.AddNewNodeByClass("vtkMRMLMarkupsROINode", "Box")
+    node.regionOfInterest.SetSize(500, 500, 500)
+    segment(app, widget)
+    segment(app, widget)
+    references = [weak(node.inputVolume), weak(node.outputSegmentation), weak(node.regionOfInterest)]
+    node.inputVolume = add_phantom(app.scene, name="Other")
+    references.append(weak(node.inputVolume))
+    assert not is_freed(references[0])
+
+    app.close_scene()
+
+    assert is_freed(*references)
+
+
+def test_volume_and_result_that_are_deleted_leave_the_memory_at_once(app, widget):
+    node = widget.logic.getParameterNode()
+    segment(app, widget)
+    widget.ui.show3DCheckBox.click()
+    app.wait_until(lambda: node.outputSegmentation.GetSegmentation().ContainsRepresentation("Closed surface"), TIMEOUT_S)
+    references = [weak(node.inputVolume), weak(node.outputSegmentation)]
+    node.inputVolume = add_phantom(app.scene, name="Other")
+
+    for reference in references:
+        app.scene.RemoveNode(reference.Get())
+    app.process_events(0.1)
+
+    assert is_freed(*references)
+
+
+def test_table_is_there_after_a_scene_was_loaded_with_the_panel_open(app, widget, tmp_path):
+    segment(app, widget)
+    scene_file = app.save_scene(tmp_path / "saved")
+    app.load_scene(scene_file)
+    table = result_of(widget).GetNodeReference("NMSW.Volumes")
+    assert widget.ui.volumesTable.mrmlTableNode() is table
+    assert widget.ui.volumesTable.model().rowCount() == table.GetNumberOfRows() == 3
+
+
+def test_table_keeps_its_selection_while_settings_change(app, widget):
+    segment(app, widget)
+    widget.ui.volumesTable.selectRow(1)
+    widget.ui.minIslandSpinBox.value = 3
+    assert {index.row() for index in widget.ui.volumesTable.selectionModel().selectedIndexes} == {1}
+
+
+def test_importance_map_goes_with_its_volume_and_is_no_input(app, widget):
+    segment(app, widget)
+    widget.ui.showImportanceCheckBox.click()
+    node = widget.logic.getParameterNode()
+    volume, importance_map = node.inputVolume, app.scene.GetFirstNodeByName("NMSW importance")
+
+    node.inputVolume = importance_map
+    assert not widget.ui.segmentButton.enabled
+    assert widget.ui.statusLabel.text == "The input is the importance map of an earlier run, not an image. Choose the CT volume that it belongs to."
+    node.inputVolume = volume
+    assert widget.ui.segmentButton.enabled
+    app.scene.RemoveNode(volume)
+    app.process_events()
+
+    assert node.inputVolume is None and "Choose an input volume" in widget.ui.statusLabel.text
+    assert node_names(app.scene, "vtkMRMLScalarVolumeNode") == [] and outlines(app.scene) is None
+    assert not widget.ui.segmentButton.enabled
+
+
+def test_overlays_of_a_volume_under_a_nonlinear_transform_are_refused_in_a_sentence(app, widget):
+    segment(app, widget)
+    node = widget.logic.getParameterNode()
+    widget.ui.showImportanceCheckBox.click()
+    warp = vtk.vtkThinPlateSplineTransform()
+    transform = app.scene.AddNewNodeByClass("vtkMRMLTransformNode", "Warp")
+    transform.SetAndObserveTransformToParent(warp)
+    node.inputVolume.SetAndObserveTransformNodeID(transform.GetID())
+
+    widget.ui.showPatchesCheckBox.click()
+    app.process_events()
+
+    assert [dialog.kind for dialog in app.dialogs] == ["error"]
+    assert app.dialogs[0].text.startswith("The volume 'Phantom' is under the non-linear transform 'Warp'. Harden the transform")
+    assert app.scene.GetFirstNodeByName("NMSW importance") is None
+    assert not widget.ui.showImportanceCheckBox.checked
+
+
+def test_box_3d_with_an_empty_output_waits_for_the_result(app, widget):
+    widget.ui.outputSegmentationSelector.addNode()
+    widget.ui.show3DCheckBox.click()
+    app.process_events(0.1)
+    assert "3D" not in widget.ui.logTextEdit.plainText
+    assert widget._surfacesTask is None
+    segment(app, widget)
+    app.wait_until(lambda: result_of(widget).GetSegmentation().ContainsRepresentation("Closed surface"), TIMEOUT_S)
 
 
 def test_model_that_a_scene_names_runs_only_if_the_list_shows_it(app, widget):

@@ -384,6 +384,13 @@ def test_message_box_of_slicer_util_is_answered_or_recorded(app, qt):
     assert [(dialog.kind, dialog.text) for dialog in app.dialogs] == [("question", "Replace?"), ("warning", "Slow.")]
 
 
+def test_message_with_empty_details_is_refused(app):
+    with pytest.raises(AssertionError, match="150 characters wide for nothing"):
+        slicer.util.errorDisplay("It failed.", detailedText="")
+    app.errors.clear()
+    slicer.util.errorDisplay("It failed.")
+
+
 def test_menu_triggers_the_action_that_the_test_answers(app, qt):
     menu, heard = qt.QMenu(), []
     menu.addAction("Add").connect("triggered()", lambda: heard.append("Add"))
@@ -511,6 +518,17 @@ def test_table_view_shows_names_as_header_or_as_first_row(app):
     node.SetUseColumnTitleAsColumnHeader(True)
     assert [model.data(model.index(row, 0)) for row in range(model.rowCount())] == ["1.5", "3.5"]
     assert view.mrmlTableNode() is node
+
+
+def test_table_view_with_a_scene_is_empty_after_a_batch_of_changes(app):
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTableNode", "Volumes")
+    view, free = slicer.qMRMLTableView(), slicer.qMRMLTableView()
+    view.setMRMLScene(slicer.mrmlScene)
+    for each in (view, free):
+        each.setMRMLTableNode(node)
+    slicer.mrmlScene.StartState(slicer.mrmlScene.BatchProcessState)
+    slicer.mrmlScene.EndState(slicer.mrmlScene.BatchProcessState)
+    assert (view.mrmlTableNode(), free.mrmlTableNode()) == (None, node)
 
 
 def test_form_is_loaded_with_its_connections_and_checked(app, tmp_path):
@@ -683,7 +701,7 @@ def test_module_is_loaded_opened_reloaded_and_closed(app, tmp_path):
     assert widget.parent.isEntered
     assert slicer.util.getModuleWidget("Tiny") is widget is slicer.modules.TinyWidget
     assert slicer.util.getModuleLogic("Tiny") is widget.logic
-    slicer.selfTests["Tiny"]()
+    widget.onTest()
     assert app.dialogs[-1].text == "tested"
 
     slicer.util.selectModule("Data")

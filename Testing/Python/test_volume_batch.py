@@ -15,6 +15,7 @@ from test_panel_flow import (  # noqa: E402
     node_names,
     own_folder,  # noqa: F401
     result_of,
+    segment,
     segment_ids,
     slow_down,
     widget,  # noqa: F401
@@ -137,6 +138,48 @@ def test_killed_process_and_a_deleted_volume_stop_no_other(app, own_folder, tmp_
     (warning,) = [dialog.text for dialog in app.dialogs if dialog.kind != "question"]
     assert "First: The segmentation process ended unexpectedly" in warning
     assert "Second: It was deleted before its turn." in warning
+
+
+def test_batch_waits_for_the_end_of_a_live_update(app, own_folder, tmp_path, monkeypatch):  # noqa: F811
+    slow_down(monkeypatch, tmp_path, 0.5)
+    add_phantom(app.scene)
+    panel = app.open_panel("NMSWSegment")
+    node = panel.logic.getParameterNode()
+    node.model, node.device, node.threads, node.numPatches = "tiny", "cpu", 1, 0
+    segment(app, panel)
+    panel.ui.numPatchesSlider.value = 2
+    app.wait_until(lambda: panel.segmenter.is_running, TIMEOUT_S)
+    assert panel.ui.advancedSection.enabled and not panel.ui.segmentAllButton.enabled
+    with pytest.raises(Exception, match="Cancel it or wait"):
+        panel.segmentVolumes(volumes_of_scene(app.scene))
+    assert panel._batch is None
+
+    app.wait_until(lambda: not panel.segmenter.is_running, TIMEOUT_S)
+    app.process_events()
+    assert panel.ui.segmentAllButton.enabled and result_of(panel).GetAttribute("NMSW.NumPatches") == "2"
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_live_update_does_not_start_behind_the_question(app, widget, answer):  # noqa: F811
+    segment(app, widget)
+    seen = []
+
+    def answer_late(question):
+        app.process_events(seconds=0.6)  # a dialog has an event loop of its own
+        seen.append((widget.segmenter.is_running, result_of(widget).GetAttribute("NMSW.NumPatches")))
+        return answer
+
+    app.answers.append(answer_late)
+    widget.ui.numPatchesSlider.value = 3
+    widget.ui.segmentAllButton.click()
+
+    assert seen == [(False, "2")]
+    if answer:
+        wait_for_end(app, widget)
+        assert widget.ui.statusLabel.text == "1 of 1 volumes were segmented."
+    else:
+        app.wait_until(lambda: result_of(widget).GetAttribute("NMSW.NumPatches") == "3", TIMEOUT_S)
+        app.wait_until(lambda: not widget.segmenter.is_running, TIMEOUT_S)
 
 
 def test_batch_needs_volumes_structures_and_a_yes(app, widget):  # noqa: F811

@@ -2,6 +2,8 @@
 
 from typing import Any, ClassVar
 
+import shiboken6
+import slicer
 import vtk
 from PySide6.QtCore import Property, Signal
 from PySide6.QtGui import QStandardItemModel
@@ -69,7 +71,10 @@ class qMRMLSliderWidget(ctkSliderWidget, SceneHolding):
 
 
 class qMRMLTableView(QTableView):
-    """The cells of a table node; without column titles as header the names are the first row, as in the application."""
+    """The cells of a table node; without column titles as header the names are the first row, as in the application.
+
+    With a scene it shows what a table view node says, which the stand-in lacks: after each batch of changes, such as a scene that was loaded, it is empty.
+    """
 
     mrmlSceneChanged = Signal(object)
     selectionChangedSignal = Signal()
@@ -79,7 +84,7 @@ class qMRMLTableView(QTableView):
         super().__init__(parent)
         self._scene = None
         self._node = None
-        self._observing = Observing()
+        self._observing, self._observing_scene = Observing(), Observing()
         self.setModel(QStandardItemModel(self))
         self.selectionModel().selectionChanged.connect(lambda *indexes: self.selectionChangedSignal.emit())
 
@@ -89,7 +94,12 @@ class qMRMLTableView(QTableView):
 
     def setMRMLScene(self, scene: Any) -> None:
         """Take a scene."""
+        if scene is self._scene:
+            return
+        self._observing_scene.stop()
         self._scene = scene
+        if scene is not None:
+            self._observing_scene.start(scene, slicer.vtkMRMLScene.EndBatchProcessEvent, lambda caller, event: self._end_processing())
         self.mrmlSceneChanged.emit(scene)
 
     def mrmlTableNode(self) -> Any:
@@ -103,6 +113,12 @@ class qMRMLTableView(QTableView):
         if node is not None:
             self._observing.start(node, vtk.vtkCommand.ModifiedEvent, lambda caller, event: self._update())
         self._update()
+        self.resizeColumnsToContents()
+
+    def _end_processing(self) -> None:
+        """There is no table view node."""
+        if shiboken6.isValid(self):
+            self.setMRMLTableNode(None)
 
     def _update(self) -> None:
         """Fill the model from the node."""

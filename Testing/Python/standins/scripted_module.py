@@ -83,10 +83,16 @@ class ScriptedLoadableModuleWidget:
         """Load the file again and make the panel anew."""
         slicer.util.reloadScriptedModule(self.moduleName)
 
+    def onTest(self) -> None:
+        """Run the self-test; whatever leaves it, a SkipTest too, is shown as a failure."""
+        with slicer.util.tryWithErrorDisplay("Test failed."):
+            slicer.selfTests[self.moduleName]()
+
     def onReloadAndTest(self) -> None:
         """Reload, then run the self-test."""
-        self.onReload()
-        slicer.selfTests[self.moduleName]()
+        with slicer.util.tryWithErrorDisplay("Reload and Test failed."):
+            self.onReload()
+            slicer.selfTests[self.moduleName]()
 
     def _onModuleAboutToBeUnloaded(self, moduleName: str) -> None:
         if moduleName == self.moduleName:

@@ -73,7 +73,9 @@ def replacements(views: list[tuple[str, dict]], select_module: Any) -> dict[str,
 
 
 def _show(kind: str, text: str, options: dict) -> None:
-    """Record a message, and the exception that it tells of."""
+    """Record a message, and the exception that it tells of; details widen the window, also where they are empty."""
+    if "detailedText" in options and not options["detailedText"]:
+        RECORDER.fail(f"'{text}' was shown with empty details: its window is 150 characters wide for nothing")
     RECORDER.show(kind, text, detailed_text=options.get("detailedText", ""), error=sys.exc_info()[1])
 
 
