@@ -3,6 +3,7 @@
 import os
 import sys
 
+from NMSWSegment.files.output_file import use_utf8_names
 from NMSWSegment.interrupt import stopped_at_once
 
 
@@ -13,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: words after the program's name; None takes those of the process.
     """
     _open_standard_streams()
+    use_utf8_names()
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["worker"]:
         # Past the other verbs: nothing they import may print into the pipe of the panel, or keep it waiting.

@@ -27,7 +27,7 @@ from NMSWSegment.cohort.outcome import (
     tells_failure,
 )
 from NMSWSegment.files.bundle import load_bundle
-from NMSWSegment.files.output_file import check_name
+from NMSWSegment.files.output_file import check_name, replace_folder, use_utf8_names
 from NMSWSegment.protocol import SegmentOptions, UserError
 
 PARTIAL_PREFIX = ".partial-"
@@ -55,6 +55,7 @@ def run_case(case: Case, settings: CohortSettings, *, device: str, threads: int)
         device: where the networks run; takes the place of the device of the settings.
         threads: CPU threads.
     """
+    use_utf8_names()  # a worker comes here without the program's own start
     started = time.perf_counter()
     options = replace(settings.options, device=device, threads=threads)
     target = case_folder(settings.output, case)
@@ -133,13 +134,9 @@ def _run(case: Case, settings: CohortSettings, *, options: SegmentOptions, folde
 def _put_in_place(partial: Path, target: Path) -> None:
     """Let a complete folder take the place of an older one."""
     _check_replaceable(target)
-    if target.exists():
-        old = target.parent / f"{PARTIAL_PREFIX}old-{target.name}-{os.getpid()}"
-        os.replace(target, old)
-        os.replace(partial, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(partial, target)
+    old = target.parent / f"{PARTIAL_PREFIX}old-{target.name}-{os.getpid()}"
+    replace_folder(partial, target, aside=old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_replaceable(target: Path) -> None:

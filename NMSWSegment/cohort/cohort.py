@@ -106,8 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         finally:
             _remove_half_done(settings.output)
-            writer.write(is_last=True)
-    return _told_end(settings, outcomes, num_cases=len(cases))
+            unwritten = writer.write_all()
+    return _told_end(settings, outcomes, num_cases=len(cases), unwritten=unwritten)
 
 
 def _run_cases(waiting: Sequence[Case], settings: CohortSettings, bundle: Bundle, *, arguments: argparse.Namespace, writer: "_Records") -> None:
@@ -145,31 +145,66 @@ def _run_cases(waiting: Sequence[Case], settings: CohortSettings, bundle: Bundle
 
 
 class _Records:
-    """Outcomes on disk: the csv while the cohort runs, and at the end the page and the statistics of all cases too."""
+    """Outcomes on disk: the csv while the cohort runs, and at the end the page and the statistics of all cases too.
+
+    A file that cannot be written, as one that a spreadsheet holds open on Windows, stops nothing.
+    """
 
     def __init__(self, settings: CohortSettings, cases: Sequence[Case], outcomes: dict[str, CaseOutcome]) -> None:
         self._settings, self._cases, self._outcomes = settings, cases, outcomes
-        self._written_s = 0.0
+        self._tried_s = 0.0
+        self._is_told = False
 
     def add(self, event: Finished) -> None:
         """Take an outcome."""
         self._outcomes[event.case.name] = event.outcome
-        if time.monotonic() - self._written_s >= _WRITE_INTERVAL_S:
-            self.write(is_last=False)
+        if time.monotonic() - self._tried_s < _WRITE_INTERVAL_S:
+            return
+        self._tried_s = time.monotonic()
+        try:
+            self._write_outcomes()
+        except UserError as error:
+            if not self._is_told:
+                complain(f"{OUTCOMES_NAME} cannot be written now; is it open in another program? The cases go on, and it will be tried again. {error}")
+            self._is_told = True
 
-    def write(self, *, is_last: bool) -> None:
-        """Write what is known, in the order of the cases."""
+    def write_all(self) -> list[str]:
+        """Write everything; the names of the files that could not be written."""
+        files = {OUTCOMES_NAME: self._write_outcomes, STATISTICS_NAME: self._write_statistics}
+        if self._settings.with_pictures:
+            files[PAGE_NAME] = self._write_page
+        unwritten = []
+        for name, write in files.items():
+            try:
+                write()
+            except UserError:
+                unwritten.append(name)
+        return unwritten
+
+    def _write_outcomes(self) -> None:
+        """What is known, in the order of the cases."""
+        columns = [field.name for field in fields(CaseOutcome)]
+        _write_csv(self._settings.output / OUTCOMES_NAME, columns, [outcome.to_dict() for outcome in self._known()])
+
+    def _write_statistics(self) -> None:
+        """Of the structures of all cases."""
+        _write_csv(self._settings.output / STATISTICS_NAME, *_all_statistics(self._folders_of_done()))
+
+    def _write_page(self) -> None:
+        """For a person to look through."""
+        from NMSWSegment.cohort.quality_page import write_cohort_page
+
         output = self._settings.output
-        known = [self._outcomes[case.name] for case in self._cases if case.name in self._outcomes]
-        _write_csv(output / OUTCOMES_NAME, [field.name for field in fields(CaseOutcome)], [outcome.to_dict() for outcome in known])
-        if is_last:
-            done = {case.name: case_folder(output, case) for case in self._cases if case.name in self._outcomes and self._outcomes[case.name].status == DONE}
-            _write_csv(output / STATISTICS_NAME, *_all_statistics(done))
-            if self._settings.with_pictures:
-                from NMSWSegment.cohort.quality_page import write_cohort_page
+        write_cohort_page(output / PAGE_NAME, self._known(), folder_of=self._folders_of_done(), title=f"Cohort {output.resolve().name}")
 
-                write_cohort_page(output / PAGE_NAME, known, folder_of=done, title=f"Cohort {output.resolve().name}")
-        self._written_s = time.monotonic()
+    def _known(self) -> list[CaseOutcome]:
+        """In the order of the cases."""
+        return [self._outcomes[case.name] for case in self._cases if case.name in self._outcomes]
+
+    def _folders_of_done(self) -> dict[str, Path]:
+        """Results by name of the case."""
+        done = (case for case in self._cases if case.name in self._outcomes and self._outcomes[case.name].status == DONE)
+        return {case.name: case_folder(self._settings.output, case) for case in done}
 
 
 def _all_statistics(folders: dict[str, Path]) -> tuple[list[str], list[dict]]:
@@ -308,7 +343,7 @@ def _rich():
     return made
 
 
-def _told_end(settings: CohortSettings, outcomes: dict[str, CaseOutcome], *, num_cases: int) -> int:
+def _told_end(settings: CohortSettings, outcomes: dict[str, CaseOutcome], *, num_cases: int, unwritten: Sequence[str]) -> int:
     """Print what became of the cohort; the exit code."""
     failed = [outcome for outcome in outcomes.values() if outcome.status != DONE]
     num_warned = sum(outcome.warnings > 0 for outcome in outcomes.values())
@@ -321,8 +356,12 @@ def _told_end(settings: CohortSettings, outcomes: dict[str, CaseOutcome], *, num
             f"{len(failed)} of {num_cases} cases failed, the first: {failed[0].case}: {failed[0].message} "
             "Mend them and run the same command again: it does only what is left."
         )
-        return USER_ERROR
-    return EXIT_DONE
+    if unwritten:
+        complain(
+            f"Could not be written: {', '.join(unwritten)}. Close these files in other programs, make sure that the disk is not full, and run the same command "
+            "again: it takes what is done as it is."
+        )
+    return USER_ERROR if failed or unwritten else EXIT_DONE
 
 
 def _check_inputs_stay(source: Path, cases: Sequence[Case], *, output: Path) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from NMSWSegment.protocol import UserError
 
 _POLL_S = 1.0
 _EXIT_S = 5.0
+_MOST_WORKERS_ON_WINDOWS = 30
+"""`wait` takes no more than 63 handles there in Python 3.12 and older; a worker has two."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def plan_workers(
     """
     devices = tuple(gpus) if device == "auto" and gpus else (("cpu",) if device == "auto" else (device,))
     count = workers or (len(devices) if devices[0] != "cpu" else cores // (threads or 1))
-    count = max(1, min(count, num_cases))
+    count = max(1, min(count, num_cases, _MOST_WORKERS_ON_WINDOWS if sys.platform == "win32" else count))
     return WorkerPlan(
         devices=tuple(devices[index % len(devices)] for index in range(count)),
         threads=threads or max(1, cores // count),

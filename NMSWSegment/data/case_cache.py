@@ -7,9 +7,7 @@ and its voxels are checked against a checksum whenever they are read; what does 
 import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 
 from NMSWSegment.data.body_extent import BodyExtent
 from NMSWSegment.data.prepared_case import CaseRequest, PreparedCase, prepare_case
+from NMSWSegment.files.output_file import draft_folder, replace_folder
 from NMSWSegment.protocol import UserError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +51,10 @@ class CaseCache:
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:_KEY_LENGTH]
         return self.folder / f"{request.files.name}-{key}"
 
+    def holds(self, request: CaseRequest) -> bool:
+        """Whether the entry of a case is there; raises as `entry`."""
+        return _is_complete(self.entry(request))
+
     def ensure(self, request: CaseRequest) -> Path:
         """The entry of a case, made now if it is not there.
 
@@ -60,7 +63,6 @@ class CaseCache:
         """
         entry = self.entry(request)
         if not _is_complete(entry):
-            logger.info("Reading case %s", request.files.name)
             self._store(prepare_case(request), entry)
         return entry
 
@@ -79,13 +81,12 @@ class CaseCache:
         """Write an entry under another name, then put it in place."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".partial-") as name:
-                draft = Path(name) / entry.name
+            with draft_folder(self.folder, prefix=".partial-") as place:
+                draft = place / entry.name
                 draft.mkdir()
                 write_entry(case, draft)
-                shutil.rmtree(entry, ignore_errors=True)
                 try:
-                    os.rename(draft, entry)
+                    replace_folder(draft, entry, aside=place / "old")
                 except OSError:
                     if not _is_complete(entry):  # otherwise another process was faster, with the same content
                         raise

@@ -192,7 +192,7 @@ def _nnunet(folder: Path, subset: str, split: str) -> Cases:
 
 def _word(folder: Path, subset: str, split: str) -> Cases:
     """The folder of WORD (WORD-V0.1.0); the classes are known, its dataset.json is not needed."""
-    images = sorted((folder / f"images{SPLITS[split]}").glob("*.nii.gz"))
+    images = sorted(_visible(folder / f"images{SPLITS[split]}", "*.nii.gz"))
     pairs = [(image, folder / f"labels{SPLITS[split]}" / image.name) for image in images]
     _check_files(pairs, source=f"The images of '{folder}' need", folder=folder)
     files = tuple(CaseFiles(image.name.split(".")[0], image, label) for image, label in pairs)
@@ -231,10 +231,15 @@ def _nnunet_pairs(folder: Path, values: dict, *, split: str) -> list[tuple[Path,
     An image without a label is listed too, so that its case is missed and not forgotten; of the test split only the labelled ones are cases.
     """
     ending, images, labels = values["file_ending"], folder / f"images{SPLITS[split]}", folder / f"labels{SPLITS[split]}"
-    names = {path.name.removesuffix(ending) for path in labels.glob(f"*{ending}")}
+    names = {path.name.removesuffix(ending) for path in _visible(labels, f"*{ending}")}
     if split != "test":
-        names |= {path.name.removesuffix(f"_0000{ending}") for path in images.glob(f"*_0000{ending}")}
+        names |= {path.name.removesuffix(f"_0000{ending}") for path in _visible(images, f"*_0000{ending}")}
     return [(images / f"{name}_0000{ending}", labels / f"{name}{ending}") for name in sorted(names)]
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Files of a pattern without the hidden ones, such as '._case.nii.gz', which macOS lays beside a file on foreign disks."""
+    return [path for path in folder.glob(pattern) if not path.name.startswith(".")]
 
 
 def _names_and_unknown(path: Path) -> tuple[tuple[str, ...], int]:

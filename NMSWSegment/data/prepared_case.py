@@ -11,8 +11,10 @@ import torch
 from NMSWSegment.data.body_extent import BodyExtent, measure_body
 from NMSWSegment.data.layouts import CaseFiles
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL
+from NMSWSegment.files import nifti_file
 from NMSWSegment.files.boxes import voxel_corners
 from NMSWSegment.files.orientation import Triple_mm, to_sar
+from NMSWSegment.files.output_file import file_ending, letters_hint
 from NMSWSegment.files.volume import Volume, read_volume
 from NMSWSegment.protocol import UserError
 
@@ -95,7 +97,7 @@ def read_header(path: Path) -> Header:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise UserError(f"'{path}' cannot be read: it is damaged or not of the format its ending says. Copy or export it again.") from error
+        raise UserError(f"'{path}' cannot be read: it is damaged or not of the format its ending says. Copy or export it again.{letters_hint(path)}") from error
     ijk_to_lps = np.eye(4)
     number = reader.GetDimension()
     ijk_to_lps[:3, :3] = np.array(reader.GetDirection()).reshape(number, number)[:3, :3] * np.array(reader.GetSpacing()[:3])
@@ -155,10 +157,13 @@ def read_labels(request: CaseRequest) -> np.ndarray:
 
 def _voxels(path: Path) -> np.ndarray:
     """The voxels of a label file; unlike an image it may be 0 everywhere."""
+    damaged = UserError(f"'{path}' cannot be read: it is damaged or incomplete. Copy or export it again.{letters_hint(path)}")
+    if file_ending(path, (".nii", ".nii.gz")) and nifti_file.nonfinite_voxels(path, nifti_file.read_header(path)) is None:
+        raise damaged  # ITK takes what is there of a file that breaks off
     try:
         return sitk.GetArrayFromImage(sitk.ReadImage(str(path))).reshape(read_header(path).shape)
     except RuntimeError as error:
-        raise UserError(f"'{path}' cannot be read: it is damaged or incomplete. Copy or export it again.") from error
+        raise damaged from error
 
 
 def _checked_labels(voxels: np.ndarray, request: CaseRequest) -> np.ndarray:

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -34,10 +34,14 @@ WINDOW_SIGMA = 0.125  # of the patch size; MONAI's and nnU-Net's choice
 WINDOW_FLOOR = 1e-3
 UNIFORM_MARGIN = 1e-5  # relative; far above the rounding of three float32 interpolations
 BOUND_MARGIN = 1e-3  # relative; far above that of a sum of patches
+CLASS_WEIGHT_BOUNDS = (-1.0, 10.0)
+"""Of c in Eq. 6."""
 
 
-def patch_window(patch_size: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
-    """Gaussian weight of every patch voxel, (P, P, P), at most 1 and at least 0.001.
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # one that was made at inference would be of no use where gradients are needed
+def patch_window(patch_size: tuple[int, int, int], *, device: torch.device | str = "cpu") -> Tensor:
+    """Gaussian weight of every patch voxel, (P, P, P), at most 1 and at least 0.001; kept, and only to be read.
 
     Source: paper section 3.4; sigma = 0.125 P.
     """
@@ -50,7 +54,7 @@ def patch_window(patch_size: Sequence[int], *, device: torch.device | str = "cpu
 
 def mixing_weights(class_weights: Tensor) -> Tensor:
     """a of Eq. 6: sigmoid(clamp(c, -1, 10)), (C,)."""
-    return torch.sigmoid(class_weights.clamp(-1, 10))
+    return torch.sigmoid(class_weights.clamp(*CLASS_WEIGHT_BOUNDS))
 
 
 class CoarseUpsampler:

@@ -1,11 +1,14 @@
 """Where the nets run: devices, threads, and what happens when a GPU cannot go on."""
 
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +45,7 @@ class Nets:
     """(B, 1, P, P, P) and, for a cascade, coarse logits (B, C, P/r, P/r, P/r) -> local logits (B, C, P, P, P)."""
     device: torch.device
     on_cpu: Callable[[], tuple[CoarseNet, LocalNet]] | None = None
-    """Loads the nets again, on the CPU: what a GPU that has failed holds may be lost. None where they are there already."""
+    """Loads the nets again, on the CPU: what a GPU that has failed holds may be lost. None where they are there already, or may not move, as those of a training."""
     device_steps: list[str] = field(default_factory=list)
     runtime: RuntimeChoice = RuntimeChoice(EXACT)
     """What computes the local net on the CPU."""
@@ -86,10 +89,13 @@ class Nets:
                     raise UserError(f"The {_title(name)} of model '{self.manifest.name}' does not run ({last_line}). Export the bundle again.") from error
                 raise
             reason = _reason_to_leave(error)
+            is_divisible = reason == OUT_OF_MEMORY and len(inputs[0]) > 1
+            if self.on_cpu is None and not is_divisible:
+                raise
             logger.warning("%s %s: %s", self.device, reason, error)
         # After the except block, because the error keeps the frames of the failed call alive, and with them their memory.
         free_cached_memory(self.device)
-        if reason == OUT_OF_MEMORY and len(inputs[0]) > 1:
+        if is_divisible:
             self.batch_size = len(inputs[0]) // 2
             self.device_steps.append(f"{self.device} {reason}; the batch went from {len(inputs[0])} to {self.batch_size}")
         else:
@@ -195,6 +201,17 @@ def memory_explained(shape: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
+def check_numpy() -> None:
+    """Raise UserError if torch cannot exchange arrays with numpy: the last torch for Intel Macs was built for numpy 1 and loads beside numpy 2 all the same."""
+    try:
+        torch.zeros(1).numpy()
+    except RuntimeError as error:
+        raise UserError(
+            f"PyTorch {torch.__version__} was built for numpy 1, but numpy {np.__version__} is installed. "
+            'In the Python console of Slicer, run slicer.util.pip_install("numpy<2") and restart Slicer; elsewhere, run: pip install "numpy<2"'
+        ) from error
+
+
 def available_devices() -> dict[str, str]:
     """What is really there: device string -> display name; the CPU always, then CUDA GPUs, then MPS."""
     devices = {"cpu": f"CPU ({os.cpu_count()} cores)"}
@@ -229,8 +246,10 @@ def open_nets(bundle: Bundle, *, device: str, runtime: str = EXACT) -> Nets:
         runtime: as in SegmentOptions; prepared for as many threads as torch has now.
 
     Raises:
-        UserError: the device is not there, a runtime that was asked for by name cannot be used, or this version of torch cannot read the archives.
+        UserError: the device is not there, a runtime that was asked for by name cannot be used, or this version of torch cannot read the archives
+            or goes with another numpy.
     """
+    check_numpy()
     target = resolve_device(device)
     coarse, local = _loaded(bundle)
     if target.type == "cpu":
@@ -257,6 +276,11 @@ def moved(net: torch.jit.ScriptModule, device: torch.device) -> torch.jit.Script
     return net.to(device)
 
 
+def read_archive(path: Path) -> torch.jit.ScriptModule:
+    """A net on the CPU, in float32. The file is read here, because TorchScript opens only plain names on Windows."""
+    return torch.jit.load(io.BytesIO(path.read_bytes()), map_location="cpu").float().eval()
+
+
 def _loaded(bundle: Bundle) -> tuple[torch.jit.ScriptModule, torch.jit.ScriptModule]:
     """Coarse and local net on the CPU, in float32.
 
@@ -264,8 +288,8 @@ def _loaded(bundle: Bundle) -> tuple[torch.jit.ScriptModule, torch.jit.ScriptMod
         UserError: this version of torch cannot read the archives.
     """
     try:
-        return tuple(torch.jit.load(str(path), map_location="cpu").float().eval() for path in (bundle.coarse_path, bundle.local_path))
-    except (RuntimeError, ValueError) as error:
+        return read_archive(bundle.coarse_path), read_archive(bundle.local_path)
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
             f"Torch {torch.__version__} cannot read the nets of bundle '{bundle.manifest.name}' ({reason}). Use torch 2.2 or later, or install the bundle again."

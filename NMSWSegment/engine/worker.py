@@ -86,9 +86,11 @@ def serve(*, folder: Path | None = None) -> int:
         import torch
 
         from NMSWSegment.engine.net_runtimes import TITLES, possible_runtimes
-        from NMSWSegment.engine.runtime import available_devices
-    except (ImportError, OSError) as error:  # OSError where a library of torch does not load on Windows
-        message = f"PyTorch cannot be loaded ({error}). Install it with the extension PyTorch, then restart."
+        from NMSWSegment.engine.runtime import available_devices, check_numpy
+
+        check_numpy()
+    except (ImportError, OSError, UserError) as error:  # OSError where a library of torch does not load on Windows
+        message = str(error) if isinstance(error, UserError) else f"PyTorch cannot be loaded ({error}). Install it with the extension PyTorch, then restart."
         print(message, file=sys.stderr)
         send(_error_event(None, "user", message))
         return NO_TORCH
@@ -323,11 +325,13 @@ def _write_array(folder: Path, name: str, array: "np.ndarray") -> None:
     """
     import numpy as np
 
+    from NMSWSegment.files.output_file import replace_path
+
     temporary = folder / f".{name}"
     try:
         with open(temporary, "wb") as stream:
             np.save(stream, array)
-        os.replace(temporary, folder / name)
+        replace_path(temporary, folder / name)
     except OSError as error:
         raise UserError(
             f"The result cannot be written to the temporary folder '{folder}' ({error.strerror}). Make sure that it is there and the disk is not full, and segment again."

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from NMSWSegment.files.manifest_schema import check_manifest
 from NMSWSegment.files.normalization import FIXED
-from NMSWSegment.files.output_file import check_name
+from NMSWSegment.files.output_file import check_name, replace_folder, replace_path
 from NMSWSegment.files.resources import resources_folder
 from NMSWSegment.protocol import AUTO_GAIN, UserError, reject_unknown_keys, unknown_name
 
@@ -287,7 +287,9 @@ def remove_bundle(name: str, *, folder: Path | None = None) -> None:
     if not is_own:
         raise UserError(unknown_name("bundle of your own", name, list_bundles(folder)))
     with _as_user_error(f"Bundle '{name}' could not be removed from '{folder}'"):
-        _delete(_set_aside(folder / name))
+        hidden = _hidden_name(folder / name)
+        replace_path(folder / name, hidden)
+        _delete(hidden)
 
 
 def file_sha256(path: Path) -> str:
@@ -369,23 +371,16 @@ def _files_inside(folder: Path) -> list[Path]:
 
 def _put_in_place(copy: Path, target: Path) -> None:
     """Rename a complete copy to its final name; a bundle that was there returns if that fails."""
-    previous = _set_aside(target) if target.exists() else None
-    try:
-        os.replace(copy, target)
-    except OSError:
-        if previous is not None:
-            os.replace(previous, target)
-        raise
-    if previous is not None:
-        with suppress(OSError):  # the new one is in place; what is left of the old one is hidden, and goes with the next installation
-            _delete(previous)
+    hidden = _hidden_name(target)
+    replace_folder(copy, target, aside=hidden)
+    with suppress(OSError):  # the new one is in place; what is left of the old one is hidden, and goes with the next installation
+        _delete(hidden)
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename a bundle in one step to a name that is not listed, so that no half of it is ever found."""
+def _hidden_name(path: Path) -> Path:
+    """A free name that is not listed, to which a bundle is renamed in one step, so that no half of it is ever found."""
     hidden = path.parent / f".{path.name}.removed"
     shutil.rmtree(hidden, ignore_errors=True)  # of a removal that crashed
-    os.replace(path, hidden)
     return hidden
 
 

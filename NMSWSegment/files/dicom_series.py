@@ -136,7 +136,7 @@ def find_series(folder: Path, *, series_uid: str | None = None) -> DicomSeries:
     """An image series in a folder, without its voxels.
 
     Args:
-        folder: searched without its sub-folders; files that are no DICOM images are passed over.
+        folder: searched without its sub-folders; hidden files and those that are no DICOM images are passed over.
         series_uid: Series Instance UID; None takes the only series.
 
     Raises:
@@ -162,7 +162,7 @@ def _volumes(folder: Path) -> list[list[DicomSlice]]:
         UserError: there is none, or a file cannot be read.
     """
     try:
-        paths = sorted(path for path in folder.iterdir() if path.is_file())
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
     except OSError as error:
         raise UserError(f"The folder '{folder}' cannot be read ({error.strerror}). Ask for the permission to read it, or copy it.") from error
     series: dict[tuple, list[DicomSlice]] = {}

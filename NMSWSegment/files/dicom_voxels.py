@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from NMSWSegment.files import dicom_file
 from NMSWSegment.files.dicom_series import DicomSeries, DicomSlice
-from NMSWSegment.files.output_file import check_name
+from NMSWSegment.files.output_file import check_name, letters_hint
 from NMSWSegment.protocol import UserError
 
 
@@ -63,7 +63,7 @@ def _read(found: DicomSlice, *, quiet: Callable) -> np.ndarray:
         with quiet():
             image = reader.Execute()
     except RuntimeError as error:
-        raise _damaged(found) from error
+        raise UserError(f"{_damaged(found)}{letters_hint(found.path)}") from error
     array = sitk.GetArrayFromImage(image)
     return array[0] if len(array) == 1 else array
 

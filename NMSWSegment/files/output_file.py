@@ -4,13 +4,15 @@ Everything that the program leaves for a person goes through `replaced_together`
 disk, and only then put in place; what was there before returns if anything fails.
 """
 
+import locale
 import os
 import re
 import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from NMSWSegment.protocol import UserError
 
 _SHOWN_LETTERS = 300
 """Of a path that is too long for the system."""
+_HELD_S = 3.0
+"""For so long a virus scanner or an indexer may look at a file that was just written, which Windows neither renames nor removes meanwhile."""
 
 
 def check_output_path(path: str | Path, endings: Sequence[str]) -> Path:
@@ -45,12 +49,17 @@ def check_output_path(path: str | Path, endings: Sequence[str]) -> Path:
     if path.exists():
         if not path.is_file():
             raise UserError(f"The output '{path}' is no file, but a device, pipe or the like. Choose another name.")
-        if not os.access(path, os.W_OK):
-            raise UserError(f"The output '{path}' exists and is write-protected. Remove the protection, or choose another name.")
+        try:
+            with open(path, "r+b"):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"The output '{path}' exists and is write-protected, or another program has it open. "
+                "Remove the protection, close that program, or choose another name."
+            ) from error
     try:
         # Only a real file tells: os.access knows neither Windows permissions nor read-only network shares.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _patiently(_new_file(path).unlink)
     except OSError as error:
         raise UserError(f"No file can be written in the folder '{folder}' ({error.strerror}). Choose a folder that you may write to.") from error
     return path
@@ -64,7 +73,7 @@ def file_ending(path: str | Path, endings: Sequence[str]) -> str | None:
 
 
 def check_name(path: Path) -> None:
-    """Make sure that a path can be followed, and that ITK, which takes UTF-8, can be given its name.
+    """Make sure that a path can be followed, and that it can be given to ITK as UTF-8.
 
     Raises:
         UserError: the name is too long, is not UTF-8, or is a link that leads to itself.
@@ -82,6 +91,69 @@ def check_name(path: Path) -> None:
         reason = getattr(error, "strerror", None) or error
         shown = str(path) if len(str(path)) <= _SHOWN_LETTERS else f"{str(path)[:_SHOWN_LETTERS]}..."
         raise UserError(f"'{shown}' cannot be used ({reason}). Choose another name or folder.") from error
+
+
+def use_utf8_names() -> None:
+    """Let C libraries such as ITK open files by their UTF-8 names on Windows, too, where they would take them for names in the code page of the country.
+
+    For processes of our own only, because it holds for a whole process. Windows before 10 (1803) cannot.
+    """
+    if sys.platform == "win32":
+        with suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, ".UTF-8")
+
+
+def letters_hint(path: Path) -> str:
+    """What to add to a sentence about a path that ITK refused; empty unless its letters may be the reason, as on Windows."""
+    if sys.platform != "win32" or str(path).isascii():
+        return ""
+    return " Its path has letters beyond A to Z, which may be the reason, too: try a folder with plain letters."
+
+
+def new_folder(parent: Path, *, prefix: str, mode: int = 0o700) -> Path:
+    """A new folder with a name that nobody can foresee.
+
+    Unlike tempfile, it fails at once where the parent cannot be written: on Windows, tempfile takes that for a name in use and tries others for
+    hours (cpython issue 66305).
+    """
+    folder = Path(parent) / f"{prefix}{secrets.token_hex(8)}"
+    folder.mkdir(mode=mode)
+    return folder
+
+
+@contextmanager
+def draft_folder(parent: Path, *, prefix: str) -> Iterator[Path]:
+    """A new folder to fill what is then put in place; it is gone at the end, with all that is still in it."""
+    folder = new_folder(parent, prefix=prefix, mode=0o777)  # on Windows, what comes out of a private folder stays private
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_path(source: Path, target: Path) -> None:
+    """os.replace, with patience on Windows; raises OSError as it does."""
+    _patiently(lambda: os.replace(source, target))
+
+
+def replace_folder(source: Path, target: Path, *, aside: Path) -> None:
+    """Let a complete folder take the place of an older one, if there is one, which returns if that fails.
+
+    Args:
+        aside: the new name of the older one, which is for the caller to remove; on the same disk.
+
+    Raises:
+        OSError: the folder did not take the place.
+    """
+    was_there = os.path.lexists(target)
+    if was_there:
+        replace_path(target, aside)
+    try:
+        replace_path(source, target)
+    except BaseException:
+        if was_there:
+            replace_path(aside, target)
+        raise
 
 
 @contextmanager
@@ -106,7 +178,7 @@ def replaced_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
         for temporary, path in zip(temporaries, paths):
             was_there = path.is_file() or path.is_symlink()
             placed.append((path, was_there, _second_name(path) if was_there and len(paths) > 1 else None))
-            os.replace(temporary, path)
+            replace_path(temporary, path)
         for folder in {path.parent for path in paths}:
             _flush(folder)
     except BaseException as error:
@@ -129,6 +201,19 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """One temporary file that takes the place of `path` when the block ends well."""
     with replaced_together([Path(path)]) as (temporary,):
         yield temporary
+
+
+def _patiently(step: Callable[[], object]) -> None:
+    """Take a step, again and again for a while where Windows refuses it."""
+    last = time.monotonic() + _HELD_S
+    while True:
+        try:
+            step()
+            return
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > last:
+                raise
+        time.sleep(0.1)
 
 
 def _new_file(path: Path) -> Path:
@@ -175,10 +260,11 @@ def _second_name(path: Path) -> Path:
 
 def _restore(placed: Sequence[tuple[Path, bool, Path | None]], temporaries: Sequence[Path]) -> None:
     """Put every old file back, and remove what was written."""
-    for path, was_there, old in placed:
+    for temporary, (path, was_there, old) in zip(temporaries, placed):
         with suppress(OSError):
             if old is not None:
-                os.replace(old, path)
+                if not temporary.exists():  # else it has not taken the place, and the old file is still there
+                    replace_path(old, path)
                 old.unlink(missing_ok=True)  # two names of one file stay two
             elif not was_there:
                 path.unlink(missing_ok=True)

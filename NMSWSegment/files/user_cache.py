@@ -2,11 +2,11 @@
 
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from NMSWSegment.files.output_file import draft_folder, replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def cached_folder(name: str) -> Path | None:
 
 
 def put_in_cache(name: str, fill: Callable[[Path], object]) -> Path | None:
-    """Fill a folder of the cache, all of it or nothing; one that is there is replaced.
+    """Fill a folder of the cache, all of it or nothing; one that is there is replaced, unless another process has a file of it open (on Windows).
 
     Args:
         fill: writes the files into an empty folder.
@@ -47,21 +47,14 @@ def put_in_cache(name: str, fill: Callable[[Path], object]) -> Path | None:
     parent = user_cache_folder()
     try:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=parent))  # of mode 0700
-    except OSError as error:
-        logger.info("The cache '%s' cannot be used (%s)", parent, error)
-        return None
-    try:
-        fill(temporary)
-        target = parent / name
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        return cached_folder(name)
+        with draft_folder(parent, prefix=".filling-") as place:
+            draft = place / name
+            draft.mkdir(mode=0o700)
+            fill(draft)
+            replace_folder(draft, parent / name, aside=place / "old")
     except OSError as error:  # the disk is full, or another process was faster
         logger.info("'%s' could not be kept in the cache '%s' (%s)", name, parent, error)
-        return cached_folder(name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return cached_folder(name)
 
 
 def _is_private(path: Path) -> bool:

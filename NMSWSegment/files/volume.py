@@ -14,7 +14,7 @@ from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.dicom_series import SeriesInfo, find_series, list_series
 from NMSWSegment.files.dicom_voxels import read_voxels
 from NMSWSegment.files.nifti_file import NiftiHeader, holds_voxels, nonfinite_voxels, read_header
-from NMSWSegment.files.output_file import check_name, check_output_path, file_ending, replaced_file
+from NMSWSegment.files.output_file import check_name, check_output_path, file_ending, letters_hint, replaced_file
 from NMSWSegment.files.text_header import check_data_files, check_units, is_intact, read_text_header
 from NMSWSegment.files.volume_checks import (
     RESAMPLE_HINT,
@@ -271,7 +271,7 @@ def _explained(path: Path, ending: str) -> Iterator[None]:
             raise UserError(f"'{path.name}' cannot be read: the reader knows '{ending}' in small letters only. Rename the file.") from error
         if "allocate" in text or "bad_alloc" in text:
             raise UserError(f"'{path.name}' does not fit into the memory of this computer. Crop the volume, or close other programs.") from error
-        raise damaged_error(path) from error
+        raise UserError(f"{damaged_error(path)}{letters_hint(path)}") from error
 
 
 def _check_nifti_voxels(path: Path, header: NiftiHeader) -> None:
@@ -322,6 +322,7 @@ def _write_image(image: sitk.Image, path: Path) -> None:
         except RuntimeError as error:
             raise UserError(
                 f"The voxels could not be written to the folder '{path.parent}'. Check that the disk is not full and that the folder may be written to."
+                f"{letters_hint(path)}"
             ) from error
 
 

@@ -1,5 +1,6 @@
 """Fixtures: a phantom with exact labels and a tiny bundle whose nets are known in closed form."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -43,6 +44,23 @@ class NearestIntensity(nn.Module):
     def forward(self, x):
         logits = self.head(x)
         return logits if self.importance_head is None else (logits, self.importance_head(x))
+
+
+@pytest.fixture
+def can_link(tmp_path) -> None:
+    """Skip where this computer makes no symbolic links, as Windows without the right to."""
+    try:
+        (tmp_path / "link").symlink_to(tmp_path)
+    except OSError:
+        pytest.skip("symbolic links cannot be made here")
+    (tmp_path / "link").unlink()
+
+
+def windows_pipe(monkeypatch) -> io.BytesIO:
+    """Print into a pipe as on Windows, which knows Western letters only; what is printed."""
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
+    monkeypatch.setattr(sys, "stdout", pipe)
+    return pipe.buffer
 
 
 @pytest.fixture(scope="session")

@@ -329,7 +329,7 @@ def test_install_that_cannot_take_its_place_brings_the_old_one_back(a_copy, own_
             raise PermissionError(13, "Permission denied")
         real_replace(source, target)
 
-    monkeypatch.setattr(bundle_module.os, "replace", refuse_the_new_one)
+    monkeypatch.setattr(os, "replace", refuse_the_new_one)
     with pytest.raises(UserError, match="could not be installed.*no other program has its files open"):
         install_bundle(change_manifest(a_copy, title="Newer"), replace=True)
     assert load_bundle("tiny").manifest.title == "Tiny" and [path.name for path in own_folder.iterdir()] == ["tiny"]
@@ -350,16 +350,6 @@ def test_install_where_the_folder_is_a_file_says_so(a_copy, own_folder):
     with pytest.raises(UserError, match="could not be installed in .*Check .* that you may use the folder"):
         install_bundle(a_copy)
     assert own_folder.read_text(encoding="utf-8") == "in the way"
-
-
-@pytest.fixture
-def can_link(tmp_path) -> None:
-    """Skip where this computer makes no symbolic links, as Windows without the right to."""
-    try:
-        (tmp_path / "link").symlink_to(tmp_path)
-    except OSError:
-        pytest.skip("symbolic links cannot be made here")
-    (tmp_path / "link").unlink()
 
 
 def test_install_copies_links_as_files(a_copy, own_folder, can_link):

@@ -154,6 +154,22 @@ def test_two_processes_that_store_the_same_case_agree(requests, tmp_path):
     assert same(first.load(requests[0], entry), prepare_case(requests[0])) and len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_entry_that_another_process_has_open_stays_whole(requests, tmp_path, monkeypatch):
+    cache = CaseCache(tmp_path / "cache")
+    entry = cache.ensure(requests[0])
+    replace = os.replace
+
+    def refuse_what_is_open(source, target):
+        if source == entry:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_what_is_open)
+    before = (entry / "case.json").stat().st_ino
+    cache._store(prepare_case(requests[0]), entry)
+    assert (entry / "case.json").stat().st_ino == before and same(cache.load(requests[0], entry), prepare_case(requests[0]))
+
+
 def test_source_draws_the_same_from_cache_and_from_memory(requests, tmp_path):
     options = SynthesisOptions(spacing_mm=(6.0, 6.0, 6.0))
     cache = CaseCache(tmp_path / "cache")

@@ -5,19 +5,22 @@ import errno
 import html.parser
 import io
 import json
+import locale
 import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from NMSWSegment.__main__ import main
 from NMSWSegment.cohort import local_workers
-from NMSWSegment.cohort.case_run import CohortSettings, run_case
+from NMSWSegment.cohort.case_run import CohortSettings, _put_in_place, run_case
 from NMSWSegment.cohort.cases import Case, find_cases
 from NMSWSegment.cohort.cohort import _duration, _prepare
 from NMSWSegment.cohort.local_workers import WorkerPlan, plan_workers
@@ -204,6 +207,13 @@ def test_plan_has_as_many_workers_as_gpus_or_cores_but_not_more_than_cases(argum
     assert (plan.devices, plan.threads, plan.memory_bytes) == (devices, threads, 900)
 
 
+@pytest.mark.parametrize(("workers", "threads"), [(None, 2), (40, 2)])
+def test_plan_has_no_more_workers_than_windows_can_wait_for(monkeypatch, workers, threads):
+    monkeypatch.setattr(sys, "platform", "win32")
+    plan = plan_workers(num_cases=100, cores=64, gpus=(), device="auto", workers=workers, threads=None, memory_bytes=None)
+    assert (len(plan.devices), plan.threads) == (30, threads)
+
+
 def test_other_settings_are_refused_until_a_restart_is_asked_for(tmp_path, a_tiny_bundle):
     write_cases(tmp_path / "in", count=1, broken=0)
     settings = settings_for(tmp_path / "out", a_tiny_bundle)
@@ -259,6 +269,30 @@ def runs_here(monkeypatch) -> None:
     monkeypatch.setattr("NMSWSegment.cohort.cohort.run_on_this_computer", run_here)
 
 
+def test_table_that_a_spreadsheet_holds_open_stops_nothing_and_the_same_command_writes_it(tmp_path, a_tiny_bundle, monkeypatch, capfd):
+    runs_here(monkeypatch)
+    write_cases(tmp_path / "in", count=3, broken=0)
+    monkeypatch.setattr("NMSWSegment.cohort.cohort._WRITE_INTERVAL_S", 0.0)
+    replace_file = os.replace
+
+    def locked(source, target):  # as Windows does
+        if Path(target).name == "cohort.csv":
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace_file(source, target)
+
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "replace", locked)
+        assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle)) == 2
+    output, errors = capfd.readouterr()
+    assert "3 of 3 cases done" in output and errors.count("cohort.csv cannot be written now") == 1
+    assert "Could not be written: cohort.csv. Close these files in other programs" in errors and "run the same command again" in errors
+    assert {row["case"] for row in rows_of(tmp_path / "out" / "statistics.csv")} == {"case0", "case1", "case2"}
+    assert not (tmp_path / "out" / "cohort.csv").exists()
+
+    assert main(words(tmp_path / "in", tmp_path / "out", a_tiny_bundle)) == 0
+    assert "3 of 3 cases are done already." in capfd.readouterr().out and [row["status"] for row in rows_of(tmp_path / "out" / "cohort.csv")] == ["done"] * 3
+
+
 @pytest.mark.parametrize("source", ["study/cases", "study/cases/p1", "list.txt"])
 def test_patients_in_study_cases_are_not_deleted_when_the_output_is_study(tmp_path, a_tiny_bundle, capfd, source):
     for name in ("p1", "p2"):
@@ -285,6 +319,56 @@ def test_foreign_folder_in_the_place_of_a_case_is_kept(tmp_path, a_tiny_bundle, 
     outcome = run_case(case, settings, device="cpu", threads=1)
     assert outcome.status == "failed" and "Move it elsewhere" in outcome.message
     assert (foreign / "slice.dcm").read_bytes() == b"precious" and list((settings.output / "cases").iterdir()) == [foreign]
+
+
+def test_older_results_return_where_the_new_ones_cannot_take_their_place(tmp_path, monkeypatch):
+    new, target = tmp_path / ".partial-a", tmp_path / "a"
+    for folder in (new, target):
+        folder.mkdir()
+        (folder / "outcome.json").write_text(json.dumps({"outcome": {"case": folder.name}}))
+    replace = os.replace
+
+    def refuse_the_new_ones(source, target):
+        if source == new:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    with monkeypatch.context() as patches, pytest.raises(PermissionError):
+        patches.setattr(os, "replace", refuse_the_new_ones)
+        _put_in_place(new, target)
+    assert json.loads((target / "outcome.json").read_text(encoding="utf-8")) == {"outcome": {"case": "a"}} and new.is_dir()
+    _put_in_place(new, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and ".partial-a" in (target / "outcome.json").read_text(encoding="utf-8")
+
+
+def test_workers_open_names_of_all_countries_on_windows(tmp_path, a_tiny_bundle, monkeypatch):
+    write_cases(tmp_path / "in", count=1)
+    chosen = []
+    monkeypatch.setattr("locale.setlocale", lambda *arguments: chosen.append(arguments))
+    monkeypatch.setattr(sys, "platform", "win32")
+    run_case(find_cases(tmp_path / "in").cases[0], settings_for(tmp_path / "out", a_tiny_bundle), device="cpu", threads=1)
+    assert chosen == [(locale.LC_CTYPE, ".UTF-8")]
+
+
+def test_folder_on_a_drive_without_locks_is_used_all_the_same(tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl", reason="Windows has other locks")
+    for number, is_taken in ((errno.ENOLCK, False), (errno.EOPNOTSUPP, False), (errno.EAGAIN, True)):
+        caplog.clear()
+        monkeypatch.setattr(fcntl, "flock", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+        with pytest.raises(UserError, match="Another run works") if is_taken else nullcontext(), locked_folder(tmp_path / "out"):
+            assert not is_taken
+        assert ("cannot be locked" in caplog.text) == (not is_taken)
+
+
+def test_lock_on_windows_lets_others_read_the_file(tmp_path, monkeypatch):
+    places = []
+    msvcrt = SimpleNamespace(LK_NBLCK=2, locking=lambda number, mode, count: places.append((os.lseek(number, 0, os.SEEK_CUR), count)))
+    monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+    with monkeypatch.context() as patches:
+        patches.setattr(os, "name", "nt")
+        with locked_folder(tmp_path):
+            pass
+    assert places == [(1 << 30, 1)] and (tmp_path / ".lock").stat().st_size == 0
 
 
 def test_restart_removes_our_results_and_no_foreign_files(tmp_path, a_tiny_bundle):
@@ -348,6 +432,7 @@ def test_folder_that_is_its_own_output_is_gone_on_with(tmp_path, a_tiny_bundle, 
     assert [(row["case"], row["status"]) for row in rows_of(tmp_path / "study" / "cohort.csv")] == [("case0", "done"), ("case1", "done")]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="names are UTF-16 there")
 def test_file_name_that_is_not_utf8_fails_alone_and_on_an_ascii_console(tmp_path, a_tiny_bundle, monkeypatch):
     runs_here(monkeypatch)
     write_cases(tmp_path / "ü", count=2, broken=1)

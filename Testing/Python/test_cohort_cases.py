@@ -133,7 +133,7 @@ def test_patient_whose_name_starts_with_seg_is_no_segmentation(tmp_path, name, i
     assert found.message == ("" if is_case else "Passed over: segmentations by their names (label, mask, seg): 1.")
 
 
-def test_everything_that_is_passed_over_is_told(a_folder, monkeypatch):
+def test_everything_that_is_passed_over_is_told(a_folder, monkeypatch, can_link):
     scandir = os.scandir
 
     def locked(path):
@@ -173,7 +173,7 @@ def test_pipe_in_a_folder_is_passed_over_and_not_waited_for(tmp_path):
     assert [case.name for case in found.cases] == ["ct"] and found.message == "Passed over: pipes, devices and the like: 3."
 
 
-def test_link_to_itself_is_a_case_that_says_so(tmp_path, a_tiny_bundle):
+def test_link_to_itself_is_a_case_that_says_so(tmp_path, a_tiny_bundle, can_link):
     (tmp_path / "self.nii.gz").symlink_to("self.nii.gz")
     (case,) = find_cases(tmp_path).cases
     assert case.name == "self" and case_memory_bytes(case, load_bundle(str(a_tiny_bundle)).manifest, num_patches=1) is None

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("resource", reason="this system has no limits to set")
+resource = pytest.importorskip("resource", reason="this system has no limits to set")
 
 from NMSWSegment.__main__ import main  # noqa: E402
 from NMSWSegment.console import printable  # noqa: E402
@@ -336,6 +335,7 @@ def test_name_with_markup_is_shown_as_it_is(a_case, a_tiny_bundle, monkeypatch, 
     assert "\x1b[2J" not in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is full")
 def test_models_with_a_full_or_closed_output(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
@@ -345,6 +345,7 @@ def test_models_with_a_full_or_closed_output(tmp_path):
         assert end.returncode == 2 and "could not be written or printed" in end.stderr and len(end.stderr.splitlines()) == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is full")
 @pytest.mark.parametrize("redirection", [">/dev/full 2>/dev/full", ">&- 2>&- <&-"], ids=["full", "closed"])
 def test_segment_with_a_full_or_closed_output_has_written_its_files(a_case, a_tiny_bundle, redirection):
     command = " ".join(f"'{word}'" for word in [sys.executable, "-m", "NMSWSegment", *words(a_case, a_tiny_bundle)])

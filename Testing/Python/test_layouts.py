@@ -67,6 +67,14 @@ def test_word_has_its_16_organs_under_our_names(tmp_path):
     assert (coded[2].modifier.meaning, coded[14].type.meaning, coded[14].modifier.meaning) == ("Left", "Head of femur", "Left")
 
 
+@pytest.mark.parametrize("kind", ["word", "nnunet"])
+def test_files_that_macos_lays_beside_others_are_no_cases(tmp_path, kind):
+    folder = write_word(tmp_path, splits={"a": "Tr"}) if kind == "word" else write_nnunet(tmp_path, names=("a",))
+    for path in list(folder.glob("*/*.nii.gz")):
+        (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert [files.name for files in read_cases(f"{kind}:{folder}").files] == ["a"]
+
+
 def test_word_missing_label_says_what_to_do(tmp_path):
     folder = write_word(tmp_path, splits={"word_0001": "Tr"})
     (folder / "labelsTr" / "word_0001.nii.gz").unlink()

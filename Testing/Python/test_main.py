@@ -2,6 +2,7 @@
 
 import csv
 import json
+import locale
 import os
 import re
 import shutil
@@ -120,20 +121,26 @@ def test_segment_existing_output_is_replaced(a_case, a_tiny_bundle):
         (["--preview", "{folder}/nowhere/p.png"], "Create it"),
         (["--report", "{folder}"], "Give a file name that ends in '.json'"),
         (["-o", "{folder}/ct.nii.gz"], "would overwrite the input"),
-        (["-o", "{folder}/link.nii.gz"], "would overwrite the input"),
         (["-o", "{folder}/labels.png"], "Use '.nii.gz', '.nii', '.seg.nrrd' or '.dcm'"),
         (["--polcy", "greedy"], "does not know '--polcy'. Did you mean '--policy'? Run 'nmsw segment --help'"),
     ],
 )
 def test_segment_mistake_is_one_sentence_and_leaves_nothing(a_case, a_tiny_bundle, capfd, more, fix):
-    (a_case / "link.nii.gz").symlink_to(a_case / "ct.nii.gz")
     before = (a_case / "ct.nii.gz").read_bytes()
     assert main(arguments(a_case, a_tiny_bundle, *(word.format(folder=a_case) for word in more))) == 2
     output, errors = capfd.readouterr()
     assert output == "" and len(errors.splitlines()) == 1
     assert fix in errors
-    assert names(a_case) == {"ct.nii.gz", "link.nii.gz"}
+    assert names(a_case) == {"ct.nii.gz"}
     assert (a_case / "ct.nii.gz").read_bytes() == before
+
+
+def test_segment_output_that_links_to_the_input_is_refused(a_case, a_tiny_bundle, capfd, can_link):
+    (a_case / "link.nii.gz").symlink_to(a_case / "ct.nii.gz")
+    before = (a_case / "ct.nii.gz").read_bytes()
+    assert main(arguments(a_case, a_tiny_bundle, "-o", str(a_case / "link.nii.gz"))) == 2
+    assert "would overwrite the input" in capfd.readouterr().err
+    assert names(a_case) == {"ct.nii.gz", "link.nii.gz"} and (a_case / "ct.nii.gz").read_bytes() == before
 
 
 def test_segment_two_outputs_in_one_file_are_refused(a_case, a_tiny_bundle, capsys, monkeypatch):
@@ -271,6 +278,13 @@ def test_training_verb_without_its_packages_names_the_extra(capsys, monkeypatch,
 def test_help_and_version_are_exit_code_0(capsys, words):
     assert main(words) == 0
     assert "NMSWSegment" in (output := capsys.readouterr().out) or "nmsw" in output
+
+
+def test_program_opens_names_of_all_countries_on_windows(monkeypatch, capsys):
+    chosen = []
+    monkeypatch.setattr("locale.setlocale", lambda *arguments: chosen.append(arguments))
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["--version"]) == 0 and chosen == [(locale.LC_CTYPE, ".UTF-8")]
 
 
 def test_help_lists_every_verb(capsys):

@@ -186,6 +186,16 @@ def test_nets_that_do_not_fit_on_the_gpu_are_opened_on_the_cpu(a_tiny_bundle, mo
     assert nets.coarse(torch.rand(1, 1, 4, 4, 4))[0].shape == (4, 4, 4, 4)
 
 
+def test_nets_that_cannot_move_pass_on_what_the_gpu_says():
+    def full(*inputs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    nets = Nets(manifest=TWO_CLASSES, coarse_net=full, local_net=full, device=torch.device("meta"))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
+        nets.local(torch.zeros(4, 2, 3, 4))
+    assert nets.batch_size == 1  # smaller batches were tried first
+
+
 def test_out_of_memory_on_the_cpu_is_passed_on():
     def full(x):
         raise RuntimeError("DefaultCPUAllocator: not enough memory: out of memory")
@@ -314,6 +324,11 @@ def test_archives_are_stored_in_half_and_computed_in_single_precision(a_tiny_bun
     assert not logits.requires_grad
 
 
+def test_nets_are_read_where_torchscript_cannot_open_the_path(a_tiny_bundle, monkeypatch):
+    monkeypatch.delattr(torch._C, "import_ir_module")  # what opens a path
+    assert open_nets(load_bundle(a_tiny_bundle), device="cpu").local(torch.rand(1, 4, 5, 6)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("content", [b"", b"not a net", None])
 def test_unreadable_archive_says_what_to_install(a_tiny_bundle, tmp_path, content):
     folder = shutil.copytree(a_tiny_bundle, tmp_path / "tiny")
@@ -322,6 +337,15 @@ def test_unreadable_archive_says_what_to_install(a_tiny_bundle, tmp_path, conten
     bundle = Bundle(folder=folder, manifest=load_bundle(a_tiny_bundle).manifest, sha256="")
     with pytest.raises(UserError, match=r"cannot read the nets of bundle 'tiny'.*Use torch 2\.2 or later"):
         open_nets(bundle, device="cpu")
+
+
+def test_torch_that_was_built_for_an_older_numpy_says_what_to_install(a_tiny_bundle, monkeypatch):
+    def no_numpy(tensor):
+        raise RuntimeError("Numpy is not available")  # torch 2.2.2 beside numpy 2
+
+    monkeypatch.setattr(torch.Tensor, "numpy", no_numpy)
+    with pytest.raises(UserError, match=r'built for numpy 1.*slicer\.util\.pip_install\("numpy<2"\) and restart.*pip install "numpy<2"'):
+        open_nets(load_bundle(a_tiny_bundle), device="cpu")
 
 
 def test_reproducible_gives_everything_back_even_after_an_error():

@@ -58,3 +58,18 @@ def test_cache_lies_where_the_system_keeps_caches(platform, variable, end, tmp_p
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setenv(variable, str(tmp_path))
     assert user_cache_folder() == tmp_path.joinpath(*end)
+
+
+@pytest.mark.parametrize("opened", ["a", ".filling-*/a"])
+def test_folder_that_another_process_has_open_stays_whole(a_cache, monkeypatch, opened):
+    put_in_cache("a", write("1"))
+    replace = os.replace
+
+    def refuse_what_is_open(source, target):
+        if source.match(f"{a_cache.name}/{opened}"):
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_what_is_open)
+    assert put_in_cache("a", write("2")) == cached_folder("a") == a_cache / "a"
+    assert (a_cache / "a" / "file").read_text(encoding="utf-8") == "1" and [path.name for path in a_cache.iterdir()] == ["a"]

@@ -3,6 +3,7 @@
 import gzip
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -415,11 +416,11 @@ def test_impossible_output_is_refused_before_anything_is_written(tmp_path, name,
 
 
 def test_output_folder_without_permission_is_refused(tmp_path, monkeypatch):
-    def refuse(**_):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
     # Tests may run as root, to whom no folder is closed.
-    monkeypatch.setattr("NMSWSegment.files.output_file.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("NMSWSegment.files.output_file.os.open", refuse)
     with pytest.raises(UserError, match="Permission denied.*Choose a folder that you may write to"):
         check_output_path(tmp_path / "labels.nii.gz", (".nii.gz",))
 
@@ -470,3 +471,25 @@ def test_file_that_cannot_take_its_place_takes_the_others_away_again(tmp_path, m
         for temporary in temporaries:
             temporary.write_text("x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["read", "read voxels", "write"])
+def test_letters_that_itk_may_not_open_on_windows_are_named(tmp_path, monkeypatch, kind):
+    path = tmp_path / "größe.nrrd"
+    write_volume(a_volume(), path)
+    if kind == "write":
+        monkeypatch.setattr("NMSWSegment.files.volume._check_written", lambda *_: (_ for _ in ()).throw(RuntimeError("not there")))
+    else:
+        path.write_bytes(path.read_bytes()[: -20 if kind == "read voxels" else 9])
+    for platform in ("win32", "linux"):
+        monkeypatch.setattr(sys, "platform", platform)
+        with pytest.raises(UserError, match="damaged|disk is not full") as error:
+            write_volume(a_volume(), path) if kind == "write" else read_volume(path)
+        assert ("try a folder with plain letters" in str(error.value)) == (platform == "win32")
+
+
+def test_dicom_folder_is_read_without_its_hidden_files(tmp_path):
+    array = write_dicom(tmp_path, positions_mm=[0, 2.5, 5])
+    for path in list(tmp_path.iterdir()):
+        (tmp_path / f"._{path.name}").write_bytes(path.read_bytes())
+    assert np.array_equal(read_volume(tmp_path).array, array)

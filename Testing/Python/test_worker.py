@@ -45,6 +45,19 @@ sys.exit(worker.main(sys.argv[1:]))
 """
 
 
+# A torch that was built for another numpy, as on Macs with an Intel processor.
+WITHOUT_NUMPY = """
+import sys, torch
+from NMSWSegment.engine import worker
+
+def numpy(tensor):
+    raise RuntimeError("Numpy is not available")
+
+torch.Tensor.numpy = numpy
+sys.exit(worker.main(sys.argv[1:]))
+"""
+
+
 class Client:
     """The panel's end of a worker."""
 
@@ -263,6 +276,14 @@ def test_ready_comes_before_torch_and_its_absence_is_told(tmp_path, error):
     assert client.process.poll() is None
     error = client.event()
     assert error["kind"] == "user" and error["id"] is None and "no torch here). Install it" in error["message"]
+    assert client.process.wait(timeout=TIMEOUT_S) == 2
+    client.process.stdin.close()
+
+
+def test_torch_that_goes_with_another_numpy_is_told_and_ends_the_worker():
+    client = Client("-c", WITHOUT_NUMPY)
+    ready, error = client.event(), client.event()
+    assert ready["event"] == "ready" and error["kind"] == "user" and error["id"] is None and 'pip_install("numpy<2") and restart' in error["message"]
     assert client.process.wait(timeout=TIMEOUT_S) == 2
     client.process.stdin.close()
 
