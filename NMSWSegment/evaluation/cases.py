@@ -13,6 +13,7 @@ from NMSWSegment.data.training_sample import UNKNOWN_LABEL
 from NMSWSegment.files.bundle import BundleManifest
 from NMSWSegment.files.volume import Volume, read_volume
 from NMSWSegment.protocol import UserError
+from NMSWSegment.training.label_checks import few
 
 METRICS = ("dsc", "nsd_2mm", "nsd_2voxels", "hd95_mm")
 
@@ -116,7 +117,13 @@ def score_labelmap(labelmap: Volume, reference: Volume, *, manifest: BundleManif
 
 def was_held_out(case_name: str, manifest: BundleManifest) -> bool:
     """Whether the manifest says that a case was left out of training."""
-    return case_name in {*manifest.training.get("held_out", ()), *manifest.training.get("options", {}).get("hold_out", ())}
+    return case_name in manifest.training.get("held_out", manifest.training.get("options", {}).get("hold_out", ()))
+
+
+def not_held_out(cases: Sequence[CaseRequest], manifest: BundleManifest) -> str:
+    """A sentence about the cases that a bundle does not say were left out of its training; empty where it says so of all."""
+    seen = [case.files.name for case in cases if not was_held_out(case.files.name, manifest)]
+    return f"Not held out: {few(seen)}. The bundle may have been trained on them, so that the scores are too good." if seen else ""
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from NMSWSegment.console import say
 from NMSWSegment.evaluation import fusion_speed, runtime_speed, speed
 from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, names_apart, read_case, was_held_out
 from NMSWSegment.evaluation.charts import write_dsc_by_k, write_dsc_by_size, write_pareto
@@ -23,7 +24,8 @@ from NMSWSegment.protocol import OnProgress, PatchBox, UserError, unknown_name
 
 ABLATIONS = {"policy": ("top_k", "greedy", "random_fair"), "class_weights": ("greedy", "no_weights"), "pooling": ("top_k", "one_voxel")}
 """Name -> methods at every k. The estimator and the k of training need a training run each and are not here."""
-PICTURES = ("pareto.png", "dsc_by_k.png", "dsc_by_size.png", "errors.png")
+ERRORS_PICTURE = "errors.png"
+PICTURES = ("pareto.png", "dsc_by_k.png", "dsc_by_size.png", ERRORS_PICTURE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     _write_text(arguments.output / "table.md", page)
     if arguments.docs:
         _write_docs(page, pictures, docs=arguments.docs, folder=arguments.output)
-    print(page)
-    print(sentence)
+    say(page)
+    say(sentence)
     return 0
 
 
@@ -140,7 +142,7 @@ def _bundle_cases(arguments: argparse.Namespace) -> list[CaseOfBundle]:
             raise UserError(f"Two bundles are named '{bundle.manifest.name}'. Export one of them under another name.")
         cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases, split=arguments.split)
         if sentence := names_apart(cases, bundle.manifest):
-            print(sentence)
+            say(sentence)
         cases = [case for case in cases if not arguments.held_out or was_held_out(case.files.name, bundle.manifest)]
         if not cases:
             raise UserError(
@@ -155,10 +157,12 @@ def _write_files(records: Sequence[dict], *, bundle_cases: Sequence[CaseOfBundle
     rows = summary_rows(records)
     _write_text(folder / f"{prefix}table.csv", csv_text(rows))
     _write_text(folder / f"{prefix}structures.csv", structures_csv_text(records, METRICS))
+    _write_error_picture(records, bundle_cases=bundle_cases, ks=ks, path=folder / f"{prefix}{ERRORS_PICTURE}")
+    if all(row.dsc is None for row in rows.values()):  # the cases show none of the classes
+        return [ERRORS_PICTURE]
     write_pareto(rows, folder / f"{prefix}pareto.png")
     write_dsc_by_k(rows, folder / f"{prefix}dsc_by_k.png")
     write_dsc_by_size(records, ("coarse", f"greedy_{middle_k(ks)}", "all", "sw_0.50"), folder / f"{prefix}dsc_by_size.png")
-    _write_error_picture(records, bundle_cases=bundle_cases, ks=ks, path=folder / f"{prefix}errors.png")
     return list(PICTURES)
 
 

@@ -7,14 +7,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from NMSWSegment.console import say
 from NMSWSegment.data.prepared_case import CaseRequest
 from NMSWSegment.engine.segment import segment_volume
-from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, names_apart, read_case, score_labelmap
+from NMSWSegment.evaluation.cases import METRICS, add_case_arguments, find_cases, names_apart, not_held_out, read_case, score_labelmap
 from NMSWSegment.evaluation.plots import write_side_by_side
 from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.files.output_file import check_output_path, replaced_file
 from NMSWSegment.files.outputs import require_matplotlib
 from NMSWSegment.protocol import SegmentOptions, UserError
+from NMSWSegment.training.model_card import shown
 
 CSV_HEADER = ("case", "k", "structure", *METRICS)
 
@@ -101,16 +103,18 @@ def run(arguments: argparse.Namespace) -> int:
     cases = find_cases(arguments.data, bundle.manifest, wanted=arguments.cases, split=arguments.split)
     ks = patch_counts(arguments.k)
     if sentence := names_apart(cases, bundle.manifest):
-        print(sentence)
+        say(sentence)
+    if arguments.split == "train" and (sentence := not_held_out(cases, bundle.manifest)):
+        say(sentence)
     scores = evaluate(bundle, cases, ks=ks, policy=arguments.policy, device=arguments.device, threads=arguments.threads, pictures=arguments.pictures)
-    for name, by_k in scores["cases"].items():
-        for k, row in by_k.items():
-            print(f"{name}  k={k} of {row['candidates']}  mean DSC {_shown(row['mean'])}  NSD 2 mm {_shown(row['mean_nsd_2mm'])}  {row['seconds']:.1f} s")
     if arguments.output:
         with replaced_file(arguments.output) as temporary:
             temporary.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if arguments.csv:
         write_csv(scores, arguments.csv)
+    for name, by_k in scores["cases"].items():
+        for k, row in by_k.items():
+            say(f"{name}  k={k} of {row['candidates']}  mean DSC {shown(row['mean'])}  NSD 2 mm {shown(row['mean_nsd_2mm'])}  {row['seconds']:.1f} s")
     return 0
 
 
@@ -137,8 +141,3 @@ def patch_counts(text: str) -> list[int | None]:
     if unexpected:
         raise UserError(f"--k holds '{unexpected[0]}'. Give whole numbers or 'all', for example 0,5,10,all.")
     return [None if word == "all" else int(word) for word in words]
-
-
-def _shown(value: float | None) -> str:
-    """'0.912', or a dash for nothing."""
-    return "-" if value is None else f"{value:.3f}"

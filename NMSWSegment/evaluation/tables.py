@@ -23,11 +23,11 @@ class Row:
     name: str
     title: str
     cases: int
-    dsc: float
+    dsc: float | None
     dsc_sd: float | None
-    nsd_2mm: float
+    nsd_2mm: float | None
     nsd_2mm_sd: float | None
-    nsd_2voxels: float
+    nsd_2voxels: float | None
     hd95_mm: float | None
     cold_s: float
     warm_s: float
@@ -74,7 +74,7 @@ def main_table(rows: dict[str, Row], *, reference: Row | None) -> str:
     lines = []
     for row in rows.values():
         relative = (_percent(row.dsc, reference.dsc), _percent(row.warm_s, reference.warm_s)) if reference else ("-", "-")
-        accuracy = (_spread(row.dsc, row.dsc_sd), _spread(row.nsd_2mm, row.nsd_2mm_sd), f"{row.nsd_2voxels:.3f}", _number(row.hd95_mm, 1))
+        accuracy = (_spread(row.dsc, row.dsc_sd), _spread(row.nsd_2mm, row.nsd_2mm_sd), _number(row.nsd_2voxels, 3), _number(row.hd95_mm, 1))
         cost = (
             f"{row.cold_s:.1f}",
             f"{row.warm_s:.1f}",
@@ -134,8 +134,12 @@ def plain_sentence(rows: dict[str, Row]) -> str:
     nmsw = [row for row in rows.values() if row.is_nmsw]
     if window is None or not nmsw:
         return "There is no sentence on what k to choose without the sliding window (sw_0.50) and NMSW among the methods."
+    if window.dsc is None:
+        return "There is no sentence on what k to choose, because the cases show none of the classes."
     is_yardstick = coarse is None or every is None or window.dsc >= coarse.dsc
     goal, goal_name = (window, "a sliding window") if is_yardstick else (every, "running every patch")
+    if goal.dsc == 0:
+        return f"There is no sentence on what k to choose, because {goal_name} finds none of the structures (DSC 0)."
     enough = [row for row in nmsw if row.dsc >= GOOD_ENOUGH * goal.dsc]
     best = min(enough, key=lambda row: row.warm_s) if enough else max(nmsw, key=lambda row: row.dsc)
     whose = "its time" if is_yardstick else "the time of a sliding window"
@@ -158,7 +162,7 @@ def losses(rows: dict[str, Row]) -> list[str]:
     """Where another method is at least as accurate in clearly less time, one sentence for each row of NMSW that loses."""
     sentences = []
     others = [row for row in rows.values() if row.name.startswith(("sw_", "zoom_out", "random_", "coarse"))]
-    for row in (row for row in rows.values() if row.is_nmsw):
+    for row in (row for row in rows.values() if row.is_nmsw and row.dsc is not None):
         better = [other for other in others if other.dsc >= row.dsc and other.warm_s <= CLEARLY_LESS * row.warm_s]
         if better:
             names = ", ".join(f"{other.title} ({other.dsc:.3f}, {other.warm_s:.1f} s)" for other in better)
@@ -238,9 +242,9 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _percent(value: float, reference: float) -> str:
-    """'97 %'."""
-    return f"{100 * value / reference:.0f} %"
+def _percent(value: float | None, reference: float | None) -> str:
+    """'97 %', or a dash where there is nothing to compare with."""
+    return f"{100 * value / reference:.0f} %" if value is not None and reference else "-"
 
 
 def _csv(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:

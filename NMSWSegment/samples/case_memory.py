@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from NMSWSegment.data.body_extent import BodyExtent
 from NMSWSegment.data.prepared_case import PreparedCase
 from NMSWSegment.engine.resampling import block_averaged
 from NMSWSegment.files.normalization import FIXED, intensity_scale
@@ -21,18 +22,26 @@ GPU_SHARE = 0.3
 
 @dataclass(frozen=True)
 class LoadedCase:
-    """A prepared case as tensors."""
+    """A prepared case as tensors; its own intensity is not kept, only what is drawn from."""
 
-    case: PreparedCase
-    """Where its voxels lie."""
     intensity: Tensor
     """Normalized, bounded and averaged over `blocks`, as inference does before it interpolates, (d, h, w) float32; HU where the normalization is fixed."""
     labels: Tensor
     """(D, H, W) uint8, on the case's own grid."""
+    spacing_mm: Triple_mm
+    """Of the case's own grid, KJI."""
+    direction: tuple[tuple[float, float, float], ...]
+    """As of PreparedCase."""
+    extent: BodyExtent
     blocks: tuple[int, int, int]
     """Voxels of the case per intensity voxel, KJI."""
     outside: float
     """Intensity beside the case, the lower bound."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes on its device."""
+        return 4 * self.intensity.numel() + self.labels.numel()
 
 
 class CaseMemory:
@@ -60,7 +69,7 @@ class CaseMemory:
             self._kept[key] = loaded_case(load(), spacing_mm=self.spacing_mm, bounds=self.bounds, normalization=self.normalization, device=self.device)
         self._kept.move_to_end(key)
         result = self._kept[key]
-        while sum(_num_bytes(case) for case in self._kept.values()) > self._max_bytes:
+        while sum(case.num_bytes for case in self._kept.values()) > self._max_bytes:
             self._kept.popitem(last=False)
         return result
 
@@ -80,9 +89,12 @@ def loaded_case(
     volume = Volume(array=case.intensity, ijk_to_ras=case.ijk_to_ras)
     intensity, _ = block_averaged(volume, spacing_mm=spacing_mm, bounds=bounds, scale=scale, padding=padding)
     blocks = tuple(-(-full // averaged) for full, averaged in zip(case.intensity.shape, intensity.shape))
-    return LoadedCase(case=case, intensity=intensity.to(device), labels=torch.from_numpy(case.labels).to(device), blocks=blocks, outside=bounds[0])
-
-
-def _num_bytes(loaded: LoadedCase) -> int:
-    """What a loaded case takes on its device."""
-    return 4 * loaded.intensity.numel() + loaded.labels.numel()
+    return LoadedCase(
+        intensity=intensity.to(device),
+        labels=torch.from_numpy(case.labels).to(device),
+        spacing_mm=case.spacing_mm,
+        direction=case.direction,
+        extent=case.extent,
+        blocks=blocks,
+        outside=bounds[0],
+    )

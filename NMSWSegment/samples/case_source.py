@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from NMSWSegment.data.prepared_case import BODY_THRESHOLD_HU, PreparedCase
+from NMSWSegment.data.prepared_case import BODY_THRESHOLD_HU, PreparedCase, ijk_to_ras_of
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
 from NMSWSegment.files.model_grid import model_grid_around
 from NMSWSegment.files.orientation import Triple_mm
@@ -42,7 +42,7 @@ class CaseSource:
         """A random sample; the same state of the generator gives the same one."""
         loaded = self._memory.get(self, self._load)
         if self._paper_intensity:
-            whole = whole_warp(loaded.case, spacing_mm=self._memory.spacing_mm)
+            whole = whole_warp(loaded, spacing_mm=self._memory.spacing_mm)
             intensity, labels = resampled(loaded, paper_warp(whole, generator=generator))
             intensity = self._paper_intensity(intensity, generator=generator)
         else:
@@ -52,13 +52,13 @@ class CaseSource:
     def whole(self) -> TrainingSample:
         """The case as it is, on the model's grid."""
         loaded = self._memory.get(self, self._load)
-        intensity, labels = resampled(loaded, whole_warp(loaded.case, spacing_mm=self._memory.spacing_mm))
+        intensity, labels = resampled(loaded, whole_warp(loaded, spacing_mm=self._memory.spacing_mm))
         return TrainingSample(name=self.name, intensity=intensity, labels=labels)
 
 
 def _scan(loaded: LoadedCase, *, options: SynthesisOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A random patient and scan made of a case; labels are 255 above and below the source, 0 beside it."""
-    box_mm = random_box(loaded.case.extent, min_range_mm=options.min_range_mm, generator=generator)
+    box_mm = random_box(loaded.extent, min_range_mm=options.min_range_mm, generator=generator)
     warp = random_warp(box_mm, limits=options.warp, spacing_mm=options.spacing_mm, max_voxels=options.max_voxels, generator=generator)
     intensity, labels = resampled(loaded, warp)
     body = intensity > max(BODY_THRESHOLD_HU, loaded.outside)
@@ -69,18 +69,19 @@ def _scan(loaded: LoadedCase, *, options: SynthesisOptions, generator: torch.Gen
     return intensity.clamp_(*HU_RANGE), labels
 
 
-def whole_warp(case: PreparedCase, *, spacing_mm: Triple_mm) -> Warp:
+def whole_warp(loaded: LoadedCase, *, spacing_mm: Triple_mm) -> Warp:
     """The warp that shows the whole case on the model's grid, unchanged: what inference would make of it."""
-    model_grid = model_grid_around(case.labels.shape, case.ijk_to_ras, spacing_mm=spacing_mm)
-    center_mm = torch.tensor([(length - 1) / 2 * own for length, own in zip(case.labels.shape, case.spacing_mm)])
+    shape = tuple(loaded.labels.shape)
+    model_grid = model_grid_around(shape, ijk_to_ras_of(loaded.spacing_mm, loaded.direction), spacing_mm=spacing_mm)
+    center_mm = torch.tensor([(length - 1) / 2 * own for length, own in zip(shape, loaded.spacing_mm)])
     return Warp(shape=model_grid.shape, spacing_mm=spacing_mm, matrix=torch.eye(3), center_mm=center_mm, control_mm=torch.zeros(3, 4, 4, 4))
 
 
 def resampled(loaded: LoadedCase, warp: Warp) -> tuple[Tensor, Tensor]:
     """Intensity (trilinear) and labels (nearest) through one warp of upright space; the lower bound and background beside the source, 255 above and below."""
-    case, labels = loaded.case, loaded.labels
-    upright = replace(warp, matrix=torch.tensor(case.direction).T @ warp.matrix)
-    index = upright.source_index(case.spacing_mm, device=labels.device)
+    labels = loaded.labels
+    upright = replace(warp, matrix=torch.tensor(loaded.direction).T @ warp.matrix)
+    index = upright.source_index(loaded.spacing_mm, device=labels.device)
     flat = nearest_flat_index(index, shape=tuple(labels.shape))
     warped_labels = labels.reshape(-1).index_select(0, flat).reshape(warp.shape)
     beside = is_outside(index, size=labels.shape[1], axis=1) | is_outside(index, size=labels.shape[2], axis=2)

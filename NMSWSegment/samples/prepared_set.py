@@ -8,8 +8,6 @@
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +18,7 @@ from NMSWSegment.data.body_extent import BodyExtent
 from NMSWSegment.data.case_cache import ENTRY_INFO_NAME, json_tuples, read_entry, write_entry
 from NMSWSegment.data.layouts import DATASET_NAME
 from NMSWSegment.data.prepared_case import PreparedCase, ijk_to_ras_of
+from NMSWSegment.files.output_file import draft_folder, replace_path
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.synthesis import PreparedAnatomy, prepare_anatomy
 from NMSWSegment.samples.tissues import Tissue
@@ -99,8 +98,8 @@ def write_prepared_set(
         raise UserError(f"'{output}' already exists. Remove it, or give another --output.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".partial-") as name:
-            draft = Path(name) / output.name
+        with draft_folder(output.parent, prefix=".partial-") as place:
+            draft = place / output.name
             for part in (CASES, ANATOMIES):
                 (draft / part).mkdir(parents=True)
             for case_name, case in cases:
@@ -110,7 +109,7 @@ def write_prepared_set(
                 _write_anatomy(anatomy, draft / ANATOMIES / anatomy.name)
             labels = {"background": 0} | {label: value for value, label in enumerate(label_names, start=1)}
             (draft / DATASET_NAME).write_text(json.dumps({"modality": {"0": modality}, "labels": labels}, indent=1) + "\n", encoding="utf-8")
-            shutil.move(str(draft), str(output))
+            replace_path(draft, output)
     except FileExistsError as error:
         name = Path(error.filename or "").name
         raise UserError(f"Two cases or anatomies are named '{name}'. Prepare their data sets in two folders, and train with --data for each.") from error

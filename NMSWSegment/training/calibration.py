@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from NMSWSegment.data.metrics import dice_per_class
+from NMSWSegment.data.training_sample import UNKNOWN_LABEL, TrainingSample
 from NMSWSegment.engine.patch_cache import PatchCache
-from NMSWSegment.engine.runtime import Nets
+from NMSWSegment.engine.runtime import Nets, reproducible
 from NMSWSegment.engine.segment import CoarsePass, choose, coarse_pass, refine
 from NMSWSegment.engine.selection import Selection
 from NMSWSegment.files.islands import remove_islands
@@ -54,16 +55,19 @@ class Calibration:
 
 
 def calibrate(nets: Nets, cases: Sequence[CaseSource]) -> Calibration:
-    """Choose the threshold of k = auto, and whether islands go.
+    """Choose the threshold of k = auto, and whether islands go. A case that shows none of the structures has no DSC, and counts for nothing.
 
     Raises:
-        UserError: there is no case.
+        UserError: no case shows a structure.
     """
-    if not cases:
+    with reproducible(None):
+        measured = [_measured(nets, sample) for sample in (source.whole() for source in cases) if _shows_structures(sample)]
+    if not measured:
         raise UserError(
-            "k = auto can be calibrated on cases that the run held out, but it held out none. Leave --calibrate out, or train with --hold-out or --fold."
+            f"k = auto can be calibrated on held-out cases that show the structures, but none of {len(cases)} does. "
+            "Leave --calibrate out, or correct the labels of these cases."
         )
-    rows, dice, dice_without_islands = zip(*(_measured(nets, source) for source in cases))
+    rows, dice, dice_without_islands = zip(*measured)
     points = tuple(AutoPoint(gain, *row) for gain, row in zip((None, *THRESHOLDS[::-1], None), np.mean(rows, axis=0).tolist()))
     enough = [point.auto_gain for point in points[1:-1] if point.dsc >= points[-1].dsc - TOLERANCE]
     return Calibration(
@@ -80,10 +84,14 @@ def is_better_without(dice: np.ndarray, dice_without_islands: np.ndarray) -> boo
     return bool(gains.sum() > 0 and (gains.sum(0) / np.maximum(is_known.sum(0), 1)).min() >= -TOLERANCE)
 
 
-def _measured(nets: Nets, source: CaseSource) -> tuple[list[tuple[float, float, float, float]], np.ndarray, np.ndarray]:
+def _shows_structures(sample: TrainingSample) -> bool:
+    """Whether a case has voxels that are neither background nor unknown."""
+    return bool(((sample.labels > 0) & (sample.labels != UNKNOWN_LABEL)).any())
+
+
+def _measured(nets: Nets, sample: TrainingSample) -> tuple[list[tuple[float, float, float, float]], np.ndarray, np.ndarray]:
     """Patches, candidates, share of the expected error and DSC of one case, in the order of the points; and, of all patches, DSC by structure with
     and without islands."""
-    sample = source.whole()
     coarse = coarse_pass(as_volume(sample, nets.manifest.spacing_mm), nets)
     reference = sample.labels.cpu().numpy()
     inside = tuple(slice(0, length) for length in reference.shape)

@@ -36,12 +36,12 @@ def disturbed(coarse_logits: Tensor, *, generator: torch.Generator) -> Tensor:
     """
     if chance(generator, UNDISTURBED_SHARE):
         return coarse_logits
-    num_classes, *shape = coarse_logits.shape
-    shift = _smooth(3, shape, generator=generator) * uniform(generator, 0, MOST_SHIFT)
-    place = torch.stack(torch.meshgrid(*(torch.arange(length) for length in shape), indexing="ij")) + shift
-    logits = trilinear(coarse_logits, place.to(coarse_logits.device))
+    (num_classes, *shape), device = coarse_logits.shape, coarse_logits.device
+    shift = _smooth(3, shape, generator=generator, device=device) * uniform(generator, 0, MOST_SHIFT)
+    place = torch.stack(torch.meshgrid(*(torch.arange(length, device=device) for length in shape), indexing="ij")) + shift
+    logits = trilinear(coarse_logits, place)
     logits = logits.clamp(min=CoarsePrior.LEAST_LOGIT) * uniform(generator, 0.6, 1.4)  # a class at minus infinity could not come back
-    logits = logits + _smooth(num_classes, shape, generator=generator).to(logits.device) * uniform(generator, 0, MOST_NOISE)
+    logits = logits + _smooth(num_classes, shape, generator=generator, device=device) * uniform(generator, 0, MOST_NOISE)
     if chance(generator, FORGOTTEN_SHARE):
         present = torch.unique(coarse_logits.max(0).indices)
         present = present[present > 0]
@@ -56,6 +56,7 @@ def parts_of_boxes(coarse_logits: Tensor, boxes: Sequence[tuple[slice, slice, sl
     return torch.stack([upsampler.part(box) for box in boxes])
 
 
-def _smooth(channels: int, shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
-    """Smooth noise of unit variance in every channel, (channels, *shape)."""
-    return torch.stack([smooth_noise(tuple(shape), length_mm=NOISE_WIDTH, spacing_mm=(1.0, 1.0, 1.0), generator=generator) for _ in range(channels)])
+def _smooth(channels: int, shape: Sequence[int], *, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Smooth noise of unit variance in every channel, (channels, *shape); few numbers are drawn on the CPU and interpolated on the device."""
+    noise = (smooth_noise(tuple(shape), length_mm=NOISE_WIDTH, spacing_mm=(1.0, 1.0, 1.0), generator=generator, device=device) for _ in range(channels))
+    return torch.stack(list(noise))

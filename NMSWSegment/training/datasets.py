@@ -24,6 +24,7 @@ from NMSWSegment.training.distributed import ProcessGroup
 from NMSWSegment.training.folds import case_roles
 from NMSWSegment.training.label_checks import label_warnings
 from NMSWSegment.training.options import MR, TrainOptions
+from NMSWSegment.training.worker_processes import in_workers
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def open_training_set(
     data: TrainingData | None = None,
     cache: CaseCache | None = None,
     group: ProcessGroup | None = None,
+    num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> TrainingSet:
     """Check every case and anatomy and make their samples available.
@@ -116,6 +118,7 @@ def open_training_set(
         data: what to open; None is find_data(options).
         cache: where prepared cases are kept; None keeps them in memory.
         group: processes that share the work of filling the cache.
+        num_workers: of each of these processes, for the same work.
         device: where samples are drawn.
 
     Raises:
@@ -123,7 +126,7 @@ def open_training_set(
     """
     data = data or find_data(options)
     if cache and group:
-        _fill_cache(data.requests, cache=cache, group=group)
+        _fill_cache(data.requests, cache=cache, group=group, num_workers=num_workers)
     paper_intensity = PaperIntensity(window=_bounds(options)) if options.augmentation == "paper" else None
     memory = CaseMemory(spacing_mm=options.spacing_mm, bounds=_bounds(options), normalization=options.normalization, device=device)
     anatomies = [read_anatomy(path, num_labels=len(data.label_names) + 1) for path in data.anatomies]
@@ -146,7 +149,9 @@ def open_training_set(
     )
 
 
-def open_validation_cases(options: TrainOptions, *, data: TrainingData, group: ProcessGroup, cache: CaseCache | None = None) -> list[CaseSource]:
+def open_validation_cases(
+    options: TrainOptions, *, data: TrainingData, group: ProcessGroup, cache: CaseCache | None = None, num_workers: int = 0
+) -> list[CaseSource]:
     """The cases to validate on, checked; none where the run validates nothing. They are read again at every validation.
 
     Raises:
@@ -157,7 +162,7 @@ def open_validation_cases(options: TrainOptions, *, data: TrainingData, group: P
     places = np.linspace(0, len(data.validation) - 1, min(options.validation_cases, len(data.validation))).round().astype(int)
     chosen = [data.validation[place] for place in places]
     if cache:
-        _fill_cache([case for case in chosen if isinstance(case, CaseRequest)], cache=cache, group=group)
+        _fill_cache([case for case in chosen if isinstance(case, CaseRequest)], cache=cache, group=group, num_workers=num_workers)
     memory = CaseMemory(spacing_mm=options.spacing_mm, bounds=_bounds(options), normalization=options.normalization, device=group.device, max_bytes=0)
     return [CaseSource(_name(case), _loader(case, cache), memory=memory) for case in chosen]
 
@@ -210,10 +215,11 @@ def _label_voxels(case: CaseRequest | Path, cache: CaseCache) -> dict[int, int]:
         return label_voxels(_loader(case, cache)().labels)
 
 
-def _fill_cache(requests: Sequence[CaseRequest], *, cache: CaseCache, group: ProcessGroup) -> None:
+def _fill_cache(requests: Sequence[CaseRequest], *, cache: CaseCache, group: ProcessGroup, num_workers: int) -> None:
     """Read what is not in the cache yet, each process its share."""
-    for request in group.share(requests):
-        cache.ensure(request)
+    missing = [request for request in group.share(requests) if not cache.holds(request)]
+    for number, _ in enumerate(in_workers(cache.ensure, missing, num_workers=min(num_workers, len(missing))), start=1):
+        logger.info("Case %s is read, %d of %d", missing[number - 1].files.name, number, len(missing))
     group.wait()
 
 

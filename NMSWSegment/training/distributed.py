@@ -97,8 +97,9 @@ def joined_group(device: str) -> Iterator[ProcessGroup]:
     if size == 1:
         yield ProcessGroup(device=own)
         return
+    backend = "nccl" if own.type == "cuda" and torch.distributed.is_nccl_available() else "gloo"  # torch for Windows has no NCCL
     try:
-        torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size, timeout=TIMEOUT)
+        torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"The {size} processes cannot find each other ({error}). Start them with torchrun, whose --rdzv-endpoint all computers can reach."

@@ -1,10 +1,10 @@
 """From a run folder to a bundle: weights rounded to fp16, nets traced with plain operators, checked against the eager nets."""
 
 import argparse
+import copy
 import json
 import logging
 import shutil
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from NMSWSegment import __version__
-from NMSWSegment.engine.runtime import Nets
+from NMSWSegment.console import say
+from NMSWSegment.engine.runtime import Nets, read_archive, resolve_device
 from NMSWSegment.files.bundle import MANIFEST_NAME, BundleManifest, file_sha256, load_bundle
+from NMSWSegment.files.output_file import draft_folder, replace_path
 from NMSWSegment.nets.nmsw_net import Architecture, CoarseEnsemble, LocalEnsemble, NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.case_source import CaseSource
 from NMSWSegment.training.calibration import calibrate
 from NMSWSegment.training.datasets import find_data, open_validation_cases
 from NMSWSegment.training.distributed import joined_group
+from NMSWSegment.training.initial_weights import case_digest, learned_cases
 from NMSWSegment.training.model_card import PICTURE_NAME, model_card
 from NMSWSegment.training.monai_metadata import INFERENCE_PATH, METADATA_PATH, monai_inference, monai_metadata
 from NMSWSegment.training.net_facts import net_facts
@@ -51,6 +54,7 @@ def export_bundle(
     picture: Path | None = None,
     last: bool = False,
     calibrates: bool = False,
+    device: str = "auto",
 ) -> Path:
     """Write the bundle of a run, or of an ensemble of runs; the folder's name becomes the bundle's name.
 
@@ -61,7 +65,8 @@ def export_bundle(
         scores: files that `nmsw evaluate` wrote of cases that the weights were not trained on, for the model card.
         data_notes: JSON with "trained_on" (text) and "attributions" (list of texts); several are put one after the other.
         picture: PNG for the model card, for example a preview of 'nmsw segment'.
-        calibrates: find the threshold of k = auto on the cases that the run held out.
+        calibrates: find the threshold of k = auto on the cases that all runs held out.
+        device: where that is done.
         last: take the last checkpoint although the validation found an earlier one better.
 
     Raises:
@@ -75,16 +80,18 @@ def export_bundle(
         raise UserError(f"There is no picture '{picture}'. Check the path, or leave --picture out.")
     trained = [_trained(run, last=last) for run in runs]
     _check_together(trained, runs)
-    options, checkpoint, net = trained[0]
+    options, checkpoint, net, _ = trained[0]
     examples = parity_inputs(options, net.architecture)
     notes = [_read_object(path, advice="Write a JSON object with trained_on and attributions.") for path in data_notes]
     held_out = {}
     for path in scores:
-        held_out |= _read_object(path, key="cases", advice="Give a file that 'nmsw evaluate --output' wrote.")["cases"]
-    learned = sorted(set(held_out) & set().union(*(one.checkpoint.get("case_names", {}).get("training", ()) for one in trained)))
-    if learned:
+        scored = _read_object(path, key="cases", advice="Give a file that 'nmsw evaluate --output' wrote.")["cases"]
+        # A case that shows none of the classes has no mean, and no place in the table.
+        held_out |= {case: by_k for case, by_k in scored.items() if all(row.get("mean") is not None for row in by_k.values())}
+    learned = set().union(*(one.learned for one in trained))
+    if not_held_out := sorted(name for name in held_out if case_digest(name) in learned):
         raise UserError(
-            f"The scores are of cases that the weights were trained on: {', '.join(learned)}. Held-out scores need others: "
+            f"The scores are of cases that the weights were trained on: {', '.join(not_held_out)}. Held-out scores need others: "
             "give 'nmsw evaluate' --cases or --split, or leave --scores out."
         )
     manifest = {
@@ -98,7 +105,8 @@ def export_bundle(
             "program": f"NMSWSegment {__version__}, torch {torch.__version__}",
             "iterations": checkpoint["iteration"],
             **(_validation_facts(checkpoint) if len(trained) == 1 else {}),
-            "held_out": sorted(set.intersection(*(_held_out(one) for one in trained))),
+            "held_out": _held_out(trained),
+            "case_digests": sorted(learned),
             "options": _public_options(options),
             "trained_on": "\n\n".join(note["trained_on"] for note in notes if "trained_on" in note),
         },
@@ -117,28 +125,35 @@ def export_bundle(
     coarse = net.coarse if len(nets) == 1 else CoarseEnsemble([one.coarse for one in nets])
     local = net.local if len(nets) == 1 else LocalEnsemble([one.local for one in nets])
     if calibrates:
-        found = calibrate(_as_nets(coarse, local, manifest), _held_out_cases(options, label_names=checkpoint["label_names"]))
+        found = calibrate(_as_nets(coarse, local, manifest, device=resolve_device(device)), _held_out_cases(trained))
         manifest |= {"auto_gain": found.auto_gain, "min_island_share": found.min_island_share}
         manifest["training"]["auto"] = [asdict(point) for point in found.points]
     return write_bundle(coarse, local, output=output, examples=examples, manifest=manifest, picture=picture, for_monai=True)
 
 
-def _as_nets(coarse: nn.Module, local: nn.Module, manifest: dict) -> Nets:
-    """The nets that are about to be exported, on the CPU."""
-    return Nets(manifest=BundleManifest(**manifest, sha256={}), coarse_net=coarse, local_net=local, device=torch.device("cpu"))
+def _as_nets(coarse: nn.Module, local: nn.Module, manifest: dict, *, device: torch.device) -> Nets:
+    """The nets that are about to be exported, on a device; the export itself goes on with those on the CPU."""
+    on_device = (copy.deepcopy(net).to(device) for net in (coarse, local))
+    return Nets(BundleManifest(**manifest, sha256={}), *on_device, device=device, on_cpu=lambda: (coarse, local))
 
 
-def _held_out_cases(options: TrainOptions, *, label_names: Sequence[str]) -> list[CaseSource]:
-    """The cases that a run held out, read from where they lay when it was trained.
+def _held_out_cases(trained: "Sequence[_Trained]") -> list[CaseSource]:
+    """Cases that all runs held out, read from where they lay when the first one was trained.
 
     Raises:
-        UserError: they are gone, or have other classes now.
+        UserError: there are none, they are gone, or they have other classes now.
     """
+    options = replace(trained[0].options, hold_out=tuple(_held_out(trained)), fold=None, folds=0, splits="", validate_every=1)
     data = find_data(options)
-    if list(data.label_names) != list(label_names):
+    if list(data.label_names) != list(trained[0].checkpoint["label_names"]):
         raise UserError(f"The data {', '.join(options.data)} has other classes now than when the run was trained. Leave --calibrate out.")
+    if not data.validation:
+        raise UserError(
+            "k = auto can be calibrated on labelled cases that neither the runs of the model nor what they started from were trained on, but there are none. "
+            "Leave --calibrate out, or train every run and every stage without the same cases (--hold-out)."
+        )
     with joined_group("cpu") as group:
-        return open_validation_cases(replace(options, validate_every=options.validate_every or 1), data=data, group=group)
+        return open_validation_cases(options, data=data, group=group)
 
 
 class _Trained(NamedTuple):
@@ -148,6 +163,8 @@ class _Trained(NamedTuple):
     checkpoint: dict
     net: NMSWNet
     """Weights rounded to fp16, without what a sparse e2enet left out."""
+    learned: set[str]
+    """Digests of the cases and anatomies that they were trained on."""
 
 
 def _trained(run: Path, *, last: bool) -> _Trained:
@@ -156,7 +173,7 @@ def _trained(run: Path, *, last: bool) -> _Trained:
     net = NMSWNet(Architecture(**checkpoint["architecture"]))
     load_weights(net, {key: value.half().float() for key, value in trained_weights(checkpoint).items()}, run=run)
     net.eval().slice_fusion()
-    return _Trained(options=options, checkpoint=checkpoint, net=net)
+    return _Trained(options=options, checkpoint=checkpoint, net=net, learned=learned_cases(checkpoint, run=run))
 
 
 def _check_together(trained: Sequence[_Trained], runs: Sequence[Path]) -> None:
@@ -189,14 +206,14 @@ def write_bundle(
         for_monai: also write what MONAI's bundle tools read.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        draft = Path(folder) / output.name
+    with draft_folder(output.parent, prefix=f".{output.name}-") as folder:
+        draft = folder / output.name
         draft.mkdir()
         for name, net in (("coarse", coarse), ("local", local)):
             path = draft / f"{name}.pt"
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings(), path.open("wb") as stream:
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # about size checks; check_parity tries other sizes
-                torch.jit.trace(net.eval(), examples[name][0], check_trace=False).half().save(str(path))
+                torch.jit.save(torch.jit.trace(net.eval(), examples[name][0], check_trace=False).half(), stream)
             net.float()  # tracing shares the parameters with the eager net
             drop_source_paths(path)
             check_parity(net, path, examples[name])
@@ -210,7 +227,7 @@ def write_bundle(
         if picture:
             shutil.copyfile(picture, draft / PICTURE_NAME)
         (draft / "MODEL_CARD.md").write_text(model_card(complete, has_picture=picture is not None), encoding="utf-8")
-        shutil.move(str(draft), str(output))
+        replace_path(draft, output)
     return output
 
 
@@ -229,7 +246,7 @@ def check_parity(net: nn.Module, path: Path, inputs: list[tuple[Tensor, ...]]) -
     Raises:
         UserError: an output differs by more than PARITY_TOLERANCE.
     """
-    archived = torch.jit.load(str(path), map_location="cpu").float().eval()
+    archived = read_archive(path)
     for arguments in inputs:
         with torch.no_grad():
             expected, found = (outputs if isinstance(outputs, tuple) else (outputs,) for outputs in (net(*arguments), archived(*arguments)))
@@ -262,7 +279,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folder of 'nmsw train'; several, such as all folds, become an ensemble")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to create; its name becomes the bundle's name")
     parser.add_argument("--last", action="store_true", help="the last weights, not those that were best in the validation")
-    parser.add_argument("--calibrate", action="store_true", help="find out on the cases that the run held out when k = auto stops")
+    parser.add_argument("--calibrate", action="store_true", help="find out on the cases that all runs held out when k = auto stops")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where --calibrate runs the nets (default: %(default)s)")
     parser.add_argument("--title", default="", help="name for people")
     parser.add_argument("--description", default="", help="one sentence for the model list")
     parser.add_argument("--license", default="", help="of the weights, for example CC-BY-4.0 (default: not stated)")
@@ -291,11 +309,12 @@ def run(arguments: argparse.Namespace) -> int:
         picture=arguments.picture,
         last=arguments.last,
         calibrates=arguments.calibrate,
+        device=arguments.device,
     )
     megabytes = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / 1e6
     training = json.loads((bundle / MANIFEST_NAME).read_text(encoding="utf-8"))["training"]
     validated = f", validation DSC {training['validation_dsc']:.3f}" if "validation_dsc" in training else ""
-    print(f"Bundle of iteration {training['iterations']}{validated} written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
+    say(f"Bundle of iteration {training['iterations']}{validated} written to {bundle} ({megabytes:.1f} MB); exported and trained nets agree.")
     return 0
 
 
@@ -310,9 +329,11 @@ def _inherited_attributions(options: TrainOptions) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _held_out(trained: _Trained) -> set[str]:
-    """Cases that a run has not learned from."""
-    return {*trained.options.hold_out, *trained.checkpoint.get("case_names", {}).get("validation", ())}
+def _held_out(trained: Sequence[_Trained]) -> list[str]:
+    """Cases that all runs held out and that nothing they started from was trained on, sorted."""
+    held_out = set.intersection(*({*one.options.hold_out, *one.checkpoint.get("case_names", {}).get("validation", ())} for one in trained))
+    learned = set().union(*(one.learned for one in trained))
+    return sorted(name for name in held_out if case_digest(name) not in learned)
 
 
 def _validation_facts(checkpoint: dict) -> dict:

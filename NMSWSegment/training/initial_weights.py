@@ -1,17 +1,20 @@
 """Where a run's weights start: another run, the coarse net of another run, or a bundle, whose classes are matched by name."""
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from NMSWSegment.engine.runtime import read_archive
 from NMSWSegment.files.bundle import Bundle, load_bundle
 from NMSWSegment.nets.e2enet import with_all_channels
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet
 from NMSWSegment.protocol import UserError
+from NMSWSegment.training.label_checks import few
 from NMSWSegment.training.options import SPARSE_BACKBONE, UPON_LOCAL, TrainOptions
 from NMSWSegment.training.run_folder import TrainingState, load_best_checkpoint, load_run_options, load_weights, trained_weights
 
@@ -71,6 +74,38 @@ def load_initial_weights(state: TrainingState, options: TrainOptions, *, label_n
         load_weights(net.coarse, weights, run=options.coarse_run)
     if state.average:
         state.average.module.load_state_dict(net.state_dict())
+    state.earlier_cases = sorted(_earlier_cases(options))
+
+
+def case_digest(name: str) -> str:
+    """What tells a case without its name, which may be that of a person: bundles are passed on."""
+    return hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
+
+
+def learned_cases(checkpoint: dict, *, run: Path) -> set[str]:
+    """Digests of the cases and anatomies that the weights of a run were trained on, there or in what it started from, as far as that is known."""
+    earlier = checkpoint.get("earlier_cases")
+    names = checkpoint.get("case_names", {}).get("training", ())
+    return {*map(case_digest, names), *(_earlier_cases(load_run_options(run)) if earlier is None else earlier)}
+
+
+def seen_sentence(state: TrainingState, held_out: Collection[str]) -> str:
+    """A sentence about the held-out cases that what the run started from was trained on; empty where there is none."""
+    seen = sorted(name for name in held_out if case_digest(name) in (state.earlier_cases or ()))
+    if not seen:
+        return ""
+    return f"What this run starts from was trained on {len(seen)} of its held-out cases ({few(seen)}): their scores are too good, and the bundle will not call them held out."
+
+
+def _earlier_cases(options: TrainOptions) -> set[str]:
+    """learned_cases of all that a run starts from; older bundles do not say theirs."""
+    cases = set(load_bundle(options.initial_bundle).manifest.training.get("case_digests", ())) if options.initial_bundle else set()
+    for run in map(Path, filter(None, (options.initial_run, options.coarse_run))):
+        try:
+            cases |= learned_cases(load_best_checkpoint(run), run=run)
+        except UserError as error:
+            logger.warning("What the run '%s' was trained on is not known any more: %s", run, error)
+    return cases
 
 
 def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str], needs_local: bool) -> dict[str, Tensor]:
@@ -132,7 +167,7 @@ def _bundle_weights(bundle: Bundle, net: NMSWNet, *, label_names: Sequence[str],
 
 def _archived(path: Path) -> dict[str, Tensor]:
     """The parameters in a TorchScript archive, float32."""
-    return {key: value.float() for key, value in torch.jit.load(path, map_location="cpu").state_dict().items()}
+    return {key: value.float() for key, value in read_archive(path).state_dict().items()}
 
 
 def _local_weights(bundle: Bundle, architecture: Architecture, *, fusion_channels: tuple[str, ...]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import fields
 import torch
 
 from NMSWSegment.data.training_sample import TrainingSample
+from NMSWSegment.engine.aggregation import CLASS_WEIGHT_BOUNDS
 from NMSWSegment.nets.backbones import check_patch_size, memory_format
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet
 from NMSWSegment.protocol import UserError
@@ -16,14 +17,12 @@ from NMSWSegment.training.initial_weights import kept_fusion_channels
 from NMSWSegment.training.options import SGD, TrainOptions
 from NMSWSegment.training.run_folder import TrainingState
 from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions
-from NMSWSegment.training.step import Losses, TrainingVolume, batch_losses, prepare, trained_parameters
+from NMSWSegment.training.step import Losses, TrainingVolume, prepare, trained_parameters, volume_losses
 
 logger = logging.getLogger(__name__)
 
-TRAINED_TOGETHER = ("coarse", "local")
-"""What is trained on all volumes of a step at once; elsewhere one volume after the other, to save memory."""
 CLASS_WEIGHT_RATE = 30.0
-"""Learning rate of c of Eq. 6 as a multiple of the nets': a step of Adam is about as large as the rate, and c has to move by whole units (D24)."""
+"""Learning rate of c of Eq. 6 under AdamW as a multiple of the nets': a step is about as large as the rate, and c has to move by whole units (D24)."""
 SGD_MOMENTUM, POLYNOMIAL_POWER = 0.99, 0.9
 """Source: nnU-Net (Isensee et al. 2021); E2ENet, section 4.1, uses both."""
 NOISE = 1
@@ -104,7 +103,7 @@ def _parameter_groups(net: NMSWNet, options: TrainOptions) -> list[dict]:
     nets = [parameter for parameter in trained if parameter is not net.class_weights]
     groups = [{"params": nets, "rate": 1.0}] if nets else []
     if len(nets) < len(trained):
-        groups.append({"params": [net.class_weights], "rate": CLASS_WEIGHT_RATE, "weight_decay": 0.0})
+        groups.append({"params": [net.class_weights], "rate": 1.0 if options.optimizer == SGD else CLASS_WEIGHT_RATE, "weight_decay": 0.0})
     return groups
 
 
@@ -112,19 +111,19 @@ def train_step(state: TrainingState, samples: Iterator[tuple[int, TrainingSample
     """One optimizer step on this process's share of the volumes; its share of the mean losses, in the order of Losses' fields."""
     values = torch.zeros(len(fields(Losses)), device=group.device)
     state.optimizer.zero_grad()
-    drawn = [next(samples) for _ in group.share(range(options.batch_size))]
-    together = len(drawn) if options.train in TRAINED_TOGETHER else 1
-    for first in range(0, len(drawn), together):
-        batch = [_on_device(*one, options=options, device=group.device) for one in drawn[first : first + together]]
-        losses, share = batch_losses(state.net, batch, options=options, tau=tau), len(batch) / options.batch_size
-        (losses.total * share).backward()
-        values += losses.values() * share
+    for _ in group.share(range(options.batch_size)):  # one volume after the other: the losses do not depend on which ones a process has
+        volume = _on_device(*next(samples), options=options, device=group.device)
+        losses = volume_losses(state.net, volume, options=options, tau=tau)
+        (losses.total / options.batch_size).backward()
+        values += losses.values() / options.batch_size
     parameters = [parameter for parameter in state.net.parameters() if parameter.requires_grad]
     group.sum_gradients(parameters)
     state.iteration += 1
     norm = torch.nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
     if torch.isfinite(norm):  # the same on all processes, because the gradients are
         state.optimizer.step()
+        with torch.no_grad():  # beyond its bounds c has no gradient, and would stay there for good
+            state.net.class_weights.clamp_(*CLASS_WEIGHT_BOUNDS)
         if state.sparsity:
             state.sparsity.step(state.iteration)
         if state.average:
@@ -153,5 +152,5 @@ def temperature(iteration: int, options: TrainOptions) -> float:
 
 def _on_device(number: int, sample: TrainingSample, *, options: TrainOptions, device: torch.device) -> TrainingVolume:
     """A drawn sample as the nets take it, with the generator of its number."""
-    x, labels, grid = prepare(sample, options)
-    return TrainingVolume(x=x.to(device), labels=labels.to(device), grid=grid, generator=sample_generator(seed=options.seed, number=number, purpose=NOISE))
+    x, labels, grid = prepare(sample.to(device), options)
+    return TrainingVolume(x=x, labels=labels, grid=grid, generator=sample_generator(seed=options.seed, number=number, purpose=NOISE))

@@ -15,6 +15,8 @@ CROSS_ENTROPY_WEIGHT = 0.2
 DICE_SMOOTHING = 1e-5
 BLOCK_VOXELS = 2**13
 """Voxels whose probabilities of some 25 classes stay in a core's cache."""
+GPU_BLOCK_VOXELS = 2**20
+"""Enough for all threads of a GPU, and few enough for float32: a sum of 2**24 ones stops growing."""
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -99,8 +101,7 @@ class _DiceCrossEntropy(torch.autograd.Function):
         """Logits (B, C, ...) and the target of all their voxels -> the loss, a scalar."""
         rows = _rows(logits)
         precision = torch.promote_types(rows.dtype, torch.float32)
-        length = BLOCK_VOXELS if rows.device.type == "cpu" else max(len(rows), 1)
-        blocks = [slice(start, start + length) for start in range(0, len(rows), length)]
+        blocks = _blocks(len(rows), device=rows.device)
         sums = [target.sums(torch.log_softmax(rows[block], dim=1, dtype=precision), block) for block in blocks]
         predicted, overlap, present, log_likelihood = (torch.stack(values).sum(0) for values in zip(*sums))
         size = predicted + present + DICE_SMOOTHING
@@ -138,11 +139,11 @@ class _Labels:
         """Of a block's known voxels (n, C): predicted, overlap and present, each (C,), and the log-likelihood."""
         index, known = self._known(block, log_probability.dtype)
         at_target = log_probability.gather(1, index[:, None])[:, 0]
-        nothing = known.new_zeros(log_probability.shape[1])
+        num_classes = log_probability.shape[1]
         return (
             known @ log_probability.exp(),
-            nothing.index_add(0, index, at_target.exp() * known),
-            nothing.index_add(0, index, known),
+            _sums_by_class(at_target.exp() * known, index, num_classes=num_classes),
+            _sums_by_class(known, index, num_classes=num_classes),
             torch.dot(at_target, known),
         )
 
@@ -182,6 +183,19 @@ class _Shares:
         slope = shares * by_overlap + known * by_predicted
         slope += entropy_weight * known - (probability * slope).sum(1, keepdim=True)
         return slope.mul_(probability).sub_(shares * entropy_weight)
+
+
+def _sums_by_class(values: Tensor, index: Tensor, *, num_classes: int) -> Tensor:
+    """The sum of the values (n,) of every class, (C,), from sums of at most BLOCK_VOXELS voxels: all threads of a GPU would wait for the few addresses of one."""
+    num_parts = max(1, math.ceil(len(index) / BLOCK_VOXELS))
+    part = torch.arange(len(index), device=index.device) % num_parts  # neighbors, mostly of one class, go to different addresses
+    return values.new_zeros(num_parts * num_classes).index_add(0, part * num_classes + index, values).reshape(num_parts, num_classes).sum(0)
+
+
+def _blocks(num_voxels: int, *, device: torch.device) -> list[slice]:
+    """The voxels in blocks that suit a device."""
+    length = BLOCK_VOXELS if device.type == "cpu" else GPU_BLOCK_VOXELS
+    return [slice(start, start + length) for start in range(0, num_voxels, length)]
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -53,6 +53,11 @@ def model_card(manifest: BundleManifest, *, has_picture: bool = False) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def shown(score: float | None) -> str:
+    """'0.912', or a dash for None, the mean of a case that shows none of the classes."""
+    return "-" if score is None else f"{score:.3f}"
+
+
 def _validation_lines(training: dict) -> list[str]:
     """What the validation said about the iteration that was exported."""
     if "validation_dsc" not in training:
@@ -91,6 +96,6 @@ def _score_lines(scores: dict) -> list[str]:
         lines += [f"Case `{case}`, DSC by number of patches k (of {candidates} candidates), on the case's own grid:", ""]
         lines += ["| structure | " + " | ".join(f"k = {k}" for k in ks) + " |", "|---" * (len(ks) + 1) + "|"]
         for structure in next(iter(by_k.values()))["dsc"]:
-            lines.append(f"| {structure} | " + " | ".join(f"{by_k[k]['dsc'][structure]:.3f}" for k in ks) + " |")
-        lines += ["| **mean** | " + " | ".join(f"**{by_k[k]['mean']:.3f}**" for k in ks) + " |", ""]
+            lines.append(f"| {structure} | " + " | ".join(shown(by_k[k]["dsc"][structure]) for k in ks) + " |")
+        lines += ["| **mean** | " + " | ".join(f"**{shown(by_k[k]['mean'])}**" for k in ks) + " |", ""]
     return lines

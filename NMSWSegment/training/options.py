@@ -55,6 +55,8 @@ class TrainOptions:
     """Iterations between two validations on held-out cases; 0 for none."""
     validation_cases: int = 10
     """At most so many of the held-out cases are validated on, evenly chosen by name."""
+    validation_patches: int = 10
+    """Patches a case in the validation, as --k of nmsw segment; coarse and local alone have none to choose."""
     patience: int = 0
     """The run ends after so many validations without a better score; 0 never."""
     backbone: str = "unet"
@@ -175,8 +177,8 @@ class TrainOptions:
             raise UserError("folds or splits are given without a fold. Add --fold I, the number of the fold to validate on, from 0.")
         if self.fold is not None and (self.fold < 0 or self.folds == 1 or (self.folds and self.fold >= self.folds)):
             raise UserError(f"fold is {self.fold} of {self.folds or 'the splits'}. Folds are numbered from 0, and there must be at least 2 of them.")
-        if min(self.validate_every, self.patience) < 0 or self.validation_cases < 1:
-            raise UserError("validate_every and patience must be 0 or more, validation_cases 1 or more.")
+        if min(self.validate_every, self.patience) < 0 or min(self.validation_cases, self.validation_patches) < 1:
+            raise UserError("validate_every and patience must be 0 or more, validation_cases and validation_patches 1 or more.")
         if self.patience and not self.validate_every:
             raise UserError(f"patience is {self.patience}, but validate_every is 0, so that nothing is validated. Give --validate-every too.")
         if self.augmentation == "scan" and (self.modality != CT or self.normalization != FIXED):

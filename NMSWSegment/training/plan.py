@@ -18,7 +18,7 @@ from NMSWSegment.samples.prepared_set import prepared_grid, read_anatomy, read_p
 from NMSWSegment.training.datasets import TrainingData, find_data, open_training_set, open_validation_cases
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
 from NMSWSegment.training.fingerprint import fingerprint_lines, geometry_lines, read_fingerprint
-from NMSWSegment.training.initial_weights import load_initial_weights
+from NMSWSegment.training.initial_weights import load_initial_weights, seen_sentence
 from NMSWSegment.training.iteration import check_precision, new_state, temperature, train_step
 from NMSWSegment.training.label_checks import few
 from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions
@@ -51,6 +51,8 @@ def plan_lines(options: TrainOptions, *, output: Path, cache: Path, device: str)
         state = new_state(long_enough, num_classes=len(data.label_names) + 1, group=group)
         load_initial_weights(state, options, label_names=data.label_names)
         yield from _data_lines(data, headers, options)
+        if sentence := seen_sentence(state, {*options.hold_out, *data.validation_names}):
+            yield f"Warning     {sentence}"
         yield from _class_lines(data)
         coarse, local = (sum(parameter.numel() for parameter in net.parameters()) for net in (state.net.coarse, state.net.local))
         yield f"Nets        {options.backbone} ({options.preset}), trains: {options.train}; coarse {coarse / 1e6:.2f} M, local {local / 1e6:.2f} M parameters"

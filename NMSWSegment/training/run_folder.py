@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from NMSWSegment.files.output_file import replaced_file
+from NMSWSegment.files.output_file import replace_path, replaced_file
 from NMSWSegment.nets.nmsw_net import NMSWNet
 from NMSWSegment.protocol import UserError
 from NMSWSegment.training.options import OPTIONS_NAME, TrainOptions, changed_options
@@ -39,6 +39,8 @@ class TrainingState:
     best_iteration: int = 0
     """Where it was."""
     validations_since_best: int = 0
+    earlier_cases: list[str] | None = None
+    """Digests of the cases and anatomies that what the run started from was trained on; None where an older version began the run and did not write them down."""
 
 
 def check_run_folder(output: Path, options: TrainOptions, *, resume: bool) -> TrainOptions | None:
@@ -94,13 +96,14 @@ def save_checkpoint(
         "validation": {key: getattr(state, key) for key in VALIDATION_KEYS},
         "label_names": list(label_names),
         "case_names": {role: list(names) for role, names in case_names.items()},
+        "earlier_cases": state.earlier_cases,
         "architecture": state.net.architecture.to_dict(),
     }
     try:
         torch.save(values, partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())  # else a power cut could leave the new name with old or no content
-        os.replace(partial, output / name)
+        replace_path(partial, output / name)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
         partial.unlink(missing_ok=True)
         raise _disk_error(output, error) from error
@@ -136,11 +139,12 @@ def restore_checkpoint(output: Path, state: TrainingState, *, label_names: Seque
     state.iteration = checkpoint["iteration"]
     for key, value in checkpoint.get("validation", {}).items():
         setattr(state, key, value)
+    state.earlier_cases = checkpoint.get("earlier_cases")
     return True
 
 
 def load_checkpoint(run: Path, name: str = CHECKPOINT_NAME) -> dict:
-    """A checkpoint of a run: net, average, optimizer, sparsity, iteration, validation, label_names, case_names, architecture.
+    """A checkpoint of a run: net, average, optimizer, sparsity, iteration, validation, label_names, case_names, earlier_cases, architecture.
 
     Args:
         name: CHECKPOINT_NAME, the last one, or BEST_NAME.

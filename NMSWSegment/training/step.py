@@ -68,19 +68,18 @@ def prepare(sample: TrainingSample, options: TrainOptions) -> tuple[Tensor, Tens
     return x[None, None], pad_to_grid(sample.labels, grid=grid, value=UNKNOWN_LABEL), grid
 
 
-def batch_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: TrainOptions, tau: float) -> Losses:
-    """The mean losses of some volumes for what the run trains.
+def volume_losses(net: NMSWNet, volume: TrainingVolume, *, options: TrainOptions, tau: float) -> Losses:
+    """The losses of a volume for what the run trains.
 
     Args:
-        batch: the volumes on the device of the net.
+        volume: on the device of the net.
         tau: temperature of the differentiable top-k.
     """
     if options.train == "coarse":
-        return coarse_losses(net, batch, options=options)
+        return coarse_losses(net, volume, options=options)
     if options.train == "local":
-        return local_losses(net, batch, options=options)
-    losses = [training_losses(net, volume.x, volume.labels, grid=volume.grid, options=options, tau=tau, generator=volume.generator) for volume in batch]
-    return Losses(*(torch.stack([getattr(one, field.name) for one in losses]).mean() for field in fields(Losses)))
+        return local_losses(net, volume, options=options)
+    return training_losses(net, volume.x, volume.labels, grid=volume.grid, options=options, tau=tau, generator=volume.generator)
 
 
 def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateGrid, options: TrainOptions, tau: float, generator: torch.Generator) -> Losses:
@@ -123,35 +122,31 @@ def training_losses(net: NMSWNet, x: Tensor, labels: Tensor, *, grid: CandidateG
     return Losses(coarse=coarse, high=high, patch=patch, entropy=spread, ranking=ranking, total=total)
 
 
-def coarse_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: TrainOptions) -> Losses:
-    """seg(y_low) alone, of all volumes together; smaller ones are padded at the far ends, with the window's lower bound and unknown labels."""
-    num_classes = net.architecture.num_classes
-    lows = [coarse_input(volume.x, grid=volume.grid) for volume in batch]
-    shares = [class_shares(one.labels[None], factor=one.grid.coarse_factor, shape=one.grid.coarse_shape, num_classes=num_classes) for one in batch]
-    shape = [max(low.shape[axis] for low in lows) for axis in (2, 3, 4)]
-    coarse_logits, _ = _run_coarse(net, torch.cat([_padded(low, shape) for low in lows]), options, net.coarse.without_importance)
-    coarse = soft_segmentation_loss(coarse_logits, torch.cat([_padded(one, shape) for one in shares]))
+def coarse_losses(net: NMSWNet, volume: TrainingVolume, *, options: TrainOptions) -> Losses:
+    """seg(y_low) alone."""
+    grid, num_classes = volume.grid, net.architecture.num_classes
+    coarse_logits, _ = _run_coarse(net, coarse_input(volume.x, grid=grid), options, net.coarse.without_importance)
+    coarse = soft_segmentation_loss(
+        coarse_logits, class_shares(volume.labels[None], factor=grid.coarse_factor, shape=grid.coarse_shape, num_classes=num_classes)
+    )
     nothing = torch.zeros_like(coarse)
     return Losses(coarse=coarse, high=nothing, patch=nothing, entropy=nothing, ranking=nothing, total=coarse)
 
 
-def local_losses(net: NMSWNet, batch: Sequence[TrainingVolume], *, options: TrainOptions) -> Losses:
-    """seg(y_patch) over top_k_patches + random_patches patches around random voxels of every volume: the local net of a sliding window.
+def local_losses(net: NMSWNet, volume: TrainingVolume, *, options: TrainOptions) -> Losses:
+    """seg(y_patch) over top_k_patches + random_patches patches around random voxels: the local net of a sliding window.
 
     That of a cascade reads the coarse net's answer, which stays as it is.
     """
     count, multiple = options.top_k_patches + options.random_patches, options.coarse_factor if options.cascade else (1, 1, 1)
-    crops, labels, parts = [], [], []
-    for volume in batch:
-        boxes = random_boxes(volume.labels, count=count, patch_size=options.patch_size, multiple=multiple, generator=volume.generator)
-        crops += [volume.x[(0, slice(None), *box)] for box in boxes]
-        labels += [volume.labels[box] for box in boxes]
-        if options.cascade:
-            with torch.no_grad():
-                coarse_logits, _ = _run_coarse(net, coarse_input(volume.x, grid=volume.grid), options)
-            parts.append(_coarse_parts(coarse_logits[0], boxes, grid=volume.grid, options=options, generator=volume.generator))
-    deep_logits = _run_local(net, torch.stack(crops), torch.cat(parts) if parts else None, options)
-    patch = _patch_loss(deep_logits, torch.stack(labels))
+    boxes = random_boxes(volume.labels, count=count, patch_size=options.patch_size, multiple=multiple, generator=volume.generator)
+    parts = None
+    if options.cascade:
+        with torch.no_grad():
+            coarse_logits, _ = _run_coarse(net, coarse_input(volume.x, grid=volume.grid), options)
+        parts = _coarse_parts(coarse_logits[0], boxes, grid=volume.grid, options=options, generator=volume.generator)
+    deep_logits = _run_local(net, torch.stack([volume.x[(0, slice(None), *box)] for box in boxes]), parts, options)
+    patch = _patch_loss(deep_logits, torch.stack([volume.labels[box] for box in boxes]))
     nothing = torch.zeros_like(patch)
     return Losses(coarse=nothing, high=nothing, patch=patch, entropy=nothing, ranking=nothing, total=patch)
 
@@ -235,12 +230,6 @@ def _run_local(net: NMSWNet, crops: Tensor, parts: Tensor | None, options: Train
 def _autocast(tensor: Tensor, options: TrainOptions) -> torch.autocast:
     """bfloat16 where the run asks for it."""
     return torch.autocast(tensor.device.type, torch.bfloat16, enabled=options.precision == "bf16")
-
-
-def _padded(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """The last three axes padded with 0 at their far ends to a shape."""
-    missing = [wanted - length for wanted, length in zip(shape, values.shape[-3:])]
-    return torch.nn.functional.pad(values, [0, missing[2], 0, missing[1], 0, missing[0]])
 
 
 def _patch_loss(deep_logits: tuple[Tensor, ...], patch_labels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from NMSWSegment.console import say
 from NMSWSegment.data.case_cache import CaseCache
 from NMSWSegment.data.training_sample import TrainingSample
 from NMSWSegment.files.folder_lock import locked_folder
@@ -25,7 +26,7 @@ from NMSWSegment.protocol import UserError
 from NMSWSegment.samples.training_set import TrainingSet
 from NMSWSegment.training.datasets import find_data, open_training_set, open_validation_cases
 from NMSWSegment.training.distributed import ProcessGroup, joined_group
-from NMSWSegment.training.initial_weights import load_initial_weights
+from NMSWSegment.training.initial_weights import load_initial_weights, seen_sentence
 from NMSWSegment.training.iteration import check_precision, new_schedule, new_state, temperature, train_step
 from NMSWSegment.training.monitor import Monitor
 from NMSWSegment.training.options import TrainOptions, add_option_arguments, options_from_arguments
@@ -40,6 +41,7 @@ from NMSWSegment.training.run_folder import (
     write_run_options,
 )
 from NMSWSegment.training.validation import Validation, is_best, is_due, is_finished
+from NMSWSegment.training.worker_processes import in_workers, lost_workers_explained
 
 __all__ = ["TrainOptions", "load_checkpoint", "train"]
 
@@ -64,7 +66,7 @@ def train(
 
     Args:
         output: run folder; shared by all processes.
-        num_workers: processes that draw samples, for each process that trains; 0 draws them in the training process, on its device.
+        num_workers: processes that read cases and draw samples, for each process that trains; 0 does so in the training process, on its device.
         checkpoint_every, log_every, show_every: iterations between checkpoints, points, and pictures of the selection (0: none).
         cache: folder of prepared cases; None is the one in the run folder.
 
@@ -72,7 +74,7 @@ def train(
         UserError: the run folder holds a run (without resume) or other options (with it), or another process trains there, the data, the nets or the initial run
             cannot be used, or the disk is full.
     """
-    with joined_group(device) as group, ExitStack() as held:
+    with joined_group(device) as group, lost_workers_explained(), ExitStack() as held:
         check_precision(options, group.device)
         previous = check_run_folder(output, options, resume=resume)
         data = find_data(options)
@@ -89,10 +91,12 @@ def train(
             state.schedule = new_schedule(state.optimizer, options, iteration=state.iteration)
         else:
             load_initial_weights(state, options, label_names=data.label_names)
+        if sentence := seen_sentence(state, {*options.hold_out, *data.validation_names}):
+            _say(group, sentence)
         drawn_on = group.device if num_workers == 0 else "cpu"
         case_cache = CaseCache(cache or output / CACHE_NAME)
-        training_set = open_training_set(options, data=data, cache=case_cache, group=group, device=drawn_on)
-        held_out = open_validation_cases(options, data=data, cache=case_cache, group=group)
+        training_set = open_training_set(options, data=data, cache=case_cache, group=group, num_workers=num_workers, device=drawn_on)
+        held_out = open_validation_cases(options, data=data, cache=case_cache, group=group, num_workers=num_workers)
         validation = Validation(held_out, options=options, label_names=training_set.label_names, group=group) if held_out else None
         group.wait()  # until every process has looked at the run folder
         if group.is_first:
@@ -136,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         default=1,
-        help="processes that draw samples; 0 draws them on the device that trains, the fastest on a GPU (default: %(default)s)",
+        help="processes that read cases and draw samples; 0 draws them on the device that trains, the fastest on a GPU (default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the training process (default: all)")
     parser.add_argument("--checkpoint-every", type=int, default=200, metavar="ITERATIONS", help="default: %(default)s")
@@ -154,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
     cache = arguments.cache or arguments.output / CACHE_NAME
     if arguments.dry_run:
         for line in plan_lines(options, output=arguments.output, cache=cache, device=arguments.device):
-            print(line)
+            say(line)
         return 0
     train(
         options,
@@ -177,15 +181,8 @@ def _samples(training_set: TrainingSet, *, first: int, options: TrainOptions, nu
         for iteration in range(first, options.iterations)
         for number in group.share(range(iteration * options.batch_size, (iteration + 1) * options.batch_size))
     ]
-    loader = torch.utils.data.DataLoader(
-        training_set,
-        sampler=numbers,
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_one_thread,
-    )
-    return iter(zip(numbers, loader))
+    is_fetched = num_workers > 0 and group.device.type == "cuda"
+    return zip(numbers, in_workers(training_set.__getitem__, numbers, num_workers=num_workers, pin_memory=is_fetched))
 
 
 def _say(group: ProcessGroup, text: str) -> None:
@@ -211,8 +208,3 @@ def _other_length(state: TrainingState, previous: TrainOptions, options: TrainOp
         f"The run goes on from iteration {state.iteration} to {options.iterations} instead of {previous.iterations}. From here on the learning rate and the temperature "
         f"are those of a run of {options.iterations} iterations; the learning rate is now {rate:.3g}."
     )
-
-
-def _one_thread(worker_index: int) -> None:
-    """Workers draw on one thread each."""
-    torch.set_num_threads(1)

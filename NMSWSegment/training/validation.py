@@ -2,7 +2,7 @@
 
     coarse                     arg max of the up-sampled coarse logits, whole case
     local                      the local net on fixed patches around voxels of every class
-    everything else            the model's own inference with as many patches as a training step has, whole case
+    everything else            the model's own inference with validation_patches patches, whole case
 
 Whole cases on the model's grid, without augmentation, with the weights that would be exported. DSC of a class is the mean over the cases that
 hold it, the score the mean over those classes.
@@ -97,7 +97,7 @@ class Validation:
 
     def _refined(self, coarse: CoarsePass, nets: Nets) -> Tensor:
         """Labels of the model's own inference."""
-        num_patches = self._options.top_k_patches + self._options.random_patches
+        num_patches = self._options.validation_patches
         selection = select(coarse.coarse_logits, coarse.importance_map, grid=coarse.grid, num_patches=num_patches, policy="greedy")
         return refine(coarse, selection, nets)
 

@@ -124,6 +124,16 @@ def test_two_patches_mix_by_hand():
     torch.testing.assert_close(high[0, 0, 0], 0.5 * torch.tensor([1.0, 2.0, 3.0]))  # a = sigmoid(0); equal weights in the middle
 
 
+def test_window_is_made_once_and_one_of_inference_serves_training():
+    patch_window.cache_clear()
+    with torch.inference_mode():
+        window = patch_window((4, 6, 8))
+    assert patch_window((4, 6, 8)) is window and patch_window((4, 8, 6)) is not window
+    gate = torch.ones((), requires_grad=True)
+    (window * gate).sum().backward()
+    torch.testing.assert_close(gate.grad, window.sum())
+
+
 def test_gate_gradient_is_the_benefit_of_its_patch():
     grid, coarse, indices, patches, class_weights = a_case(1)
     gates = torch.ones(len(indices), requires_grad=True)

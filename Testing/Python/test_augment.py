@@ -90,9 +90,11 @@ def test_distortion_ends_its_cells_where_monai_ends_them():
 def test_whole_case_at_its_own_spacing_comes_back_exactly():
     intensity, labels = a_pair()
     case = PreparedCase(intensity=intensity.numpy(), labels=labels.numpy(), spacing_mm=(3.0, 2.0, 1.5), extent=None)
-    same, same_labels = resampled(loaded_case(case, spacing_mm=case.spacing_mm, bounds=HU_RANGE), whole_warp(case, spacing_mm=case.spacing_mm))
+    loaded = loaded_case(case, spacing_mm=case.spacing_mm, bounds=HU_RANGE)
+    same, same_labels = resampled(loaded, whole_warp(loaded, spacing_mm=case.spacing_mm))
     torch.testing.assert_close(same, intensity, rtol=0, atol=1e-2)  # grid_sample's float32 coordinates
     assert torch.equal(same_labels, labels)
-    coarse = whole_warp(case, spacing_mm=(6.0, 4.0, 3.0))
-    half, half_labels = resampled(loaded_case(case, spacing_mm=(6.0, 4.0, 3.0), bounds=HU_RANGE), coarse)
+    loaded = loaded_case(case, spacing_mm=(6.0, 4.0, 3.0), bounds=HU_RANGE)
+    coarse = whole_warp(loaded, spacing_mm=(6.0, 4.0, 3.0))
+    half, half_labels = resampled(loaded, coarse)
     assert coarse.shape == (40, 35, 60) and torch.equal(half_labels, labels[1::2, 1::2, 1::2]) | torch.equal(half_labels, labels[::2, ::2, ::2])

@@ -25,6 +25,7 @@ from NMSWSegment.files.grid import CandidateGrid  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
+from NMSWSegment.training import cascade  # noqa: E402
 from NMSWSegment.training.cascade import disturbed, parts_of_boxes  # noqa: E402
 from NMSWSegment.training.export import export_bundle  # noqa: E402
 from NMSWSegment.training.initial_weights import load_initial_weights  # noqa: E402
@@ -176,6 +177,19 @@ def test_disturbed_answers_are_probabilities_that_differ_smoothly():
         agreement.append(float((found.argmax(0) == coarse_logits.argmax(0)).float().mean()))
         assert torch.equal(found, disturbed(coarse_logits, generator=torch.Generator().manual_seed(seed)))
     assert max(agreement) == 1.0 and 0.85 < np.median(agreement) < 1 and min(agreement) > 0.5
+
+
+def test_disturbance_is_interpolated_where_the_answer_lies(monkeypatch):
+    devices = []
+
+    def smooth_noise(shape, *, generator, device, **lengths):
+        devices.append(device)
+        return torch.randn(shape, generator=generator).to(device)
+
+    monkeypatch.setattr(cascade, "smooth_noise", smooth_noise)
+    monkeypatch.setattr(cascade, "chance", lambda generator, probability: False)
+    assert disturbed(some_logits(4, 8, 9, 10).to("meta"), generator=torch.Generator().manual_seed(0)).device.type == "meta"
+    assert devices == [torch.device("meta")] * (3 + 4)
 
 
 def test_boxes_of_training_begin_with_whole_coarse_voxels():

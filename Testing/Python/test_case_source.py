@@ -1,5 +1,8 @@
 """Training sees a case as inference does: the same resampling whatever its axes, and free fluid that changes only what it may."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +46,8 @@ def a_noisy_case(ijk_to_ras) -> tuple[Volume, np.ndarray, PreparedCase]:
 def test_training_resamples_as_inference_does(geometry):
     volume, labels, case = a_noisy_case(GEOMETRIES[geometry])
     expected, model_grid = resample_to_model_grid(volume, spacing_mm=MODEL_MM, outside=float("nan"), bounds=BOUNDS)
-    found, found_labels = resampled(loaded_case(case, spacing_mm=MODEL_MM, bounds=BOUNDS), whole_warp(case, spacing_mm=MODEL_MM))
+    loaded = loaded_case(case, spacing_mm=MODEL_MM, bounds=BOUNDS)
+    found, found_labels = resampled(loaded, whole_warp(loaded, spacing_mm=MODEL_MM))
     assert found.shape == expected.shape == model_grid.shape
     is_inside = ~expected.isnan() & ((found_labels != 0) | (found != BOUNDS[0])) & (found_labels != 255)
     assert float(is_inside.float().mean()) > (0.4 if geometry == "oblique" else 0.99)
@@ -62,7 +66,8 @@ def test_noise_is_as_strong_in_training_as_at_inference(geometry):
     intensity, spacing_mm, direction = to_sar(volume)
     case = PreparedCase(intensity=intensity, labels=np.ones(SHAPE, np.uint8), spacing_mm=spacing_mm, extent=None, direction=direction)
     expected, _ = resample_to_model_grid(volume, spacing_mm=MODEL_MM, outside=float("nan"), bounds=BOUNDS)
-    found, labels = resampled(loaded_case(case, spacing_mm=MODEL_MM, bounds=BOUNDS), whole_warp(case, spacing_mm=MODEL_MM))
+    loaded = loaded_case(case, spacing_mm=MODEL_MM, bounds=BOUNDS)
+    found, labels = resampled(loaded, whole_warp(loaded, spacing_mm=MODEL_MM))
     is_inside = ~expected.isnan() & (labels == 1)
     assert float(found[is_inside].std()) == pytest.approx(float(expected[is_inside].std()), rel=0.01)
     assert 5 < float(expected[is_inside].std()) < 16  # blocks of 4 voxels leave 15 of 30, interpolation less
@@ -97,6 +102,20 @@ def test_memory_forgets_the_case_that_was_used_first():
     for key in ("a", "b", "a", "c", "a", "b"):
         memory.get(key, lambda key=key: loaded.append(key) or case)
     assert loaded == ["a", "b", "c", "b"]
+
+
+def test_memory_keeps_nothing_beside_what_it_counts():
+    memory, arrays = CaseMemory(spacing_mm=MODEL_MM, bounds=BOUNDS), []
+
+    def load():
+        case = PreparedCase(np.zeros((8, 8, 8), np.int16), np.zeros((8, 8, 8), np.uint8), (3.0, 3.0, 3.0), None)
+        arrays.append(weakref.ref(case.intensity))
+        return case
+
+    loaded = memory.get("a", load)
+    gc.collect()
+    assert arrays[0]() is None
+    assert loaded.intensity.shape == (4, 4, 4) and loaded.num_bytes == 4 * 4**3 + 8**3
 
 
 def test_scans_are_slabs_now_and_then():

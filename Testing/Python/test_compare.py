@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import windows_pipe
 
 from NMSWSegment.engine import net_runtimes
 from NMSWSegment.evaluation import charts, compare, comparison_run, fusion_speed, runtime_speed, speed
@@ -155,6 +156,16 @@ def test_sentence_takes_no_window_for_a_yardstick_that_is_worse_than_the_coarse_
     assert "no yardstick for accuracy" in sentence and "0.100 against 0.600" in sentence
 
 
+def test_sentence_and_tables_where_nothing_is_found_or_no_case_shows_a_class_have_dashes():
+    for dsc, words in ((0.0, "a sliding window finds none of the structures"), (None, "the cases show none of the classes")):
+        records = [record(method, dsc=dsc or 0.0, seconds=2) for method in ("coarse", "sw_0.50", "greedy_5", "all")]
+        for one in records:
+            one["scores"] |= {"mean": dsc, "mean_nsd_2mm": dsc, "mean_nsd_2voxels": dsc, "dsc": {} if dsc is None else {"liver": dsc}}
+        rows = summary_rows(records)
+        assert plain_sentence(rows).startswith("There is no sentence on what k to choose, because ") and words in plain_sentence(rows)
+        assert main_table(rows, reference=rows["sw_0.50"]).splitlines()[4].endswith("| - | 100 % |") and losses(rows) == []
+
+
 def test_losses_name_what_is_better_and_not_slower():
     rows = summary_rows(
         [record("sw_0.25", dsc=0.8, seconds=2, title="window"), record("greedy_5", dsc=0.7, seconds=3), record("greedy_10", dsc=0.9, seconds=3)]
@@ -228,6 +239,18 @@ def test_verb_compares_all_methods_and_writes_tables_and_pictures(a_tiny_bundle,
     assert len((a_folder / "out" / "structures.csv").read_text(encoding="utf-8").splitlines()) == 1 + 3 * len(by_method)
 
 
+def test_verb_on_a_case_that_shows_no_class_writes_its_tables_and_no_charts(a_tiny_bundle, a_folder, in_this_process, capsys, recwarn):
+    path = a_folder / "first" / "label.nii.gz"
+    label = read_volume(path)
+    write_volume(Volume(np.zeros_like(label.array), label.ijk_to_ras), path)
+    words = ("--bundle", a_tiny_bundle, "--data", f"decathlon:{a_folder}", "--cases", "first", "--methods", "coarse,greedy_3,sw_0.50", "--k", "3")
+    assert verb(*words, "--output", a_folder / "out") == 0
+    page = (a_folder / "out" / "table.md").read_text(encoding="utf-8")
+    assert "the cases show none of the classes" in page and "](errors.png)" in page and "](pareto.png)" not in page
+    assert sorted(path.name for path in (a_folder / "out").glob("*.png")) == ["errors.png"]
+    assert not [warning for warning in recwarn if "log-scaled" in str(warning.message)]
+
+
 def test_accuracy_by_size_shows_every_structure_of_every_case_and_their_means(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(charts, "save", lambda figure, path: figures.append(figure))
@@ -279,6 +302,13 @@ def test_stopped_comparison_goes_on_where_it_was(a_tiny_bundle, a_folder, monkey
 def test_verb_mistake_says_what_to_give(a_tiny_bundle, a_folder, words, fix):
     with pytest.raises(UserError, match=fix):
         verb("--bundle", a_tiny_bundle, "--data", f"decathlon:{a_folder}", "--output", a_folder / "out", *words)
+
+
+def test_verb_prints_any_name_into_a_pipe_of_windows(tmp_path, monkeypatch):
+    printed = windows_pipe(monkeypatch)
+    monkeypatch.setattr(compare, "_compare", lambda arguments, on_progress: ("| 肝臓 |", [], "肝臓 is faster."))
+    assert verb("--output", tmp_path / "out") == 0
+    assert rb"\u809d\u81d3 is faster." in printed.getvalue() and (tmp_path / "out" / "table.md").read_text(encoding="utf-8") == "| 肝臓 |"
 
 
 # ---- speed ---------------------------------------------------------------------------------------------------------

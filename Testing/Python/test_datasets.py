@@ -146,6 +146,13 @@ def test_case_source_geometry_mismatch_says_to_resample(a_folder):
         a_source(a_request(a_folder, label_names=("liver", "spleen")))
 
 
+def test_label_file_that_breaks_off_is_refused(a_folder):
+    label = a_folder / "cases" / "one" / "label.nii.gz"
+    label.write_bytes(label.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"one/label.nii.gz' cannot be read: it is damaged or incomplete"):
+        a_source(a_request(a_folder, label_names=("liver", "spleen")))
+
+
 def test_case_source_label_outside_the_list_says_to_add_the_class(a_folder):
     with pytest.raises(UserError, match=r"holds \[2\].*Add the class there"):
         a_source(a_request(a_folder, label_names=("liver",)))

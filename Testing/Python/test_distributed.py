@@ -28,11 +28,13 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--spacing 6 6 6 --patch-size 16 16 16 --coarse-factor 1 1 1 --top-k-patches 1 --random-patches 1 --seed 3 --device cpu --threads 1 --log-every 1 --show-every 0"
 
 
-def a_process(data: Path, output: Path, flags: str, *, launcher: Sequence[str] = (), **environment: str) -> subprocess.Popen:
-    """`nmsw train` on its own, or started by a launcher."""
+def a_process(data: Path, output: Path, flags: str, *, launcher: Sequence[str] = (), is_group: bool = False, **environment: str) -> subprocess.Popen:
+    """`nmsw train` on its own, or started by a launcher; is_group: with its workers a group that signals can be sent to."""
     words = [sys.executable, *launcher, "-m", "NMSWSegment", "train", "--data", f"decathlon:{data}", "--output", str(output), *FLAGS.split(), *flags.split()]
     places = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    return subprocess.Popen(words, env=os.environ | places | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    return subprocess.Popen(
+        words, env=os.environ | places | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", start_new_session=is_group
+    )
 
 
 def a_port() -> str:
@@ -55,13 +57,15 @@ def data(tmp_path_factory) -> Path:
     return a_data_folder(tmp_path_factory.mktemp("data"))
 
 
-def test_torchrun_on_two_computers_gives_losses_and_weights_of_one_process(data, tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun asks for a libuv that torch does not have there")
+@pytest.mark.parametrize("part", ["both", "coarse", "local"])
+def test_torchrun_on_two_computers_gives_losses_and_weights_of_one_process(data, tmp_path, part):
     # two launchers that know each other by address only, each with one process, as in docs/training.md
     meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{a_port()}"]
     launchers = [["-m", "torch.distributed.run", *meeting, "--local-addr", address] for address in ("127.0.0.1", "127.0.0.2")]
-    flags = "--iterations 3 --batch-size 3 --workers 0 --hold-out two"  # three volumes: the first process has two of them, and the validation
+    flags = f"--iterations 3 --batch-size 3 --workers 0 --hold-out two --train {part}"  # three volumes: the first process has two of them, and the validation
     processes = [a_process(data, tmp_path / "two", flags, launcher=launcher) for launcher in launchers]
-    train(tiny_options(data, iterations=3, batch_size=3, hold_out=("two",)), output=tmp_path / "one", num_workers=0, log_every=1, show_every=0)
+    train(tiny_options(data, iterations=3, batch_size=3, hold_out=("two",), train=part), output=tmp_path / "one", num_workers=0, log_every=1, show_every=0)
     for process in processes:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
@@ -98,6 +102,21 @@ def test_run_killed_and_resumed_equals_one_that_was_not(data, tmp_path):
     assert all(torch.equal(one, other) for one, other in moments)
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
+def test_sigterm_of_the_whole_job_ends_a_run_as_ctrl_c_does(data, tmp_path):
+    """What SLURM sends at the end of the time, or by scancel: to the run and to its workers."""
+    process = a_process(data, tmp_path / "run", "--iterations 100000 --checkpoint-every 1 --workers 2", is_group=True)
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1] == "nmsw: Stopped." and "Traceback" not in output and "DataLoader" not in output
+    assert load_checkpoint(tmp_path / "run")["iteration"] >= 1
+
+
 def test_error_of_one_process_ends_all_with_a_sentence_each(tmp_path):
     folder = a_data_folder(tmp_path / "data")
     label = sitk.ReadImage(str(folder / "two" / "label.nii.gz"))
@@ -120,6 +139,20 @@ def test_team_shares_everything_once():
 def test_more_processes_than_volumes_says_what_to_give(data):
     with pytest.raises(UserError, match="3 processes for batch_size 2. Give --batch-size 3 or more"):
         new_state(tiny_options(data, batch_size=2), num_classes=4, group=ProcessGroup(device=torch.device("cpu"), size=3))
+
+
+@pytest.mark.parametrize(("has_nccl", "backend"), [(True, "nccl"), (False, "gloo")])  # torch for Windows has none
+def test_gpus_talk_through_nccl_where_torch_has_it(monkeypatch, has_nccl, backend):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **options: chosen.append(name))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with joined_group("cuda") as group:
+        assert group.device == torch.device("cuda:1") and chosen == [backend]
 
 
 def test_process_without_a_gpu_of_its_own_says_what_to_do(monkeypatch):

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import turned
+from conftest import turned, windows_pipe
 from training_folders import a_case, write_totalsegmentator
 
 from NMSWSegment.data.layouts import CaseFiles
@@ -109,7 +110,48 @@ def test_verb_writes_what_it_prints(a_tiny_bundle, a_folder, capsys):
     assert scores["bundle"] == "tiny" and scores["sha256"] == load_bundle(a_tiny_bundle).sha256 and scores["policy"] == "top_k"
     assert list(scores["cases"]) == ["second"] and list(scores["cases"]["second"]) == ["0", "all"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[1].startswith("second  k=all of 24  mean DSC 1.000  NSD 2 mm 1.000  ")
+    assert len(lines) == 3 and lines[2].startswith("second  k=all of 24  mean DSC 1.000  NSD 2 mm 1.000  ")
+
+
+def test_verb_says_which_cases_the_bundle_may_have_been_trained_on(a_tiny_bundle, a_folder, tmp_path, capsys):
+    assert verb(a_folder, a_tiny_bundle, "--k", "0") == 0
+    assert capsys.readouterr().out.startswith(
+        "Not held out: first, second. The bundle may have been trained on them, so that the scores are too good.\nfirst  k=0"
+    )
+    bundle = shutil.copytree(a_tiny_bundle, tmp_path / "held-out")
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"training": {"held_out": ["first"]}}), encoding="utf-8")
+    assert verb(a_folder, bundle, "--k", "0") == 0
+    assert capsys.readouterr().out.startswith("Not held out: second. ")
+    assert verb(a_folder, bundle, "--k", "0", "--cases", "first") == 0
+    assert capsys.readouterr().out.startswith("first  k=0")
+
+
+def test_verb_does_not_doubt_cases_of_another_split(a_tiny_bundle, tmp_path, capsys):
+    write_totalsegmentator(tmp_path, splits={"s0001": "train", "s0002": "test"}, classes=("liver", "spleen"))
+    parser = argparse.ArgumentParser()
+    evaluate_module.add_arguments(parser)
+    words = [str(a_tiny_bundle), "--data", f"totalsegmentator:{tmp_path}", "--split", "test", "--device", "cpu", "--threads", "1", "--k", "0"]
+    assert evaluate_module.run(parser.parse_args(words)) == 0
+    assert "Not held out" not in capsys.readouterr().out
+
+
+def test_verb_prints_any_name_into_a_pipe_of_windows_after_its_files_are_written(a_tiny_bundle, a_folder, monkeypatch):
+    printed = windows_pipe(monkeypatch)
+    row = {"candidates": 24, "mean": 1.0, "mean_nsd_2mm": None, "seconds": 1.0}
+    monkeypatch.setattr(evaluate_module, "evaluate", lambda *arguments, **options: {"cases": {"肝臓": {"0": row}}})
+    relabel(a_folder, ["aorta", "spleen"])
+    assert verb(a_folder, a_tiny_bundle, "-o", str(a_folder / "scores.json")) == 0
+    assert rb"\u809d\u81d3  k=0 of 24" in printed.getvalue() and b"Not scored: " in printed.getvalue()
+
+    def full(text):
+        if "k=0" in text:
+            raise OSError("nobody reads")
+
+    monkeypatch.setattr(evaluate_module, "say", full)
+    with pytest.raises(OSError):
+        verb(a_folder, a_tiny_bundle, "-o", str(a_folder / "again.json"))
+    assert json.loads((a_folder / "again.json").read_text(encoding="utf-8"))["cases"]["肝臓"]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +189,8 @@ def test_verb_scores_the_classes_that_bundle_and_data_both_know_by_name(a_tiny_b
     relabel(a_folder, names)
     assert verb(a_folder, a_tiny_bundle, "--cases", "first", "--k", "all", "-o", str(a_folder / "scores.json")) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(sentence + "first  k=all") and "mean DSC 1.000" in printed
+    seen = "Not held out: first. The bundle may have been trained on them, so that the scores are too good.\n"
+    assert printed.startswith(sentence + seen + "first  k=all") and "mean DSC 1.000" in printed
     assert json.loads((a_folder / "scores.json").read_text(encoding="utf-8"))["cases"]["first"]["all"]["dsc"] == dict.fromkeys(scored, 1.0)
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import shutil
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 pytest.importorskip("monai")
 pytest.importorskip("einops")  # MONAI's Swin-UNETR needs it
 
-from conftest import ROOT  # noqa: E402
+from conftest import ROOT, windows_pipe  # noqa: E402
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
+from NMSWSegment.command_line import main  # noqa: E402
 from NMSWSegment.engine.runtime import Nets, open_nets  # noqa: E402
 from NMSWSegment.engine.segment import RunCache, choose, coarse_pass, refine, segment_volume  # noqa: E402
 from NMSWSegment.evaluation.costs import bundle_costs  # noqa: E402
@@ -27,11 +28,13 @@ from NMSWSegment.files.volume import read_volume, write_volume  # noqa: E402
 from NMSWSegment.nets.backbones import BACKBONES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, LocalNet, NMSWNet  # noqa: E402
 from NMSWSegment.protocol import SegmentOptions, UserError  # noqa: E402
+from NMSWSegment.samples.case_source import CaseSource  # noqa: E402
 from NMSWSegment.training import export as export_module  # noqa: E402
 from NMSWSegment.training.calibration import THRESHOLDS, TOLERANCE  # noqa: E402
 from NMSWSegment.training.export import check_parity, export_bundle, write_bundle  # noqa: E402
+from NMSWSegment.training.initial_weights import case_digest  # noqa: E402
 from NMSWSegment.training.options import OPTIONS_NAME  # noqa: E402
-from NMSWSegment.training.run_folder import CHECKPOINT_NAME, load_checkpoint, load_run_options  # noqa: E402
+from NMSWSegment.training.run_folder import BEST_NAME, CHECKPOINT_NAME, load_checkpoint, load_run_options  # noqa: E402
 from NMSWSegment.training.sparse import FusionSparsity, SparsityOptions  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 
@@ -119,9 +122,130 @@ def test_auto_is_calibrated_on_what_the_run_held_out(a_run, tmp_path, monkeypatc
 def test_auto_cannot_be_calibrated_without_held_out_cases(tmp_path):
     data = a_data_folder(tmp_path / "data")
     train(tiny_options(data, iterations=1), output=tmp_path / "run", num_workers=0)
-    with pytest.raises(UserError, match="it held out none. Leave --calibrate out, or train with --hold-out or --fold"):
+    with pytest.raises(UserError, match=r"but there are none. Leave --calibrate out, or train every run and every stage.*\(--hold-out\)"):
         export_bundle(tmp_path / "run", tmp_path / "bundle", calibrates=True)
     assert not (tmp_path / "bundle").exists()
+
+
+def with_case_names(run: Path, folder: Path, *, options: dict = {}, **roles: list[str]) -> Path:
+    """A copy of a run that says of itself that it had other cases."""
+    shutil.copytree(run, folder)
+    checkpoint = load_checkpoint(run)
+    torch.save(checkpoint | {"case_names": checkpoint["case_names"] | roles}, folder / CHECKPOINT_NAME)
+    torch.save(checkpoint | {"case_names": checkpoint["case_names"] | roles}, folder / BEST_NAME)
+    values = json.loads((run / OPTIONS_NAME).read_text(encoding="utf-8"))
+    (folder / OPTIONS_NAME).write_text(json.dumps(values | options))
+    return folder
+
+
+def calibrated_on(monkeypatch) -> list[str]:
+    """The cases that a calibration measures."""
+    seen = []
+    whole = CaseSource.whole
+
+    def record(source):
+        seen.append(source.name)
+        return whole(source)
+
+    monkeypatch.setattr(CaseSource, "whole", record)
+    return seen
+
+
+def test_ensemble_is_calibrated_on_cases_that_all_its_runs_held_out(a_run, tmp_path, monkeypatch):
+    seen = calibrated_on(monkeypatch)
+    same = with_case_names(a_run, tmp_path / "same")
+    other = with_case_names(a_run, tmp_path / "other", training=["two"], validation=["one"], options={"hold_out": ["one"]})
+    with pytest.raises(UserError, match="neither the runs of the model nor what they started from were trained on, but there are none"):
+        export_bundle([a_run, other], tmp_path / "bundle", calibrates=True)
+    assert seen == []
+    fold = with_case_names(a_run, tmp_path / "fold", training=["one"], validation=[], options={"fold": 0, "folds": 2})  # left out of every fold
+    for number, runs in enumerate(([a_run, same], [fold])):
+        assert load_bundle(export_bundle(runs, tmp_path / str(number), calibrates=True)).manifest.training["held_out"] == ["two"]
+    assert seen == ["two", "two"]
+
+
+def test_calibration_leaves_out_cases_without_structures_and_refuses_when_none_is_left(tmp_path):
+    data = a_data_folder(tmp_path / "data")
+    label = read_volume(data / "two" / "label.nii.gz")
+    for name in ("three", "four"):
+        shutil.copytree(data / "two", data / name)
+        write_volume(replace(label, array=np.zeros_like(label.array)), data / name / "label.nii.gz")
+    values = json.loads((data / "dataset.json").read_text(encoding="utf-8"))
+    values["training"] += [{"image": f"{name}/ct.nii.gz", "label": f"{name}/label.nii.gz"} for name in ("three", "four")]
+    (data / "dataset.json").write_text(json.dumps(values))
+    points = []
+    for number, held_out in enumerate((("two",), ("two", "three"), ("three", "four"))):
+        run = tmp_path / f"run{number}"
+        train(tiny_options(data, hold_out=held_out, iterations=1, validate_every=0), output=run, num_workers=0)
+        if "two" in held_out:
+            points.append(load_bundle(export_bundle(run, tmp_path / f"bundle{number}", calibrates=True)).manifest.training["auto"])
+        else:
+            with pytest.raises(UserError, match="none of 2 does. Leave --calibrate out, or correct the labels"):
+                export_bundle(run, tmp_path / "bundle", calibrates=True)
+    assert all(np.isfinite(point["dsc"]) for point in points[1]) and [len(one) for one in points] == [len(THRESHOLDS) + 2] * 2
+
+
+def test_calibration_runs_on_the_device_that_is_asked_for_and_the_export_on_the_cpu(a_run, tmp_path, monkeypatch):
+    used = []
+    calibrate = export_module.calibrate
+
+    def record(nets, cases):
+        used.append(nets.device)
+        assert nets.on_cpu()[0] is not nets.coarse_net
+        return calibrate(nets, cases)
+
+    monkeypatch.setattr(export_module, "calibrate", record)
+    parser = argparse.ArgumentParser()
+    export_module.add_arguments(parser)
+    assert export_module.run(parser.parse_args([str(a_run), "-o", str(tmp_path / "bundle"), "--calibrate", "--device", "cpu"])) == 0
+    assert used == [torch.device("cpu")]
+    with pytest.raises(UserError, match="Device 'cuda:77' is not there"):
+        export_bundle(a_run, tmp_path / "other", calibrates=True, device="cuda:77")
+
+
+@pytest.fixture(scope="module")
+def coarse_on_all(tmp_path_factory) -> Path:
+    """A coarse net that has learned from both cases."""
+    folder = tmp_path_factory.mktemp("stages")
+    train(tiny_options(a_data_folder(folder / "data"), train="coarse", iterations=1), output=folder / "coarse", num_workers=0)
+    return folder / "coarse"
+
+
+@pytest.mark.parametrize("earlier", ["coarse_run", "initial_run", "initial_bundle"])
+def test_case_that_an_earlier_stage_was_trained_on_is_not_held_out(coarse_on_all, tmp_path, earlier, caplog):
+    start = str(export_bundle(coarse_on_all, tmp_path / "start") if earlier == "initial_bundle" else coarse_on_all)
+    train_too = {"coarse_run": {"train": "patches"}}.get(earlier, {})
+    data = (coarse_on_all.parent / "data",)
+    runs = []
+    for name, options in (("second", {earlier: start} | train_too), ("third", {"initial_run": str(tmp_path / "second")})):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(tiny_options(*data, iterations=1, fold=0, folds=2, **options), output=tmp_path / name, num_workers=0)
+        assert "was trained on 1 of its held-out cases (one): their scores are too good, and the bundle will not call them held out." in caplog.text
+        runs.append(tmp_path / name)
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps({"cases": {"one": {"5": {"candidates": 8, "mean": 0.9, "dsc": {"liver": 0.9}}}}}))
+    for run in runs:
+        manifest = load_bundle(export_bundle(run, tmp_path / f"{run.name}-bundle")).manifest
+        assert manifest.training["held_out"] == [] and manifest.training["case_digests"] == sorted(map(case_digest, ("one", "two")))
+        with pytest.raises(UserError, match="trained on: one. Held-out scores need others"):
+            export_bundle(run, tmp_path / "bundle", scores=(scores,))
+        with pytest.raises(UserError, match="nor what they started from were trained on, but there are none"):
+            export_bundle(run, tmp_path / "bundle", calibrates=True)
+
+
+def test_runs_of_a_version_that_did_not_write_down_earlier_cases_are_asked_along_their_chain(coarse_on_all, tmp_path, caplog):
+    options = tiny_options(coarse_on_all.parent / "data", iterations=1, fold=0, folds=2)
+    train(replace(options, initial_run=str(coarse_on_all)), output=tmp_path / "run", num_workers=0)
+    for name in (CHECKPOINT_NAME, BEST_NAME):
+        checkpoint = load_checkpoint(tmp_path / "run", name)
+        assert checkpoint.pop("earlier_cases") == sorted(map(case_digest, ("one", "two")))
+        torch.save(checkpoint, tmp_path / "run" / name)
+    assert load_bundle(export_bundle(tmp_path / "run", tmp_path / "bundle")).manifest.training["held_out"] == []
+    values = json.loads((tmp_path / "run" / OPTIONS_NAME).read_text(encoding="utf-8"))
+    (tmp_path / "run" / OPTIONS_NAME).write_text(json.dumps(values | {"initial_run": str(tmp_path / "gone")}))
+    assert load_bundle(export_bundle(tmp_path / "run", tmp_path / "lost")).manifest.training["held_out"] == ["one"]
+    assert "was trained on is not known any more" in caplog.text
 
 
 @pytest.mark.parametrize("cascade", [False, True])
@@ -372,6 +496,12 @@ def test_not_a_number_counts_as_disagreement(tmp_path):
         check_parity(net, tmp_path / "local.pt", [(x,)])
 
 
+def test_nets_are_written_where_torchscript_cannot_open_the_path(a_run, tmp_path, monkeypatch):
+    monkeypatch.delattr(torch._C, "import_ir_module")
+    monkeypatch.delattr(torch.jit.RecursiveScriptModule, "save")
+    assert (export_bundle(a_run, tmp_path / "größe") / "local.pt").is_file()
+
+
 def test_export_that_failed_leaves_nothing(a_run, tmp_path, monkeypatch):
     def fail(manifest, has_picture):
         raise UserError("The disk is full. Make room.")
@@ -400,6 +530,12 @@ def test_verb_exports_and_tells_the_size(a_run, tmp_path, capsys):
     assert export_module.run(parser.parse_args([str(a_run), "-o", str(tmp_path / "by-verb"), "--title", "By verb"])) == 0
     assert load_bundle(tmp_path / "by-verb").manifest.title == "By verb"
     assert "MB); exported and trained nets agree." in capsys.readouterr().out
+
+
+def test_verb_prints_any_name_into_a_pipe_of_windows(a_run, tmp_path, monkeypatch):
+    printed = windows_pipe(monkeypatch)
+    assert main(["export", str(a_run), "-o", str(tmp_path / "肝臓" / "bundle")]) == 0
+    assert rb"\u809d\u81d3" in printed.getvalue()
 
 
 def test_scores_of_cases_that_were_trained_on_are_not_held_out(a_run, tmp_path):

@@ -17,7 +17,7 @@ from NMSWSegment.engine.selection import candidate_importance, shows_foreground 
 from NMSWSegment.nets.backbones import NUM_FEATURES  # noqa: E402
 from NMSWSegment.nets.nmsw_net import Architecture, NMSWNet  # noqa: E402
 from NMSWSegment.training.options import TrainOptions  # noqa: E402
-from NMSWSegment.training.step import TrainingVolume, _run_coarse, batch_losses, prepare, trained_parameters  # noqa: E402
+from NMSWSegment.training.step import TrainingVolume, _run_coarse, prepare, trained_parameters, volume_losses  # noqa: E402
 
 SMOOTH, STRIPED, COIN = 1, 2, 3
 SIDE = 48
@@ -118,7 +118,7 @@ def trained_net(estimator: str, *, steps: int, seed: int = 0) -> NMSWNet:
     for step in range(steps):
         number = 1000 * (seed + 1) + step
         volume = TrainingVolume(*prepare(a_sample(number), settings), torch.Generator().manual_seed(number))
-        losses = batch_losses(net, [volume], options=settings, tau=1.0)
+        losses = volume_losses(net, volume, options=settings, tau=1.0)
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()

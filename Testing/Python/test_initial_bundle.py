@@ -44,6 +44,11 @@ def test_with_the_same_classes_the_net_answers_as_the_bundle(bundle):
     torch.testing.assert_close(net.class_weights, torch.tensor(found.manifest.class_weights))
 
 
+def test_bundle_is_read_where_torchscript_cannot_open_the_path(monkeypatch):
+    monkeypatch.delattr(torch._C, "import_ir_module")
+    assert started("torso-unet", load_bundle("torso-unet").manifest.label_names)
+
+
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_classes_of_the_same_name_keep_their_logits_and_new_ones_their_start(bundle):
     found = load_bundle(bundle)

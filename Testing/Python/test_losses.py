@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from NMSWSegment.data.training_sample import UNKNOWN_LABEL
+from NMSWSegment.training import losses as losses_module
 from NMSWSegment.training.losses import CROSS_ENTROPY_WEIGHT, DICE_SMOOTHING, DICE_WEIGHT, entropy, ranking_loss, segmentation_loss
 
 CLASSES = 4
@@ -123,6 +124,28 @@ def test_loss_of_half_precision_logits_is_computed_in_float32():
     logits, labels = a_case()
     rounded = logits.bfloat16()
     assert torch.equal(segmentation_loss(rounded, labels), segmentation_loss(rounded.float(), labels))
+
+
+def test_sums_do_not_stop_growing_where_all_voxels_are_one_block():
+    num_voxels = 2**24 + 2**12
+    _, overlap, present, _ = losses_module._Labels(torch.zeros(num_voxels, dtype=torch.uint8)).sums(torch.zeros(num_voxels, 1), slice(0, num_voxels))
+    assert overlap.tolist() == present.tolist() == [num_voxels]
+
+
+def test_blocks_of_a_gpu_are_short_enough_for_float32_sums():
+    blocks = losses_module._blocks(2**24 + 5, device=torch.device("cuda"))
+    assert [index for block in blocks for index in (block.start, block.stop)][1:-1:2] == [block.start for block in blocks[1:]]
+    assert blocks[-1].stop >= 2**24 + 5 and max(block.stop - block.start for block in blocks) <= 2**20
+
+
+@pytest.mark.parametrize("block_voxels", [7, 60, 10**6])
+def test_loss_and_gradient_do_not_depend_on_the_blocks(monkeypatch, block_voxels):
+    logits, labels = a_case()
+    expected, found = (logits.clone().requires_grad_() for _ in range(2))
+    segmentation_loss(expected, labels).backward()
+    monkeypatch.setattr(losses_module, "BLOCK_VOXELS", block_voxels)
+    segmentation_loss(found, labels).backward()
+    torch.testing.assert_close(found.grad, expected.grad)
 
 
 def test_entropy_by_hand():

@@ -31,6 +31,11 @@ def test_card_has_one_table_of_scores_per_case(a_tiny_bundle):
     assert "| **mean** | **0.500** |" in lines[lines.index("Case `two`, DSC by number of patches k (of 12 candidates), on the case's own grid:") :]
 
 
+def test_card_shows_a_dash_for_a_case_that_shows_none_of_the_classes(a_tiny_bundle):
+    nothing = {"0": {"mean": None, "candidates": 8, "dsc": {}}, "all": {"mean": None, "candidates": 8, "dsc": {}}}
+    assert "| **mean** | **-** | **-** |" in a_card(a_tiny_bundle, scores={"empty": nothing})
+
+
 def test_card_without_scores_says_that_none_were_measured(a_tiny_bundle):
     lines = a_card(a_tiny_bundle)
     assert lines[lines.index("## Held-out scores") + 2] == "None were measured."

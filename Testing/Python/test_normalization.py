@@ -121,7 +121,7 @@ def test_training_sees_the_volume_that_inference_sees(name, mirror):
     case = PreparedCase(intensity=intensity, labels=np.ones(intensity.shape, np.uint8), spacing_mm=spacing_mm, extent=None, direction=direction)
     bounds = (options.intensity_points[0][0], options.intensity_points[-1][0])
     loaded = loaded_case(case, spacing_mm=options.spacing_mm, bounds=bounds, normalization=name)
-    sample = TrainingSample("one", *resampled(loaded, whole_warp(case, spacing_mm=options.spacing_mm)))
+    sample = TrainingSample("one", *resampled(loaded, whole_warp(loaded, spacing_mm=options.spacing_mm)))
     found, labels, found_grid = prepare(sample, options)
     assert found_grid == grid and 0.2 < float(x.max()) <= 1 and float(x.min()) == 0
     inside = labels == 1

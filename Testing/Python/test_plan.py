@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("monai")
 
+from conftest import windows_pipe  # noqa: E402
 from test_train import tiny_options  # noqa: E402
 from training_folders import write_totalsegmentator  # noqa: E402
 
@@ -39,6 +40,13 @@ def test_plan_names_cases_classes_grid_nets_files_and_writes_nothing(folder, tmp
     assert "50 iterations, batch size 1, processes 1, on cpu" in text and "s an iteration" in text and "workers keep up" in text and "GB at most" in text
     assert str(tmp_path / "run" / "checkpoint.pt") in text and str(tmp_path / "run" / "cache") in text
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_verb_prints_any_name_into_a_pipe_of_windows(folder, tmp_path, monkeypatch):
+    printed = windows_pipe(monkeypatch)
+    monkeypatch.setattr("NMSWSegment.training.train.plan_lines", lambda *arguments, **options: ["Data        肝臓"])
+    assert main(f"train --data totalsegmentator:{folder} --output {tmp_path / 'run'} --dry-run {FLAGS}".split()) == 0
+    assert rb"\u809d\u81d3" in printed.getvalue()
 
 
 def test_plan_warns_of_cases_smaller_than_a_patch(folder, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("monai")
 
+from conftest import windows_pipe  # noqa: E402
 from test_datasets import a_folder, run_options  # noqa: E402, F401
 from test_train import a_data_folder, tiny_options  # noqa: E402
 
@@ -35,6 +36,13 @@ def test_prepared_data_gives_the_same_samples_without_the_original_files(a_folde
         assert found.name == sample.name and torch.equal(found.intensity, sample.intensity) and torch.equal(found.labels, sample.labels)
     held_out = find_data(run_options(a_folder, data=(f"prepared:{tmp_path / 'prepared'}",), hold_out=("one", "three")))
     assert [path.name for path in held_out.prepared_cases + held_out.anatomies] == ["two", "four"] and held_out.num_held_out == 2
+
+
+def test_verb_prints_any_name_into_a_pipe_of_windows(a_folder, tmp_path, monkeypatch):  # noqa: F811
+    printed = windows_pipe(monkeypatch)
+    words = [word for entry in run_options(a_folder).data for word in ("--data", entry)]
+    assert main(["prepare", *words, "--output", str(tmp_path / "肝臓")]) == 0
+    assert rb"\u809d\u81d3. Train with" in printed.getvalue()
 
 
 def test_run_on_prepared_data_equals_the_run_on_the_folder(tmp_path):

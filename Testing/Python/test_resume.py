@@ -105,6 +105,19 @@ def test_run_can_be_made_shorter_but_not_than_it_is(data, tmp_path, monkeypatch,
         train(options_of(data, iterations=3), output=tmp_path / "run", num_workers=0, resume=True)
 
 
+def test_run_of_a_version_that_knew_less_goes_on(data, tmp_path):
+    train(options_of(data, iterations=1), output=tmp_path / "run", num_workers=0)
+    values = json.loads((tmp_path / "run" / OPTIONS_NAME).read_text(encoding="utf-8"))
+    assert values.pop("validation_patches") == 10
+    (tmp_path / "run" / OPTIONS_NAME).write_text(json.dumps(values))
+    checkpoint = load_checkpoint(tmp_path / "run")
+    assert checkpoint.pop("earlier_cases") == []
+    torch.save(checkpoint, tmp_path / "run" / CHECKPOINT_NAME)
+    train(options_of(data, iterations=2), output=tmp_path / "run", num_workers=0, resume=True)
+    found = load_checkpoint(tmp_path / "run")
+    assert found["iteration"] == 2 and found["earlier_cases"] is None
+
+
 def test_finished_run_says_so_and_stays_as_it_is(data, tmp_path, caplog):
     train(options_of(data, iterations=1), output=tmp_path / "run", num_workers=0)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}

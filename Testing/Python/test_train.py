@@ -30,11 +30,11 @@ from NMSWSegment.training import run_folder  # noqa: E402
 from NMSWSegment.training import step as step_module  # noqa: E402
 from NMSWSegment.training import train as train_module  # noqa: E402
 from NMSWSegment.training.export import export_bundle  # noqa: E402
-from NMSWSegment.training.iteration import moving_average  # noqa: E402
+from NMSWSegment.training.iteration import moving_average, train_step  # noqa: E402
 from NMSWSegment.training.losses import class_shares, segmentation_loss, soft_segmentation_loss  # noqa: E402
 from NMSWSegment.training.options import TrainOptions  # noqa: E402
 from NMSWSegment.training.run_folder import TrainingState, load_checkpoint, load_run_options, save_checkpoint  # noqa: E402
-from NMSWSegment.training.step import TrainingVolume, batch_losses, local_losses, prepare, trained_parameters, training_losses  # noqa: E402
+from NMSWSegment.training.step import TrainingVolume, local_losses, prepare, trained_parameters, training_losses, volume_losses  # noqa: E402
 from NMSWSegment.training.train import train  # noqa: E402
 
 LABELS = {"0": "background", "1": "liver", "2": "spleen", "3": "vertebrae"}
@@ -176,6 +176,13 @@ def test_prepare_gives_what_inference_gives():
     assert x.shape == (1, 1, 24, 24, 48) and labels.shape == (24, 24, 48)
     assert torch.equal(labels[:21, :17, :45], sample.labels)
     assert (labels[21:] == 255).all() and (labels[:, 17:] == 255).all() and (labels[:, :, 45:] == 255).all()
+
+
+def test_sample_is_prepared_on_the_device_that_trains(monkeypatch):
+    devices = []
+    monkeypatch.setattr(iteration_module, "prepare", lambda sample, options: devices.append(sample.intensity.device) or prepare(sample, options))
+    volume = iteration_module._on_device(0, a_sample(), options=step_options(), device=torch.device("meta"))
+    assert devices == [volume.x.device] == [volume.labels.device] == [torch.device("meta")]
 
 
 def test_training_answer_equals_inference_answer_on_the_same_patches(spied_step):
@@ -415,7 +422,7 @@ def test_initial_run_gives_the_first_weights(a_run, data, tmp_path, monkeypatch)
         seen.append({key: value.clone() for key, value in net.state_dict().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(iteration_module, "batch_losses", stop_at_first)
+    monkeypatch.setattr(iteration_module, "volume_losses", stop_at_first)
     with pytest.raises(KeyboardInterrupt):
         train(tiny_options(data, initial_run=str(a_run)), output=tmp_path / "run", num_workers=0)
     expected = load_checkpoint(a_run)["net"]
@@ -536,6 +543,27 @@ def test_class_weights_learn_at_a_rate_of_their_own_and_do_not_decay(data):
     assert class_weights["params"] == [state.net.class_weights] and class_weights["weight_decay"] == 0 < nets["weight_decay"]
     assert class_weights["max_lr"] == pytest.approx(30 * nets["max_lr"]) and nets["max_lr"] == 1e-3
     assert [group["params"] for group in only.optimizer.param_groups] == [[only.net.class_weights]]
+    sgd = iteration_module.new_state(tiny_options(data, iterations=10, optimizer="sgd"), num_classes=4, group=group)
+    assert [group["lr"] for group in sgd.optimizer.param_groups] == [3e-4] * 2  # a step of SGD is as large as its gradient
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_class_weight_at_its_bound_comes_back_when_its_gradient_turns(data, optimizer):
+    options = tiny_options(data, iterations=100, optimizer=optimizer, learning_rate=0.05, warmup=0.0, train="weights", initial_run="run")
+    group = iteration_module.ProcessGroup(torch.device("cpu"))
+    state, direction, seen = iteration_module.new_state(options, num_classes=4, group=group), 1.0, []
+
+    def pulled(net, volume, **_):
+        total = direction * aggregation.mixing_weights(net.class_weights).sum()
+        return step_module.Losses(*[torch.zeros(())] * 5, total=total)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(iteration_module, "volume_losses", pulled)
+        for iteration in range(80):
+            direction = 1.0 if iteration < 20 else -1.0
+            train_step(state, iter([(iteration, a_sample())]), options=options, tau=1.0, group=group)
+            seen.append(float(state.net.class_weights.detach().min()))
+    assert min(seen) == -1.0 and seen[-1] > -0.5
 
 
 def test_bf16_on_a_cpu_that_emulates_it_is_refused_before_anything_is_written(data, tmp_path, monkeypatch):
@@ -592,7 +620,7 @@ def test_losses_upon_a_frozen_coarse_net_have_the_same_gradient_for_all_else():
     for options in (step_options(), step_options(train="patches", coarse_run="some")):
         net = a_net()
         trained_parameters(net, options)
-        batch_losses(net, [a_volume(options, seed=1)], options=options, tau=1.0).total.backward()
+        volume_losses(net, a_volume(options, seed=1), options=options, tau=1.0).total.backward()
         gradients.append({name: parameter.grad for name, parameter in net.named_parameters()})
     both, patches = gradients
     assert {name for name, gradient in patches.items() if gradient is not None} == {name for name in both if not name.startswith("coarse.")}
@@ -632,7 +660,7 @@ def test_local_net_alone_sees_foreground_two_times_of_three(monkeypatch):
     x = torch.nn.functional.pad((labels > 0).logical_and(labels < 255).float(), [8] * 6)[None, None]  # 1 on the foreground
     labels = torch.nn.functional.pad(labels, [8] * 6, value=255)
     for seed in range(120):
-        local_losses(net, [TrainingVolume(x, labels, grid, torch.Generator().manual_seed(seed))], options=options)
+        local_losses(net, TrainingVolume(x, labels, grid, torch.Generator().manual_seed(seed)), options=options)
     assert 0.55 < np.mean(middles) < 0.78
     assert trained_parameters(net, options) == list(net.local.parameters())
 
@@ -641,7 +669,7 @@ def test_losses_of_one_net_alone_are_its_terms_of_eq_7(spied_step):
     net = a_net()
     both, _ = spied_step(net, step_options())
     options = step_options(train="coarse")
-    alone = batch_losses(net, [a_volume(options)], options=options, tau=1.0)
+    alone = volume_losses(net, a_volume(options), options=options, tau=1.0)
     torch.testing.assert_close(alone.total, both.coarse)
     assert float(alone.patch) == float(alone.high) == 0
 
@@ -740,10 +768,10 @@ def test_step_that_is_not_finite_is_left_out_and_the_run_goes_on(data, tmp_path,
     def sometimes_nan(net, *arguments, **facts):
         calls.append(1)
         weights.append(net.local.head.weight.detach().clone())
-        losses = batch_losses(net, *arguments, **facts)
+        losses = volume_losses(net, *arguments, **facts)
         return replace(losses, total=losses.total * float("nan")) if len(calls) == 2 else losses
 
-    monkeypatch.setattr(iteration_module, "batch_losses", sometimes_nan)
+    monkeypatch.setattr(iteration_module, "volume_losses", sometimes_nan)
     train(tiny_options(data, iterations=3), output=tmp_path / "run", num_workers=0)
     assert "not finite; this step is left out" in caplog.text
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])

@@ -58,7 +58,7 @@ def test_coarse_targets_are_not_shifted(targets, factors):
     labels = asymmetric_labels()
     options = step_options(coarse_factor=factors, patch_size=(24, 12, 12), overlap=0.0, train="coarse")
     grid = CandidateGrid.covering(SHAPE, patch_size=options.patch_size, overlap=0.0, coarse_factor=factors)
-    coarse_losses(a_net(), [TrainingVolume(torch.rand(1, 1, *SHAPE), labels, grid, torch.Generator())], options=options)
+    coarse_losses(a_net(), TrainingVolume(torch.rand(1, 1, *SHAPE), labels, grid, torch.Generator()), options=options)
     (shares,) = targets
     assert tuple(shares.shape[2:]) == tuple(size // factor for size, factor in zip(SHAPE, factors))
     assert np.abs(shifts(shares[0], labels)).max() < 0.1

@@ -49,11 +49,11 @@ def scripted(monkeypatch, means: list[float]) -> list[int]:
 
 
 def test_score_is_what_the_exported_model_gets_with_as_many_patches(data, tmp_path):
-    train(options_of(data, iterations=4, learning_rate=3e-3), output=tmp_path / "run", num_workers=0)
+    train(options_of(data, iterations=4, learning_rate=3e-3, validation_patches=3), output=tmp_path / "run", num_workers=0)
     best = load_checkpoint(tmp_path / "run", BEST_NAME)
     bundle = load_bundle(export_bundle(tmp_path / "run", tmp_path / "bundle"))
     cases: list[CaseRequest] = find_cases((f"decathlon:{data}",), bundle.manifest, wanted="two")
-    expected = evaluate(bundle, cases, ks=(2,), threads=1)["cases"]["two"]["2"]  # one of importance and one random: two patches
+    expected = evaluate(bundle, cases, ks=(3,), threads=1)["cases"]["two"]["3"]
     assert best["validation"]["best_score"] == pytest.approx(expected["mean"], abs=2e-3)  # fp16 weights
     assert bundle.manifest.training["validation_dsc"] == pytest.approx(best["validation"]["best_score"], abs=1e-4)
     rows = [line.split(",") for line in (tmp_path / "run" / "validation.csv").read_text(encoding="utf-8").splitlines()]
@@ -179,6 +179,7 @@ def test_validation_takes_evenly_chosen_cases_and_each_process_its_share(tmp_pat
         ({"validate_every": -1}, "must be 0 or more"),
         ({"patience": 2, "validate_every": 0}, "Give --validate-every too"),
         ({"validation_cases": 0}, "1 or more"),
+        ({"validation_patches": 0}, "1 or more"),
     ],
 )
 def test_impossible_validation_says_what_to_change(changes, fix):
