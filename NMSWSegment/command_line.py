@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from NMSWSegment import __version__
 from NMSWSegment.console import complain, forget_output, say, say_all
+from NMSWSegment.files.boxes import label_boxes
 from NMSWSegment.files.bundle import Bundle, Label, install_bundle, list_bundles, load_bundle, remove_bundle
 from NMSWSegment.files.dicom_segmentation import DICOM_SEG_ENDINGS, Algorithm, check_dicom_export, export_dicom_seg
 from NMSWSegment.files.output_file import check_name, check_output_path, file_ending, replaced_together
@@ -396,7 +397,7 @@ def _write_outputs(outputs: dict[str, Path], arguments: argparse.Namespace, *, v
 
 def _summary(result: "SegmentResult", *, labels: list[Label], seconds: float) -> str:
     """'5 of 7 structures in 12.3 s, 10 of 42 patches', and what was taken for air."""
-    num_found = sum(bool((result.labelmap.array == label.value).any()) for label in labels)
+    num_found = len(label_boxes(result.labelmap.array).keys() & {label.value for label in labels})
     text = f"{num_found} of {len(labels)} structures in {seconds:.1f} s, {len(result.patches)} of {result.run_info['candidates']} patches"
     share = result.run_info["zero_padding_share"]
     return f"{text}; {share:.0%} of the volume is filled with 0 at its borders, which was taken for air" if share else text

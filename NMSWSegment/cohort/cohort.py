@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check_inputs_stay(arguments.source, cases, output=arguments.output)
     if arguments.format in DICOM_SEG_ENDINGS:
         _check_dicom_export(cases)
-    if Path(options.bundle).is_dir():
-        options = replace(options, bundle=str(Path(options.bundle).absolute()))
+    if Path(options.bundle).resolve() == bundle.folder:  # a folder, not a name; relative to where the user is
+        options = replace(options, bundle=str(bundle.folder))
     settings = CohortSettings(
         output=arguments.output.absolute(),
         options=options,

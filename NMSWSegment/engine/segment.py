@@ -343,12 +343,15 @@ def _patch_logits(
 
 def _restored(labels: Tensor, coarse: CoarsePass, *, options: SegmentOptions, manifest: BundleManifest, in_roi: np.ndarray | None, name: str) -> Volume:
     """Labels (D, H, W) on the volume's own grid, without what is not to be kept."""
-    kept = _kept(labels, structure_values(manifest, options.structures))
-    if options.min_island_ml or manifest.min_island_share:
-        remove_islands(kept.numpy(), min_voxels=1000 * options.min_island_ml / math.prod(coarse.model_grid.spacing_mm), min_share=manifest.min_island_share)
+    inside = tuple(slice(0, length) for length in coarse.model_grid.shape)  # without the grid's padding, where islands would grow together
+    kept = _kept(labels[inside].contiguous(), structure_values(manifest, options.structures))
+    if manifest.min_island_share:
+        remove_islands(kept.numpy(), min_share=manifest.min_island_share)
     labelmap = restore_labelmap(kept, coarse.model_grid, padding=coarse.padding)
     if in_roi is not None:
         labelmap.array[~in_roi] = 0
+    if options.min_island_ml:
+        remove_islands(labelmap.array, min_voxels=1000 * options.min_island_ml / math.prod(labelmap.spacing_mm))
     return Volume(array=labelmap.array, ijk_to_ras=labelmap.ijk_to_ras, name=name)
 
 

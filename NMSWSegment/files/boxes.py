@@ -1,4 +1,4 @@
-"""Boxes in space: their corners, and the upright box around a turned one."""
+"""Boxes in space: their corners, the upright box around a turned one, and those around labels."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,3 +23,25 @@ def bounds_after(matrix: np.ndarray, *, low: ArrayLike, high: ArrayLike) -> tupl
 def voxel_corners(shape: tuple[int, int, int]) -> np.ndarray:
     """Centers of the corner voxels of an array of `shape` (KJI), homogeneous ijk, (8, 4)."""
     return box_corners(0, np.array(shape[::-1]) - 1)
+
+
+def label_boxes(labels: np.ndarray) -> dict[int, tuple[slice, slice, slice]]:
+    """The smallest box of every label but 0, KJI, by rising label.
+
+    Args:
+        labels: (K, J, I) uint8.
+    """
+    slices, rows, columns = (np.zeros((256, length), bool) for length in labels.shape)
+    for k, plane in enumerate(labels):
+        for value in np.flatnonzero(np.bincount(plane.ravel(), minlength=256)[1:]) + 1:
+            is_inside = plane == value
+            slices[value, k] = True
+            rows[value] |= is_inside.any(axis=1)
+            columns[value] |= is_inside.any(axis=0)
+    return {int(value): tuple(_span(hit[value]) for hit in (slices, rows, columns)) for value in np.flatnonzero(slices.any(axis=1))}
+
+
+def _span(hit: np.ndarray) -> slice:
+    """From the first to the last True."""
+    places = np.flatnonzero(hit)
+    return slice(int(places[0]), int(places[-1]) + 1)

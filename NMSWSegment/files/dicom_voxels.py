@@ -35,6 +35,8 @@ def read_voxels(series: DicomSeries, *, quiet: Callable) -> np.ndarray:
                 values = _rescaled(values, found.rescale)
         if values.shape != found.size:
             raise _damaged(found)
+        if values.dtype == np.int32 and _fits(values, np.int16):
+            values = values.astype(np.int16)  # GDCM gives four bytes where stored values and rescaling could need them
         if voxels is None:
             voxels = np.empty(series.shape, dtype=values.dtype)
         elif not np.can_cast(values.dtype, voxels.dtype):

@@ -3,6 +3,8 @@
 import numpy as np
 import SimpleITK as sitk
 
+from NMSWSegment.files.boxes import label_boxes
+
 
 def remove_islands(labels: np.ndarray, *, min_voxels: float = 0.0, min_share: float = 0.0) -> None:
     """Turn into background, in place, the connected parts of a structure that are small; its largest part always stays.
@@ -15,12 +17,7 @@ def remove_islands(labels: np.ndarray, *, min_voxels: float = 0.0, min_share: fl
         min_share: parts that are smaller than this share of the largest part of their structure are small, too; as in nnU-Net, the
             training's validation says whether a model is better off without them (training/calibration.py).
     """
-    boxes = sitk.LabelShapeStatisticsImageFilter()
-    boxes.ComputePerimeterOff()  # only the boxes are needed
-    boxes.Execute(sitk.GetImageFromArray(labels))
-    for value in boxes.GetLabels():
-        first, size = boxes.GetBoundingBox(value)[:3], boxes.GetBoundingBox(value)[3:]
-        box = tuple(slice(start, start + length) for start, length in zip(first[::-1], size[::-1]))
+    for value, box in label_boxes(labels).items():
         parts = sitk.ConnectedComponent(sitk.GetImageFromArray((labels[box] == value).view(np.uint8)))
         numbers = sitk.GetArrayViewFromImage(parts)
         num_parts = int(numbers.max())

@@ -105,6 +105,7 @@ def needed_memory_bytes(
             grid, num_classes=num_classes, num_patches=num_patches, floats=_local_floats(backbone, preset, cascade_classes=num_classes if is_cascade else 0)
         ),
         refined + 3 * padded + 5 * model + _RESTORE_CHUNK_BYTES + restore_slab_bytes * min(_SLAB_VOXELS, source) + source,  # ... and the labelmap
+        max(bytes_per_voxel, 4) * source,  # of the files: ITK's copy of the voxels; the labelmap, ITK's copy of it, what is read back, and a compressed part
     ]
     cache = min(cache_bytes, num_patches * patch_logits)
     return int(_WORKER_BYTES + _ALLOCATOR * (bytes_per_voxel * source + max(stages) + cache))

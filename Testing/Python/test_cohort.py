@@ -432,6 +432,16 @@ def test_folder_that_is_its_own_output_is_gone_on_with(tmp_path, a_tiny_bundle, 
     assert [(row["case"], row["status"]) for row in rows_of(tmp_path / "study" / "cohort.csv")] == [("case0", "done"), ("case1", "done")]
 
 
+def test_output_folder_named_like_its_model_is_not_taken_for_the_model(tmp_path, a_tiny_bundle, monkeypatch, capfd):
+    runs_here(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NMSW_BUNDLES", str(a_tiny_bundle.parent))
+    for count in (1, 2):
+        write_cases(tmp_path / "in", count=count, broken=0)
+        assert main(words(Path("in"), Path(a_tiny_bundle.name), Path(a_tiny_bundle.name))) == 0, capfd.readouterr().err
+    assert [row["status"] for row in rows_of(tmp_path / a_tiny_bundle.name / "cohort.csv")] == ["done", "done"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="names are UTF-16 there")
 def test_file_name_that_is_not_utf8_fails_alone_and_on_an_ascii_console(tmp_path, a_tiny_bundle, monkeypatch):
     runs_here(monkeypatch)

@@ -8,6 +8,7 @@ import pytest
 from NMSWSegment.engine.segment import segment_volume
 from NMSWSegment.files.bundle import load_bundle
 from NMSWSegment.files.islands import remove_islands
+from NMSWSegment.files.volume import Volume
 from NMSWSegment.protocol import SegmentOptions, UserError
 
 
@@ -63,6 +64,17 @@ def test_islands_stay_unless_the_user_or_the_model_asks(a_phantom, a_tiny_bundle
     assert shown[0].labelmap.array[:4, :4, :4].any() == stays  # the coarse result too
     found[:4, :4, :4] = 0
     np.testing.assert_array_equal(found, liver)
+
+
+def test_island_at_the_end_of_the_volume_does_not_grow_into_the_padding_of_the_grid(a_tiny_bundle):
+    volume = Volume(np.full((18, 24, 24), -1000.0, np.float32), np.diag([6.0, 6.0, 6.0, 1.0]))
+    volume.array[2:12, 2:12, 2:12] = 160.0  # liver of 1000 voxels
+    volume.array[16:, 16:20, 16:20] = 160.0  # 32 voxels in the last slices, behind which the grid goes on
+    bundle = load_bundle(str(a_tiny_bundle))
+    for share, stays in ((0.002, True), (0.05, False)):
+        asking = replace(bundle, manifest=replace(bundle.manifest, min_island_share=share))
+        found = segment_volume(volume, asking, options=SegmentOptions(device="cpu", threads=1, num_patches=0)).labelmap.array
+        assert (found[4:10, 4:10, 4:10] == 1).all() and bool(found[14:].any()) == stays
 
 
 def test_islands_go_at_export_where_the_mean_is_better_and_no_structure_worse():
