@@ -437,8 +437,8 @@ def test_output_folder_named_like_its_model_is_not_taken_for_the_model(tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NMSW_BUNDLES", str(a_tiny_bundle.parent))
     for count in (1, 2):
-        write_cases(tmp_path / "in", count=count, broken=0)
-        assert main(words(Path("in"), Path(a_tiny_bundle.name), Path(a_tiny_bundle.name))) == 0, capfd.readouterr().err
+        write_cases(tmp_path / f"in{count}", count=count, broken=0)
+        assert main(words(Path(f"in{count}"), Path(a_tiny_bundle.name), Path(a_tiny_bundle.name))) == 0, capfd.readouterr().err
     assert [row["status"] for row in rows_of(tmp_path / a_tiny_bundle.name / "cohort.csv")] == ["done", "done"]
 
 
