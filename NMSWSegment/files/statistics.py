@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from NMSWSegment.files.boxes import label_boxes
 from NMSWSegment.files.bundle import Label
 from NMSWSegment.files.output_file import check_output_path, file_ending, replaced_file
 from NMSWSegment.files.volume import Volume
@@ -161,32 +162,17 @@ def _empty_row(label: Label, *, num_patches: int) -> StructureStatistics:
 
 def _shapes(labelmap: Volume) -> tuple[dict[int, tuple[slice, slice, slice]], dict[int, float]]:
     """Bounding box (slices KJI) and area of the surface in mm2 by label value, for the values that are there."""
-    inside = _nonzero_box(labelmap.array)
-    if inside is None:
+    boxes = label_boxes(labelmap.array)
+    if not boxes:
         return {}, {}
     # The area does not depend on what lies around, and most of a volume is background.
+    inside = tuple(slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes.values()))
     image = sitk.GetImageFromArray(labelmap.array[inside])
     image.SetSpacing(labelmap.spacing_mm[::-1])
     shapes = sitk.LabelShapeStatisticsImageFilter()
     shapes.SetComputePerimeter(True)
     shapes.Execute(image)
-    boxes = {}
-    for value in shapes.GetLabels():
-        start_ijk, size_ijk = shapes.GetBoundingBox(value)[:3], shapes.GetBoundingBox(value)[3:]
-        starts = [corner.start + first for corner, first in zip(inside, start_ijk[::-1])]
-        boxes[value] = tuple(slice(start, start + size) for start, size in zip(starts, size_ijk[::-1]))
-    return boxes, {value: shapes.GetPerimeter(value) for value in shapes.GetLabels()}
-
-
-def _nonzero_box(labels_kji: np.ndarray) -> tuple[slice, slice, slice] | None:
-    """The smallest box that holds every label; None if there is none."""
-    box = []
-    for axis in range(3):
-        hit = np.flatnonzero(labels_kji.any(axis=tuple(other for other in range(3) if other != axis)))
-        if len(hit) == 0:
-            return None
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-    return tuple(box)
+    return boxes, {value: shapes.GetPerimeter(value) for value in boxes}
 
 
 def _place(is_inside: np.ndarray, *, box: tuple[slice, slice, slice], ijk_to_ras: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -222,16 +208,15 @@ def _voxels_in_patches(labelmap: Volume, *, patches: Sequence[PatchBox]) -> tupl
     The faces of all patches divide the world into blocks, most of them shared by several patches; every voxel is counted once,
     in its block, and a patch is a sum of blocks.
     """
-    inside = _nonzero_box(labelmap.array)
     num_values = int(labelmap.array.max()) + 1
-    if not patches or inside is None:
+    if not patches or num_values == 1:
         return np.zeros((len(patches), num_values), dtype=np.int64), np.zeros(num_values, dtype=np.int64)
     low = np.array([patch.center_ras for patch in patches]) - np.array([patch.size_mm for patch in patches]) / 2
     high = np.array([patch.center_ras for patch in patches]) + np.array([patch.size_mm for patch in patches]) / 2
     # Rounded, so that faces which are the same but for the last digit make no block of their own.
     faces = [np.unique(np.round(np.concatenate([low[:, axis], high[:, axis]]), 6)) for axis in range(3)]
     counts = np.zeros((*(len(positions) + 1 for positions in faces), num_values), dtype=np.int64)
-    for k in range(inside[0].start, inside[0].stop):
+    for k in np.flatnonzero(labelmap.array.any(axis=(1, 2))).tolist():
         j, i = np.nonzero(labelmap.array[k])
         points_ras = np.stack([i, j, np.full_like(i, k)], axis=-1) @ labelmap.ijk_to_ras[:3, :3].T + labelmap.ijk_to_ras[:3, 3]
         blocks = [np.searchsorted(positions, points_ras[:, axis], side="right") for axis, positions in enumerate(faces)]
